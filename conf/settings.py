@@ -1,0 +1,419 @@
+"""Settings of a night: frozen, closed (an unknown key is an error), each field described with its unit.
+
+A configuration is `base.yaml`, then one overlay (`--config demo` is `conf/demo.yaml`, `--config my/own.yaml` a file of yours),
+then `--set section.key=value`. Files inside the package are read through `importlib.resources`, as they may lie in a zip.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from conf.errors import SettingsError
+
+Json = dict[str, Any]
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, and any key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class LakeSettings(Section):
+    """Where tables and artefacts live."""
+
+    root: str = Field(description="Folder or URI of the lake; {config} stands for the overlay's name.")
+    variant: str = Field("", pattern=r"^[A-Za-z0-9_-]*$", description="Namespace below root, for A/B lakes; empty for none.")
+    keep_nights: int = Field(60, ge=1, description="Nights kept in item_neighbors_history.")
+
+
+class EventColumns(Section):
+    """Your column names in the events table."""
+
+    user_id: str = Field("user_id", description="Who engaged.")
+    item_id: str = Field("item_id", description="What was engaged with.")
+    engaged_at: str = Field("engaged_at", description="When.")
+    action: str | None = Field(None, description="Kind of engagement; null: all rows are `default_action`.")
+    weight: str | None = Field(None, description="Strength of the engagement, > 0; null: 1.")
+    session_id: str | None = Field(None, description="Basket, visit or invoice; null: the source has none.")
+
+
+class SourceTable(Section):
+    """A table of yours: where it lies and how to read it."""
+
+    path: str = Field(description="Folder, file or URI.")
+    format: Literal["parquet", "csv", "delta"] = Field("parquet", description="How it is stored.")
+    options: dict[str, str] = Field(default_factory=dict, description="Further Spark reader options, e.g. a CSV separator.")
+
+
+class EventSource(SourceTable):
+    """Your events."""
+
+    columns: EventColumns = Field(default_factory=EventColumns, description="Your column names.")
+    time_format: Literal["timestamp", "date", "epoch_seconds", "epoch_milliseconds"] = Field(
+        "timestamp", description="What `engaged_at` holds; text is read as ISO 8601, a time without zone as UTC."
+    )
+    default_action: str = Field("engage", min_length=1, description="Action of rows where the source has none.")
+    action_weights: dict[str, float] = Field(
+        default_factory=dict, description="Weight per action, > 0; when given, other actions are skipped and counted. Empty: all weigh 1."
+    )
+
+    @field_validator("action_weights")
+    @classmethod
+    def _positive(cls, weights: dict[str, float]) -> dict[str, float]:
+        if bad := {action: weight for action, weight in weights.items() if weight <= 0}:
+            raise ValueError(f"weights must be > 0, found {bad}")
+        return weights
+
+
+class ItemColumns(Section):
+    """Your column names in the items table; all but the id are optional."""
+
+    item_id: str = Field("item_id", description="The item.")
+    title: str | None = Field(None, description="Display title.")
+    text: str | None = Field(None, description="Describing text.")
+    categories: str | list[str] | None = Field(None, description="One array column with the path, or text columns from coarse to fine.")
+    tags: str | None = Field(None, description="Array of labels, or of struct<tag, weight>; in CSV a text split at `list_separator`.")
+    attributes: list[str] = Field(default_factory=list, description="Text columns kept as named attributes.")
+    embedding: str | None = Field(None, description="Array of numbers: your own content vector.")
+    eligible: str | None = Field(None, description="Boolean: may be offered as a neighbor; null counts as true.")
+    event_timestamp: str | None = Field(None, description="From when the row holds; null: the catalog is not point-in-time.")
+    created_timestamp: str | None = Field(None, description="When the row became known; null: equal to event_timestamp.")
+
+
+class ItemSource(SourceTable):
+    """Your catalog."""
+
+    columns: ItemColumns = Field(default_factory=ItemColumns, description="Your column names.")
+    mode: Literal["snapshot", "changes"] = Field(
+        "snapshot", description="snapshot: an item absent from the table has left the catalog; changes: the table holds only changed rows."
+    )
+    list_separator: str = Field("|", min_length=1, description="Splits list columns that arrive as text.")
+
+
+class RelevanceColumns(Section):
+    """Your column names in the relevance labels."""
+
+    item_id: str = Field("item_id", description="First item.")
+    other_item_id: str = Field("other_item_id", description="Second item.")
+    grade: str = Field("grade", description="Relevance in [0,1].")
+    source: str = Field("source", description="human, llm, ….")
+    rated_at: str = Field("rated_at", description="When.")
+    source_version: str | None = Field(None, description="Version of the guideline or model.")
+
+
+class RelevanceSource(SourceTable):
+    """Your graded pairs."""
+
+    columns: RelevanceColumns = Field(default_factory=RelevanceColumns, description="Your column names.")
+
+
+class SourceSettings(Section):
+    """The tables a night reads."""
+
+    events: EventSource = Field(description="Your events.")
+    items: ItemSource = Field(description="Your catalog.")
+    pair_relevance: RelevanceSource | None = Field(None, description="Graded pairs, if you have some.")
+    user_share: float = Field(1.0, gt=0, le=1, description="Share of users read, chosen by hash; below 1 for a quick trial on a slice.")
+    max_rejected_share: float = Field(
+        0.05, ge=0, le=1, description="Refused share of a source's rows above which the ingest gate stops the night."
+    )
+
+
+class WindowSettings(Section):
+    """Which later engagements of the same user count as co-engagement."""
+
+    kind: Literal["session", "time", "position"] = Field(
+        description="session: same session_id; time: within window_seconds; position: within max_distance distinct items."
+    )
+    window_seconds: int | None = Field(None, gt=0, description="Longest gap in seconds; required for time, optional for position.")
+    max_distance: int | None = Field(None, gt=0, description="Longest distance in distinct items; required for position.")
+    symmetric: bool = Field(False, description="Count the mirror image of each pair too.")
+
+    @model_validator(mode="after")
+    def _needs(self) -> Self:
+        if self.kind == "time" and self.window_seconds is None:
+            raise ValueError("a window of kind time needs window_seconds")
+        if self.kind == "position" and self.max_distance is None:
+            raise ValueError("a window of kind position needs max_distance")
+        return self
+
+
+class PairSettings(Section):
+    """How co-engagement is counted."""
+
+    window: WindowSettings = Field(description="The window.")
+    half_life_days: float = Field(gt=0, description="Days after which a co-engagement counts half.")
+    max_items_per_user_day: int = Field(
+        200,
+        ge=2,
+        description="Distinct items of one user and day (session windows: of one session) that take part; the rest is cut by hash.",
+    )
+    min_users_per_pair: int = Field(2, ge=1, le=64, description="Distinct users below which a pair never surfaces.")
+    max_pairs_per_trigger: int = Field(2000, ge=1, description="Strongest pairs kept per trigger.")
+    holdout_share: float = Field(0.1, gt=0, lt=0.5, description="Last share of engagements on which scores are calibrated.")
+    user_hash_key_env: str = Field("MTMH_USER_HASH_KEY", description="Environment variable with the key of the user hashes.")
+
+
+class FeatureSettings(Section):
+    """Content vector and relevance examples."""
+
+    content_dimensions: int = Field(128, ge=2, le=2048, description="Length of the fitted content vector.")
+    max_terms: int = Field(50_000, ge=10, description="Most frequent terms and labels kept in the vocabulary.")
+    fit_max_items: int = Field(200_000, ge=10, description="Items the content vector is fitted on, sampled by hash above.")
+    title_weight: float = Field(1.0, ge=0, description="Weight of title and text terms against labels.")
+    label_weight: float = Field(1.0, ge=0, description="Weight of category, tag and attribute terms.")
+    judge_fields: list[Literal["title", "text", "categories", "tags", "attributes", "embedding"]] = Field(
+        default_factory=list, description="Annotation columns withheld from vocabulary, vector, labels and training: a judge reads them."
+    )
+    num_content_examples: int = Field(20, ge=1, description="Nearest items in content per item that become relevance examples.")
+    num_co_engaged_examples: int = Field(10, ge=0, description="Strongest co-engaged items per item that become relevance examples.")
+
+
+class HeadSettings(Section):
+    """A head: the weight of each task in its loss, all >= 0. A weight of 0 leaves the task out."""
+
+    engagement: float = Field(0.0, ge=0, description="Softmax over the catalog to the co-engagement rows, popularity included.")
+    relevance: float = Field(0.0, ge=0, description="Listwise distillation of graded relevance.")
+    affinity: float = Field(0.0, ge=0, description="Softmax to co-engagement divided by popularity: interest that is not popularity.")
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.engagement + self.relevance + self.affinity == 0:
+            raise ValueError("a head needs at least one task with a weight above 0")
+        return self
+
+
+class ModelSettings(Section):
+    """The encoder and its heads."""
+
+    heads: dict[str, HeadSettings] = Field(min_length=1, description="Heads by name; engagement and relevance feed the merged list.")
+    dimension: int = Field(128, ge=2, le=1024, description="Length of the factorization each side of the encoder starts from.")
+    hidden_dimension: int = Field(256, ge=1, description="Width of the residual layer that reads id and content.")
+    id_dropout: float = Field(0.1, ge=0, lt=1, description="Share of training items whose id is replaced by its content prediction.")
+    user_level_weight: float = Field(0.3, ge=0, description="Weight of user-level co-engagement beside the counted pairs.")
+    popularity_weight: float = Field(0.5, ge=0, description="Starting weight of log popularity in the engagement score.")
+    target_norm_exponent: float = Field(0.5, ge=0, le=2, description="How much of the factorization's target norms is kept.")
+    content_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of content cosine where a head without the engagement task starts; 1 if it has no affinity task either.",
+    )
+
+    @model_validator(mode="after")
+    def _required_heads(self) -> Self:
+        if missing := {"engagement", "relevance"} - set(self.heads):
+            raise ValueError(f"heads {sorted(missing)} are missing: merge, gates and online view read them; add them under model.heads")
+        if "merged" in self.heads:
+            raise ValueError("`merged` is the name of the merged list; call the head something else")
+        return self
+
+
+class TrainingSettings(Section):
+    """The optimization."""
+
+    num_processes: int = Field(1, ge=1, description="Torch workers.")
+    local_mode: bool = Field(True, description="True: workers on the driver's machine; false: in Spark tasks.")
+    num_steps: int = Field(80, ge=0, description="Optimizer steps; 0 keeps the factorization as it is.")
+    batch_size: int = Field(512, ge=1, description="Triggers per step over all workers.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak of the one-cycle schedule.")
+    full_softmax_max_items: int = Field(20_000, ge=1, description="Catalogs up to this size use every item as a candidate.")
+    num_sampled_items: int = Field(4096, ge=2, description="Candidates per step above that, weighted by inverse sampling probability.")
+    affinity_weight: float = Field(1.0, ge=0, description="Multiplier of every head's affinity task.")
+    timeout_seconds: int = Field(300, ge=10, description="A worker that waits longer for the others fails.")
+    seed: int = Field(17, ge=0, description="Seed of sampling and initialization.")
+    num_validation_triggers: int = Field(1000, ge=10, description="Triggers sampled for that.")
+
+
+class RetrievalSettings(Section):
+    """Candidates and lists."""
+
+    list_length: int = Field(100, ge=1, le=1000, description="Neighbors per list.")
+    num_candidates_counts: int = Field(400, ge=1, description="Counted pairs per trigger.")
+    num_candidates_head: int = Field(300, ge=1, description="Nearest items per trigger and head.")
+    num_candidates_content: int = Field(100, ge=0, description="Nearest items per trigger in content.")
+    num_candidates_popular: int = Field(100, ge=0, description="Most popular items offered to every trigger.")
+    block_size: int = Field(1024, ge=1, description="Triggers scored together in a task.")
+
+
+class PolicySettings(Section):
+    """A starting row of merge_policy; written once, then the table rules."""
+
+    scope: str = Field("default", min_length=1, description="default or a coarsest category.")
+    kind: Literal["blend", "quota"] = Field("blend", description="blend: p + value * relevance; quota: interleave.")
+    value: float = Field(ge=0, description="blend: lambda; quota: share of the relevance head in [0,1].")
+    popularity_exponent: float = Field(0.0, ge=0, le=1, description="Discount of popularity.")
+
+    @model_validator(mode="after")
+    def _share(self) -> Self:
+        if self.kind == "quota" and self.value > 1:
+            raise ValueError(f"a quota is a share in [0,1], found {self.value}")
+        return self
+
+
+class OnlineSettings(Section):
+    """The Feast online store."""
+
+    enabled: bool = Field(True, description="Publish online after the Delta commit.")
+    store: Literal["sqlite", "redis"] = Field("sqlite", description="Where lists are served from.")
+    redis_connection_env: str = Field("MTMH_REDIS", description="Environment variable with host:port[,password=...] of Redis.")
+    shard_items: int = Field(5_000, ge=1, description="Items written per call: bounds memory, a killed publication resumes at a shard.")
+
+
+class EvaluationSettings(Section):
+    """How past lists are judged."""
+
+    horizon_days: int = Field(14, ge=1, description="Days after the run date that count as the future.")
+    max_triggers: int = Field(4_000, ge=1, description="Triggers judged, sampled by hash.")
+    max_items_per_session: int = Field(60, ge=2, description="Items of one future session that are paired, sampled by hash.")
+    cutoffs: list[int] = Field(default_factory=lambda: [10, 100], min_length=1, description="The K of recall@K.")
+    num_bootstrap: int = Field(500, ge=10, description="Bootstrap resamples behind an interval.")
+
+
+class GateSettings(Section):
+    """Thresholds of the gates; a critical failure stops the night before anything is published."""
+
+    min_events: int = Field(100, ge=1, description="Engagements up to the run date.")
+    min_items: int = Field(2, ge=1, description="Items in the catalog at the run date.")
+    min_pairs: int = Field(1, ge=1, description="Counted pairs above the privacy minimum.")
+    min_content_share: float = Field(0.5, ge=0, le=1, description="Share of items with text or labels (warning below).")
+    max_mean_cosine: float = Field(0.9, gt=0, le=1, description="Mean pairwise cosine of a head's vectors: above, the head has collapsed.")
+    min_list_coverage: float = Field(0.95, ge=0, le=1, description="Share of catalog items with a merged list.")
+    min_fullness: float = Field(0.9, ge=0, le=1, description="Mean length of merged lists against list_length (or the eligible catalog).")
+    max_churn: float = Field(0.8, ge=0, le=1, description="1 - mean Jaccard@10 against the published night (warning above).")
+    max_volume_drop: float = Field(0.5, ge=0, le=1, description="Drop of a table's rows against the last good night that stops the night.")
+
+
+class SparkSettings(Section):
+    """The session that `python -m` starts; under spark-submit your cluster's settings rule."""
+
+    master: str = Field("local[2]", description="Spark master when the job starts its own session.")
+    driver_memory: str = Field("5g", pattern=r"^\d+[mg]$", description="Heap of the driver JVM.")
+    shuffle_partitions: int = Field(8, ge=1, description="Partitions of a shuffle before adaptive execution merges them.")
+    settings: dict[str, str] = Field(default_factory=dict, description="Further Spark settings.")
+
+
+class Settings(Section):
+    """Everything a night needs to know."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="Name of the configuration; names its local lake.")
+    lake: LakeSettings = Field(description="Where tables live.")
+    source: SourceSettings = Field(description="Your tables.")
+    pairs: PairSettings = Field(description="Counting.")
+    features: FeatureSettings = Field(description="Content and labels.")
+    model: ModelSettings = Field(description="Encoder and heads.")
+    training: TrainingSettings = Field(description="Optimization.")
+    retrieval: RetrievalSettings = Field(description="Candidates and lists.")
+    merge: list[PolicySettings] = Field(min_length=1, description="First content of merge_policy.")
+    online: OnlineSettings = Field(description="Online store.")
+    evaluation: EvaluationSettings = Field(description="Judging.")
+    gates: GateSettings = Field(description="Thresholds.")
+    spark: SparkSettings = Field(description="Session.")
+
+    @model_validator(mode="after")
+    def _default_policy(self) -> Self:
+        scopes = [policy.scope for policy in self.merge]
+        if "default" not in scopes or len(scopes) != len(set(scopes)):
+            raise ValueError(f"merge needs one policy per scope and one of scope default, found scopes {scopes}")
+        return self
+
+    @property
+    def list_names(self) -> list[str]:
+        """The lists an item has: one per head, then merged."""
+        return [*self.model.heads, "merged"]
+
+    def fingerprint(self) -> str:
+        """Hash of every setting that can change a table; session, lake place and gates cannot."""
+        content = self.model_dump(mode="json", exclude={"spark", "lake", "gates", "online"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _merge(base: Json, over: Json) -> Json:
+    """Overlay wins; mappings merge key by key, everything else is replaced whole."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        out[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out
+
+
+def _parse(text: str, where: str) -> Json:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"{where} holds a {type(content).__name__}; wanted a mapping of sections such as `lake:` and `source:`")
+    return content
+
+
+def _overlay(config: str) -> tuple[str, Json]:
+    """The overlay's name and content: a packaged one by name, or a file by path."""
+    if config.endswith((".yaml", ".yml")):
+        path = Path(config)
+        if not path.is_file():
+            raise SettingsError(f"no settings file {config}; give a path to a .yaml file or one of {packaged_configs()}")
+        return path.stem, _parse(path.read_text(encoding="utf-8"), config)
+    if config not in packaged_configs():
+        raise SettingsError(f"no configuration named {config!r}; have {packaged_configs()}, or give a path ending in .yaml")
+    return config, _parse(resources.files("conf").joinpath(f"{config}.yaml").read_text(encoding="utf-8"), f"conf/{config}.yaml")
+
+
+def packaged_configs() -> list[str]:
+    """Names of the overlays that come with the project."""
+    names = (entry.name for entry in resources.files("conf").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name != "base.yaml")
+
+
+def _assign(content: Json, assignment: str) -> None:
+    """Apply one `--set a.b=value`; the value is read as YAML."""
+    dotted, equals, value = assignment.partition("=")
+    if not equals or not dotted:
+        raise SettingsError(f"--set {assignment!r} is not of the form section.key=value")
+    *sections, key = dotted.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise SettingsError(f"--set {assignment!r}: {section!r} is a value, not a section")
+    content[key] = _parse(f"value: {value}", f"--set {assignment!r}")["value"]
+
+
+def load_settings(config: str, assignments: Sequence[str] = ()) -> Settings:
+    """Read, overlay and validate.
+
+    Args:
+        config: name of a packaged overlay, or path of a .yaml file.
+        assignments: `section.key=value`, later ones win.
+
+    Raises:
+        SettingsError: with every fault found, one a line.
+    """
+    name, overlay = _overlay(config)
+    base = _parse(resources.files("conf").joinpath("base.yaml").read_text(encoding="utf-8"), "conf/base.yaml")
+    content = _merge(_merge(base, {"name": name}), overlay)
+    for assignment in assignments:
+        _assign(content, assignment)
+    try:
+        settings = Settings.model_validate(content)
+    except ValidationError as error:
+        raise SettingsError(f"configuration {config!r} has {error.error_count()} fault(s):\n" + _describe(error)) from error
+    root = settings.lake.root.replace("{config}", settings.name)
+    return settings.model_copy(update={"lake": settings.lake.model_copy(update={"root": root})})
+
+
+def _describe(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"]) or "(whole)"
+        found = "" if isinstance(fault["input"], dict) else f"; found {fault['input']!r}"
+        lines.append(f"  {where}: {fault['msg']}{found}")
+    return "\n".join(lines)

@@ -1,0 +1,645 @@
+"""The numpy side of pair counting: what Spark tasks run on Arrow batches. No session, no clock, no Spark import.
+
+Counting happens in two steps, because all events of a user meet in the first and all pairs of a day in the second:
+
+1. `make_windows` sees whole users and writes, per user (or session) and target day, the slice of the timeline that can form pairs on
+   that day. The triggers of one target engagement are always a contiguous range of that slice, so a window is a list of items plus
+   one range per target: the kinds of windows differ in nothing else.
+2. `count_windows` sees all windows of a day, expands the ranges into pairs and counts users by one sort of packed 64-bit keys.
+
+Days are days since 1970-01-01, times microseconds since then, both UTC.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import date, timedelta
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+EPOCH = date(1970, 1, 1)
+_MAX_KEY_BYTES = 64
+_CHUNK_ROWS = 500_000
+_BLOCK_PAIRS = 4_000_000
+_PASS_PAIRS = 16_000_000  # pairs held at once: some 0.5 GB with the arrays derived from them
+_OUTPUT_ROWS = 50_000
+_PACKED_ROWS = 500_000  # rows held before they are packed: some 50 MB in a task
+
+WINDOW_SCHEMA = "day int, user_hash bigint, items array<string>, starts array<int>, stops array<int>"
+_WINDOW_ARROW = pa.schema(
+    [
+        ("day", pa.int32()),
+        ("user_hash", pa.int64()),
+        ("items", pa.list_(pa.string())),
+        ("starts", pa.list_(pa.int32())),
+        ("stops", pa.list_(pa.int32())),
+    ]
+)
+_DAILY_ARROW = pa.schema(
+    [
+        ("event_date", pa.date32()),
+        ("trigger_item_id", pa.string()),
+        ("target_item_id", pa.string()),
+        ("num_users", pa.int64()),
+        ("user_hashes", pa.list_(pa.int64())),
+    ]
+)
+PACKED_SCHEMA = "bucket int, block binary"
+TOTAL_SCHEMA = "trigger_item_id string, target_item_id string, weight double, num_user_days bigint, fit_weight double, conditional double"
+_TOTAL_ARROW = pa.schema(
+    [
+        ("trigger_item_id", pa.string()),
+        ("target_item_id", pa.string()),
+        ("weight", pa.float64()),
+        ("num_user_days", pa.int64()),
+        ("fit_weight", pa.float64()),
+        ("conditional", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowRule:
+    """Which engagements form windows. `window_micros` and `max_distance` are None where the kind has no such bound."""
+
+    kind: str
+    window_micros: int | None
+    max_distance: int | None
+    symmetric: bool
+    max_items: int
+    hash_key: bytes
+    first_day: int
+    last_day: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalRule:
+    """How days add up: decay from the landmark, the calibration slice, the privacy minimum and the cut per trigger."""
+
+    landmark: int
+    half_life_days: float
+    holdout_from: int
+    min_users: int
+    max_pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Timeline:
+    """Engagements sorted by (group, time): a group is a user, or a session up to one target day. Codes index `users` and `names`."""
+
+    users: list[str]
+    names: pa.Array
+    user: Ints
+    group: Ints
+    scope: Ints
+    scope_names: list[str]
+    item: Ints
+    time: Ints
+    day: Ints
+    target_day: Ints
+
+    def take(self, rows: Ints | Mask, **changes: Any) -> "_Timeline":
+        """The same columns at `rows`, with columns of `changes` instead."""
+        columns = ("user", "group", "scope", "item", "time", "day", "target_day")
+        taken = {name: getattr(self, name)[rows] for name in columns} | changes
+        return _Timeline(users=self.users, names=self.names, scope_names=self.scope_names, **taken)
+
+
+def day_number(day: date) -> int:
+    """Days since 1970-01-01."""
+    return (day - EPOCH).days
+
+
+def keyed_hash(text: str, *, key: bytes) -> int:
+    """64-bit keyed BLAKE2b of a text, as a signed integer. A key above 64 bytes, BLAKE2b's limit, is hashed first."""
+    key = key if len(key) <= _MAX_KEY_BYTES else blake2b(key).digest()
+    return int.from_bytes(blake2b(text.encode(), digest_size=8, key=key).digest(), "big", signed=True)
+
+
+def _ranges(starts: Ints, lengths: Ints) -> Ints:
+    """The ranges [start, start + length) one after the other: `[5, 0], [2, 3]` gives `[5, 6, 0, 1, 2]`."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    rows: Ints = np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+    return rows
+
+
+def _run_starts(*columns: Ints) -> Ints:
+    """Row at which each run of equal rows begins."""
+    if not len(columns[0]):
+        return np.zeros(0, dtype=np.int64)
+    new = np.zeros(len(columns[0]), dtype=np.bool_)
+    new[0] = True
+    for column in columns:
+        new[1:] |= column[1:] != column[:-1]
+    return np.flatnonzero(new)
+
+
+def _run_lengths(starts: Ints, num_rows: int) -> Ints:
+    return np.diff(np.append(starts, num_rows))
+
+
+def _encode(values: pa.Array | pa.ChunkedArray) -> tuple[Ints, pa.Array]:
+    """Codes and the distinct values, both ascending in bytes as Spark sorts strings."""
+    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    encoded = array.dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return rank[encoded.indices.to_numpy(zero_copy_only=False)], encoded.dictionary.take(pa.array(order))
+
+
+def _ints(table: pa.Table, name: str) -> Ints:
+    values: Ints = table.column(name).to_numpy().astype(np.int64, copy=False)
+    return values
+
+
+def _whole_runs(batches: Iterable[pa.RecordBatch], columns: list[str], *, min_rows: int) -> Iterator[pa.Table]:
+    """Tables of at least `min_rows` rows that never part rows with equal `columns`; the input is sorted by these."""
+    held: list[pa.Table] = []
+    num_rows, wanted = 0, min_rows
+    for batch in batches:
+        held.append(pa.Table.from_batches([batch]))
+        num_rows += batch.num_rows
+        if num_rows < wanted:
+            continue
+        table = pa.concat_tables(held)
+        cut = _last_run_start(table, columns)
+        if cut:
+            yield table.slice(0, cut)
+        held = [table.slice(cut)]
+        num_rows = held[0].num_rows
+        wanted = max(min_rows, 2 * num_rows)  # one giant run: concatenate it a few times, not once a batch
+    if num_rows:
+        yield pa.concat_tables(held)
+
+
+def _last_run_start(table: pa.Table, columns: list[str]) -> int:
+    same = None
+    for name in columns:
+        equal = pc.equal(table[name], table[name][-1])
+        same = equal if same is None else pc.and_(same, equal)
+    return int(pc.index(same, pa.scalar(True)).as_py())
+
+
+# --- Step 1: from users to windows ---------------------------------------------------------------------------------------------
+
+
+def make_windows(batches: Iterable[pa.RecordBatch], *, rule: WindowRule) -> Iterator[pa.RecordBatch]:
+    """Windows of whole users.
+
+    Args:
+        batches: user_id, session_id, item_id, day, time; sorted by user_id, session_id (session windows only), time, item_id.
+        rule: which engagements form windows.
+
+    Returns:
+        Batches of WINDOW_SCHEMA. The targets of a window are the last `len(starts)` entries of its items; the triggers of target t
+        are items[starts[t]:stops[t]].
+    """
+    for chunk in _whole_runs(batches, ["user_id"], min_rows=_CHUNK_ROWS):
+        timeline = _cap(_timeline(chunk, rule), rule)
+        starts, stops = _trigger_ranges(timeline, rule)
+        yield from _window_batches(timeline, starts, stops, rule)
+
+
+def _timeline(chunk: pa.Table, rule: WindowRule) -> _Timeline:
+    user, users = _encode(chunk["user_id"])
+    item, names = _encode(chunk["item_id"])
+    time, day = _ints(chunk, "time"), _ints(chunk, "day")
+    by_session = rule.kind == "session"
+    session, sessions = _encode(chunk["session_id"]) if by_session else (day, pa.array([], pa.string()))
+    rows = _run_starts(user, session if by_session else user, time, item)  # one engagement per instant, whatever its actions
+    timeline = _Timeline(
+        users=users.to_pylist(),
+        names=names,
+        user=user[rows],
+        group=user[rows],
+        scope=session[rows],
+        scope_names=sessions.to_pylist(),
+        item=item[rows],
+        time=time[rows],
+        day=day[rows],
+        target_day=day[rows],
+    )
+    return _by_target_day(timeline, rule) if by_session else timeline
+
+
+def _by_target_day(timeline: _Timeline, rule: WindowRule) -> _Timeline:
+    """One group per session and day on which it has engagements, holding the session up to that day.
+
+    A night may only see the session up to its own day, so neither the pairs nor the cap of a day may depend on later days.
+    """
+    starts = _run_starts(timeline.user, timeline.scope, timeline.day)
+    first = _run_starts(timeline.user[starts], timeline.scope[starts])
+    session_start = np.repeat(starts[first], _run_lengths(first, len(starts)))
+    stops = np.append(starts[1:], len(timeline.day))
+    days = timeline.day[starts]
+    wanted = (days >= rule.first_day) & (days <= rule.last_day)
+    lengths = (stops - session_start)[wanted]
+    rows = _ranges(session_start[wanted], lengths)
+    groups = np.arange(len(lengths), dtype=np.int64)
+    return timeline.take(rows, group=np.repeat(groups, lengths), target_day=np.repeat(days[wanted], lengths))
+
+
+def _cap(timeline: _Timeline, rule: WindowRule) -> _Timeline:
+    """Leave the `max_items` distinct items with the smallest hash per user and day (or session); others take no part at all."""
+    part = timeline.target_day if rule.kind == "session" else timeline.day
+    order = np.lexsort((timeline.item, part, timeline.group))
+    columns = (timeline.group[order], part[order])
+    runs = _run_starts(*columns)
+    distinct = _run_starts(*columns, timeline.item[order])
+    num_items = np.diff(np.searchsorted(distinct, np.append(runs, len(order))))
+    keep = np.ones(len(order), dtype=np.bool_)
+    for run in np.flatnonzero(num_items > rule.max_items):
+        stop = runs[run + 1] if run + 1 < len(runs) else len(order)
+        rows = order[runs[run] : stop]
+        keep[rows] = np.isin(timeline.item[rows], _sampled_items(timeline, rows, rule))
+    return timeline if keep.all() else timeline.take(keep)
+
+
+def _sampled_items(timeline: _Timeline, rows: Ints, rule: WindowRule) -> Ints:
+    """Codes of the items of one user and day (or session) that take part."""
+    first = rows[0]
+    scope = timeline.scope_names[timeline.scope[first]] if rule.kind == "session" else str(EPOCH + timedelta(days=int(timeline.day[first])))
+    prefix = f"{timeline.users[timeline.user[first]]}\x1f{scope}\x1f"
+    codes = np.unique(timeline.item[rows])
+    hashes = [keyed_hash(prefix + timeline.names[int(code)].as_py(), key=rule.hash_key) for code in codes]
+    return codes[np.argsort(np.array(hashes, dtype=np.int64), kind="stable")[: rule.max_items]]
+
+
+def _trigger_ranges(timeline: _Timeline, rule: WindowRule) -> tuple[Ints, Ints]:
+    """For each engagement as a target, the rows [start, stop) of its triggers, itself included unless symmetric.
+
+    Symmetric counting adds every mirror image later, so there a tie needs to be met in one direction only: stop is the row itself.
+    """
+    rows = np.arange(len(timeline.group), dtype=np.int64)
+    positions = _run_starts(timeline.group, timeline.time)
+    ties = np.append(positions[1:], len(rows))
+    stops = rows if rule.symmetric else np.repeat(ties, _run_lengths(positions, len(rows)))
+    groups = _run_starts(timeline.group)
+    starts = np.repeat(groups, _run_lengths(groups, len(rows)))
+    if rule.window_micros is not None and rule.kind != "session":
+        starts = np.maximum(starts, _first_within(timeline.group, timeline.time, rule.window_micros))
+    if rule.kind == "position":
+        assert rule.max_distance is not None
+        starts = np.maximum(starts, _first_near(timeline, positions, rule.max_distance))
+    return starts, stops
+
+
+def _first_within(group: Ints, time: Ints, span: int) -> Ints:
+    """For each row, the first row of its group at most `span` microseconds earlier; rows are sorted by (group, time)."""
+    num_rows = len(group)
+    is_event = np.repeat(np.array([1, 0], dtype=np.int64), num_rows)
+    order = np.lexsort((is_event, np.concatenate([time, time - span]), np.concatenate([group, group])))
+    num_before = np.cumsum(is_event[order])  # a query sorts before the events of its own instant: these are inside the span
+    first = np.empty(2 * num_rows, dtype=np.int64)
+    first[order] = num_before
+    return first[num_rows:]
+
+
+def _first_near(timeline: _Timeline, positions: Ints, max_distance: int) -> Ints:
+    """For each row at position q, the first row of the earliest position p with at most `max_distance` distinct items in (p, q]."""
+    ends = np.append(positions[1:], len(timeline.group))
+    group, items = timeline.group[positions].tolist(), timeline.item.tolist()
+    first = np.empty(len(positions), dtype=np.int64)
+    counts: dict[int, int] = {}
+    left = 0
+    for q, (start, end) in enumerate(zip(positions.tolist(), ends.tolist(), strict=True)):
+        if q == 0 or group[q] != group[q - 1]:
+            counts, left, group_start = {}, q, q
+        for item in items[start:end]:
+            counts[item] = counts.get(item, 0) + 1
+        while len(counts) > max_distance:
+            _forget(counts, items[positions[left] : ends[left]])
+            left += 1
+        first[q] = positions[max(left - 1, group_start)]
+    return np.repeat(first, _run_lengths(positions, len(timeline.group)))
+
+
+def _forget(counts: dict[int, int], items: list[int]) -> None:
+    for item in items:
+        counts[item] -= 1
+        if not counts[item]:
+            del counts[item]
+
+
+def _window_batches(timeline: _Timeline, starts: Ints, stops: Ints, rule: WindowRule) -> Iterator[pa.RecordBatch]:
+    """One row per (group, target day) that holds at least two engagements."""
+    days = timeline.day
+    targets = np.flatnonzero((days == timeline.target_day) & (days >= rule.first_day) & (days <= rule.last_day))
+    runs = _run_starts(timeline.group[targets], days[targets])
+    num_targets = _run_lengths(runs, len(targets))
+    begin = starts[targets[runs]]
+    end = targets[runs] + num_targets
+    wanted = end - begin > 1
+    if not wanted.any():
+        return
+    kept = targets[np.repeat(wanted, num_targets)]
+    runs, num_targets, begin, end = runs[wanted], num_targets[wanted], begin[wanted], end[wanted]
+    offset = np.repeat(begin, num_targets)
+    hashes = np.array([keyed_hash(user, key=rule.hash_key) for user in timeline.users], dtype=np.int64)
+    first = targets[runs]
+    table = pa.table(
+        [
+            pa.array(days[first], pa.int32()),
+            pa.array(hashes[timeline.user[first]]),
+            _lists(timeline.names.take(pa.array(timeline.item[_ranges(begin, end - begin)])), end - begin),
+            _lists(pa.array(starts[kept] - offset, pa.int32()), num_targets),
+            _lists(pa.array(stops[kept] - offset, pa.int32()), num_targets),
+        ],
+        schema=_WINDOW_ARROW,
+    )
+    yield from table.to_batches(max_chunksize=_OUTPUT_ROWS)
+
+
+def _lists(values: pa.Array, lengths: Ints) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+
+# --- Step 2: from windows to counted pairs of a day ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DayWindows:
+    """All windows of a day, flat. `items` are codes of `names` per slot; target t has triggers first[t] .. first[t] + length[t]."""
+
+    day: int
+    names: pa.Array
+    hashes: Ints
+    items: Ints
+    target: Ints
+    user: Ints
+    first: Ints
+    length: Ints
+
+
+def count_windows(
+    batches: Iterable[pa.RecordBatch], *, symmetric: bool, min_users: int, num_splits: int, pass_pairs: int = _PASS_PAIRS
+) -> Iterator[pa.RecordBatch]:
+    """Pairs and their users, one (day, split) after the other.
+
+    Args:
+        batches: WINDOW_SCHEMA and `split`, sorted by (day, split). Split s counts the pairs whose first item hashes to s.
+        symmetric: add the mirror image of each pair.
+        min_users: user hashes kept per pair.
+        num_splits: splits of a day.
+        pass_pairs: pairs expanded at once; a bigger day is counted in several passes over its windows.
+
+    Returns:
+        Rows of co_engagement_daily, sorted within a pass.
+    """
+    for table in _whole_runs(batches, ["day", "split"], min_rows=1):
+        days, splits = _ints(table, "day"), _ints(table, "split")
+        for start, length in _runs(days, splits):
+            windows = _flatten(table.slice(start, length))
+            num_passes = max(1, -(-int(windows.length.sum()) // pass_pairs // num_splits))
+            buckets = _buckets(windows.names, num_splits * num_passes)
+            for number in range(num_passes):
+                bucket = int(splits[start]) + number * num_splits
+                pair, user = _expand(windows, buckets == bucket if buckets is not None else None, symmetric=symmetric)
+                yield from _daily_batches(windows, pair, user, symmetric=symmetric, min_users=min_users)
+
+
+def _runs(*columns: Ints) -> list[tuple[int, int]]:
+    starts = _run_starts(*columns)
+    return list(zip(starts.tolist(), _run_lengths(starts, len(columns[0])).tolist(), strict=True))
+
+
+def _flatten(table: pa.Table) -> _DayWindows:
+    slots, starts, stops = (table.column(name).combine_chunks() for name in ("items", "starts", "stops"))
+    codes, names = _encode(slots.flatten())
+    hashes, user = np.unique(_ints(table, "user_hash"), return_inverse=True)
+    num_slots, num_targets = (pc.list_value_length(lists).to_numpy().astype(np.int64) for lists in (slots, starts))
+    end = np.cumsum(num_slots)
+    first = starts.flatten().to_numpy().astype(np.int64)
+    return _DayWindows(
+        day=table.column("day")[0].as_py(),
+        names=names,
+        hashes=hashes,
+        items=codes,
+        target=codes[_ranges(end - num_targets, num_targets)],
+        user=np.repeat(user.astype(np.int64), num_targets),
+        first=np.repeat(end - num_slots, num_targets) + first,
+        length=stops.flatten().to_numpy().astype(np.int64) - first,
+    )
+
+
+def _buckets(names: pa.Array, num_buckets: int) -> Ints | None:
+    """Bucket of each item, equal in every task and for every dictionary; None where there is one bucket only."""
+    if num_buckets == 1:
+        return None
+    return np.array([zlib.crc32(name.encode()) % num_buckets for name in names.to_pylist()], dtype=np.int64)
+
+
+def _expand(windows: _DayWindows, mine: Mask | None, *, symmetric: bool) -> tuple[Ints, Ints]:
+    """Distinct (pair, user), sorted; a pair is trigger code * number of items + target code, smaller code first if symmetric."""
+    num_items = len(windows.names)
+    pairs, users = [], []
+    block = np.cumsum(windows.length) // _BLOCK_PAIRS
+    for start, length in _runs(block):
+        rows = slice(start, start + length)
+        lengths = windows.length[rows]
+        trigger = windows.items[_ranges(windows.first[rows], lengths)]
+        target, user = np.repeat(windows.target[rows], lengths), np.repeat(windows.user[rows], lengths)
+        if symmetric:
+            trigger, target = np.minimum(trigger, target), np.maximum(trigger, target)
+        wanted = trigger != target
+        if mine is not None:
+            wanted &= mine[trigger]
+        pairs.append(trigger[wanted] * num_items + target[wanted])
+        users.append(user[wanted])
+    empty = np.zeros(0, dtype=np.int64)
+    return _distinct(np.concatenate([empty, *pairs]), np.concatenate([empty, *users]), num_items**2, len(windows.hashes))
+
+
+def _distinct(pair: Ints, user: Ints, num_pairs: int, num_users: int) -> tuple[Ints, Ints]:
+    """Distinct rows ascending: one sort of a packed key where it fits into 63 bits, else a slower sort of both columns."""
+    if num_pairs * num_users < 2**63:
+        key = np.sort(pair * num_users + user)
+        key = key[_run_starts(key)]
+        return key // num_users, key % num_users
+    order = np.lexsort((user, pair))
+    pair, user = pair[order], user[order]
+    rows = _run_starts(pair, user)
+    return pair[rows], user[rows]
+
+
+def _daily_batches(windows: _DayWindows, pair: Ints, user: Ints, *, symmetric: bool, min_users: int) -> Iterator[pa.RecordBatch]:
+    """Count runs of equal pairs. Users are coded in the order of their hashes, so the smallest hashes come first."""
+    num_items = len(windows.names)
+    starts = _run_starts(pair)
+    counts, pairs = _run_lengths(starts, len(pair)), pair[starts]
+    if symmetric:
+        mirrored = (pairs % num_items) * num_items + pairs // num_items
+        order = np.argsort(np.concatenate([pairs, mirrored]))
+        pairs = np.concatenate([pairs, mirrored])[order]
+        starts, counts = np.tile(starts, 2)[order], np.tile(counts, 2)[order]
+    for begin in range(0, len(pairs), _OUTPUT_ROWS):
+        rows = slice(begin, begin + _OUTPUT_ROWS)
+        kept = np.minimum(counts[rows], min_users)
+        columns = [
+            pa.array(np.full(len(kept), windows.day, dtype=np.int32)).cast(pa.date32()),
+            windows.names.take(pa.array(pairs[rows] // num_items)),
+            windows.names.take(pa.array(pairs[rows] % num_items)),
+            pa.array(counts[rows]),
+            _lists(pa.array(windows.hashes[user[_ranges(starts[rows], kept)]]), kept),
+        ]
+        yield pa.RecordBatch.from_arrays(columns, schema=_DAILY_ARROW)
+
+
+# --- Adding up days ------------------------------------------------------------------------------------------------------------
+
+
+def pack_by_trigger(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iterator[pa.RecordBatch]:
+    """Daily rows as few large binary blocks, one per bucket of triggers and chunk: rows of PACKED_SCHEMA.
+
+    An exchange then moves a thousand blocks and not tens of millions of rows, each of which Spark would serialize, compress and sort.
+    """
+    for chunk in _chunks(batches, min_rows=_PACKED_ROWS):
+        trigger, triggers = _encode(chunk["trigger_item_id"])
+        buckets = _buckets(triggers, num_buckets)
+        bucket = np.zeros_like(trigger) if buckets is None else buckets[trigger]
+        order = np.argsort(bucket, kind="stable")
+        ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1))
+        grouped = chunk.take(pa.array(order)).combine_chunks()
+        for number in np.flatnonzero(np.diff(ends)).tolist():
+            block = _pack(grouped.slice(ends[number], ends[number + 1] - ends[number]))
+            yield pa.RecordBatch.from_arrays([pa.array([number], pa.int32()), pa.array([block], pa.binary())], names=["bucket", "block"])
+
+
+def _chunks(batches: Iterable[pa.RecordBatch], *, min_rows: int) -> Iterator[pa.Table]:
+    held: list[pa.RecordBatch] = []
+    num_rows = 0
+    for batch in batches:
+        held.append(batch)
+        num_rows += batch.num_rows
+        if num_rows >= min_rows:
+            yield pa.Table.from_batches(held)
+            held, num_rows = [], 0
+    if num_rows:
+        yield pa.Table.from_batches(held)
+
+
+def _pack(rows: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(rows)
+    return bytes(sink.getvalue())
+
+
+def total_pairs(batches: Iterable[pa.RecordBatch], *, rule: TotalRule) -> Iterator[pa.RecordBatch]:
+    """Totals of whole triggers: rows of TOTAL_SCHEMA, sorted by trigger and target.
+
+    Args:
+        batches: blocks of `pack_by_trigger`: trigger_item_id, target_item_id, day, num_users, user_hashes; every row of a trigger is
+            among them.
+        rule: decay, privacy minimum and cut.
+    """
+    tables = [pa.ipc.open_stream(block.as_buffer()).read_all() for batch in batches for block in batch["block"]]
+    if tables:
+        yield from _totals(pa.concat_tables(tables), rule).to_batches(max_chunksize=_OUTPUT_ROWS)
+
+
+def _totals(table: pa.Table, rule: TotalRule) -> pa.Table:
+    trigger, triggers = _encode(table["trigger_item_id"])
+    target, targets = _encode(table["target_item_id"])
+    day, users = _ints(table, "day"), _ints(table, "num_users")
+    pair = trigger * len(targets) + target
+    order = _order(pair, day)  # days in order: the float sums come out the same whatever the order of rows
+    pair, day, users = pair[order], day[order], users[order]
+    starts = _run_starts(pair)
+    weight = users * np.exp2((day - rule.landmark) / rule.half_life_days)
+    fit = day < rule.holdout_from
+    hashes = _Hashes.of(table["user_hashes"])
+    kept = np.flatnonzero(_enough_users(starts, users, np.ones_like(fit), hashes, order, rule.min_users))
+    fit_enough = _enough_users(starts, users, fit, hashes, order, rule.min_users)[kept]
+    columns = {
+        "trigger": pair[starts[kept]] // len(targets),
+        "target": pair[starts[kept]] % len(targets),
+        "weight": _sums(weight, starts)[kept],
+        "num_user_days": _sums(users, starts)[kept],
+        "fit_weight": np.where(fit_enough, _sums(np.where(fit, weight, 0.0), starts)[kept], 0.0),
+    }
+    return _strongest(columns, triggers, targets, rule.max_pairs)
+
+
+def _order(pair: Ints, day: Ints) -> Ints:
+    first, span = int(day.min()), int(day.max() - day.min()) + 1
+    if (int(pair.max()) + 1) * span < 2**63:
+        return np.argsort(pair * span + (day - first))
+    return np.lexsort((day, pair))
+
+
+def _sums(values: NDArray[Any], starts: Ints) -> NDArray[Any]:
+    return np.add.reduceat(values, starts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hashes:
+    """A list column, flat: row r holds values[start[r] : start[r] + length[r]]."""
+
+    values: Ints
+    start: Ints
+    length: Ints
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> "_Hashes":
+        lists = column.combine_chunks()
+        length = pc.list_value_length(lists).to_numpy().astype(np.int64)
+        return cls(values=lists.flatten().to_numpy(), start=np.cumsum(length) - length, length=length)
+
+
+def _enough_users(starts: Ints, users: Ints, counted: Mask, hashes: _Hashes, order: Ints, min_users: int) -> Mask:
+    """Per pair, whether at least `min_users` distinct users engaged it on the counted days.
+
+    A day with that many users decides at once. On every other day the hash list is complete, so that the union of the lists is
+    the set of users; it is only built for pairs whose user-days could reach the minimum.
+    """
+    users = np.where(counted, users, 0)
+    enough = np.maximum.reduceat(users, starts) >= min_users
+    open_ = ~enough & (_sums(users, starts) >= min_users)
+    if not open_.any():
+        return enough
+    pair = np.repeat(np.arange(len(starts), dtype=np.int64), _run_lengths(starts, len(users)))
+    rows = np.flatnonzero(open_[pair] & counted)
+    length = hashes.length[order[rows]]
+    owner = np.repeat(pair[rows], length)
+    values = hashes.values[_ranges(hashes.start[order[rows]], length)]
+    by_pair = np.lexsort((values, owner))
+    owner = owner[by_pair]
+    distinct = owner[_run_starts(owner, values[by_pair])]
+    return enough | (np.bincount(distinct, minlength=len(starts)) >= min_users)
+
+
+def _strongest(columns: dict[str, NDArray[Any]], triggers: pa.Array, targets: pa.Array, max_pairs: int) -> pa.Table:
+    """The `max_pairs` heaviest pairs per trigger, ties by target id; `conditional` is the share among all pairs before the cut."""
+    trigger, weight = columns["trigger"], columns["weight"]
+    runs = _run_starts(trigger)
+    num_pairs = _run_lengths(runs, len(trigger))
+    total = np.repeat(_sums(weight, runs), num_pairs) if len(runs) else weight
+    conditional = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
+    order = np.lexsort((columns["target"], -weight, trigger))
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = _ranges(np.zeros_like(num_pairs), num_pairs)
+    rows = np.flatnonzero(rank < max_pairs)
+    return pa.table(
+        [
+            triggers.take(pa.array(trigger[rows])),
+            targets.take(pa.array(columns["target"][rows])),
+            pa.array(weight[rows]),
+            pa.array(columns["num_user_days"][rows]),
+            pa.array(columns["fit_weight"][rows]),
+            pa.array(conditional[rows]),
+        ],
+        schema=_TOTAL_ARROW,
+    )

@@ -1,0 +1,307 @@
+"""Co-engagement counted per day, added up with decay, and the popularity of items that both are compared with.
+
+A pair (trigger i, target j) belongs to the UTC day of the target: a user who buys bread on Monday 23:59 and butter in the same session
+on Tuesday 00:01 gives (bread, butter) on Tuesday. A user counts once per pair and day. Weights are in landmark form: a day d adds
+users * 2^((d - landmark) / half_life_days), so that the weight as of any later day is one factor at read time.
+
+Only engagements are shuffled, never pairs: windows of a day go to the task of that day, which expands and counts them in numpy
+(`features.pair_kernels`). A self-join in Spark would shuffle every single co-engagement.
+"""
+
+from collections.abc import Callable
+from datetime import date, timedelta
+from functools import partial
+from math import ceil
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from conf.errors import SettingsError, SourceError
+from conf.settings import WindowSettings
+from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ITEM_POPULARITY
+from features.pair_kernels import (
+    PACKED_SCHEMA,
+    TOTAL_SCHEMA,
+    WINDOW_SCHEMA,
+    TotalRule,
+    WindowRule,
+    count_windows,
+    day_number,
+    make_windows,
+    pack_by_trigger,
+    total_pairs,
+)
+
+Transform = Callable[[DataFrame], DataFrame]
+
+_SECONDS_PER_DAY = 86_400
+_MAX_EXPONENT = 500  # 2^1023 is the largest double: sums need room above a single day's factor
+_DAILY_SCHEMA = ", ".join(f"{column.name} {column.type}" for column in CO_ENGAGEMENT_DAILY.columns)
+
+
+def count_popularity(*, landmark: date, half_life_days: float, holdout_from: date, run_date: date) -> Transform:
+    """Engagements to item_popularity: every item engaged with up to the run date.
+
+    Raises:
+        SettingsError: the landmark lies so far back that weights would overflow.
+    """
+    _check_landmark(landmark, half_life_days, run_date)
+
+    def transform(engagements: DataFrame) -> DataFrame:
+        user_days = engagements.where(F.col("event_date") <= F.lit(run_date)).select("item_id", "user_id", "event_date").distinct()
+        weight = _decay(F.col("event_date"), landmark, half_life_days)
+        per_user = user_days.groupBy("item_id", "user_id").agg(
+            F.sum(weight).alias("weight"),
+            F.count(F.lit(1)).alias("num_user_days"),
+            F.sum(F.when(F.col("event_date") < F.lit(holdout_from), weight).otherwise(0.0)).alias("fit_weight"),
+            F.min("event_date").alias("first_engaged_date"),
+            F.max("event_date").alias("last_engaged_date"),
+        )
+        totals = per_user.groupBy("item_id").agg(
+            *(F.sum(name).alias(name) for name in ("weight", "num_user_days", "fit_weight")),
+            F.count(F.lit(1)).alias("num_users"),
+            F.min("first_engaged_date").alias("first_engaged_date"),
+            F.max("last_engaged_date").alias("last_engaged_date"),
+        )
+        return _dated(totals, landmark, holdout_from, run_date).select(*ITEM_POPULARITY.column_names)
+
+    return transform
+
+
+def count_daily_pairs(
+    *,
+    window: WindowSettings,
+    max_items_per_user_day: int,
+    min_users: int,
+    hash_key: bytes,
+    first_day: date,
+    last_day: date,
+    num_tasks: int | None = None,
+) -> Transform:
+    """Engagements to co_engagement_daily for the target days first_day to last_day, both included.
+
+    Earlier engagements may be triggers and must be among the input as far back as the window reaches; it is pruned here. The result
+    of a day does not depend on the range it is counted in, on later days, on the order of rows or on the number of partitions.
+    Rows come out sorted by day, trigger and target inside a partition, except for days too big for one pass.
+
+    Args:
+        window: which later engagements count.
+        max_items_per_user_day: distinct items of a user and day (or session) that take part; the smallest keyed hashes of
+            (user, day or session, item) stay.
+        min_users: user hashes kept per row.
+        hash_key: secret key of the user hashes; one key for the life of the table, as hashes of different days are compared.
+        first_day: first target day.
+        last_day: last target day.
+        num_tasks: tasks, and so output files; None: twice `spark.sql.shuffle.partitions`. Days are dealt out in contiguous ranges;
+            with fewer days than tasks each day is split by the hash of an item.
+
+    Raises:
+        SettingsError: the key is empty or the range of days is.
+    """
+    if not hash_key:
+        raise SettingsError("the key of the user hashes is empty; set the environment variable that pairs.user_hash_key_env names")
+    if last_day < first_day:
+        raise SettingsError(f"no days to count: first_day {first_day} is after last_day {last_day}")
+    rule = _window_rule(window, max_items_per_user_day, hash_key, first_day, last_day)
+
+    def transform(engagements: DataFrame) -> DataFrame:
+        tasks = num_tasks or 2 * _shuffle_partitions(engagements)
+        num_splits = max(1, ceil(tasks / (rule.last_day - rule.first_day + 1)))
+        order = ["user_id", *(["session_id"] if window.kind == "session" else []), "time", "item_id"]
+        events = engagements.transform(_reaching(window, first_day, last_day)).repartition("user_id").sortWithinPartitions(*order)
+        windows = events.mapInArrow(partial(make_windows, rule=rule), WINDOW_SCHEMA)
+        counter = partial(count_windows, symmetric=window.symmetric, min_users=min_users, num_splits=num_splits)
+        return windows.transform(_dealt_out(rule, tasks, num_splits)).mapInArrow(counter, _DAILY_SCHEMA)
+
+    return transform
+
+
+def cap_metrics(*, window: WindowSettings, max_items_per_user_day: int, first_day: date, last_day: date) -> Transform:
+    """Engagements to one row that reports what the cap cuts: num_capped_groups (user-days or sessions) and num_cut_items."""
+
+    def transform(engagements: DataFrame) -> DataFrame:
+        by_session = window.kind == "session"
+        wanted = F.col("event_date").between(F.lit(first_day), F.lit(last_day))
+        events = engagements.where(F.col("session_id").isNotNull() if by_session else wanted)
+        groups = events.groupBy("user_id", "session_id" if by_session else "event_date").agg(
+            F.count_distinct("item_id").alias("num_items"), F.max("event_date").alias("last")
+        )
+        over = F.greatest(F.col("num_items") - F.lit(max_items_per_user_day), F.lit(0))
+        return groups.where(F.col("last").between(F.lit(first_day), F.lit(last_day)) if by_session else F.lit(True)).agg(
+            F.count_if(over > 0).alias("num_capped_groups"), F.coalesce(F.sum(over), F.lit(0)).alias("num_cut_items")
+        )
+
+    return transform
+
+
+def aggregate_pairs(
+    popularity: DataFrame,
+    *,
+    landmark: date,
+    half_life_days: float,
+    holdout_from: date,
+    min_users: int,
+    max_pairs_per_trigger: int,
+    run_date: date,
+    num_tasks: int | None = None,
+) -> Transform:
+    """co_engagement_daily to co_engagement_pairs as of the run date.
+
+    A pair needs `min_users` distinct users, whatever its number of user-days. `conditional` is the share among all pairs of the
+    trigger above that minimum, before the cut to `max_pairs_per_trigger` (heaviest first, ties by target id).
+
+    Args:
+        popularity: item_popularity as of the same run date; the denominators.
+        landmark: day d0 of the weights.
+        half_life_days: days after which a co-engagement counts half.
+        holdout_from: days from here on do not enter fit_weight.
+        min_users: the privacy minimum; at most the number of hashes that the daily table keeps.
+        max_pairs_per_trigger: pairs kept.
+        run_date: later days are ignored.
+        num_tasks: tasks; None: four times `spark.sql.shuffle.partitions`. Each holds all rows of its triggers in memory.
+
+    Raises:
+        SettingsError: the landmark lies so far back that weights would overflow.
+    """
+    _check_landmark(landmark, half_life_days, run_date)
+    rule = TotalRule(
+        landmark=day_number(landmark),
+        half_life_days=half_life_days,
+        holdout_from=day_number(holdout_from),
+        min_users=min_users,
+        max_pairs=max_pairs_per_trigger,
+    )
+
+    def transform(daily: DataFrame) -> DataFrame:
+        tasks = num_tasks or 4 * _shuffle_partitions(daily)
+        rows = daily.where(F.col("event_date") <= F.lit(run_date)).select(
+            "trigger_item_id", "target_item_id", F.unix_date("event_date").alias("day"), "num_users", "user_hashes"
+        )
+        blocks = rows.mapInArrow(partial(pack_by_trigger, num_buckets=tasks), PACKED_SCHEMA)
+        totals = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(partial(total_pairs, rule=rule), TOTAL_SCHEMA)
+        associated = totals.transform(_with_associations(popularity))
+        return _dated(associated, landmark, holdout_from, run_date).select(*CO_ENGAGEMENT_PAIRS.column_names)
+
+    return transform
+
+
+def holdout_start(engagements: DataFrame, *, holdout_share: float, run_date: date) -> date:
+    """First day of the shortest run of last days that holds `holdout_share` of the engagements up to the run date.
+
+    It is before the run date, and after the first day with engagements, so that both sides hold something; where both cannot be,
+    the second wins. With a single day of engagements it is that day.
+
+    Raises:
+        SourceError: there are no engagements.
+    """
+    counted = engagements.where(F.col("event_date") <= F.lit(run_date)).groupBy("event_date").count().orderBy("event_date").collect()
+    if not counted:
+        raise SourceError(f"no engagements up to {run_date}; choose a later --run-date or check source.events")
+    days = [row["event_date"] for row in counted]
+    if len(days) == 1:
+        return days[0]  # type: ignore[no-any-return]  # pyspark rows are untyped
+    wanted = holdout_share * sum(row["count"] for row in counted)
+    held, start = 0, len(days)
+    while held < wanted:
+        start -= 1
+        held += counted[start]["count"]
+    first_held: date = max(days[1], min(days[start], run_date - timedelta(days=1)))
+    return first_held
+
+
+def future_pairs(daily: DataFrame) -> DataFrame:
+    """co_engagement_daily to (trigger_item_id, target_item_id, num_user_days): what happened, for judging lists."""
+    return daily.groupBy("trigger_item_id", "target_item_id").agg(F.sum("num_users").alias("num_user_days"))
+
+
+def _check_landmark(landmark: date, half_life_days: float, run_date: date) -> None:
+    exponent = (run_date - landmark).days / half_life_days
+    if exponent > _MAX_EXPONENT:
+        raise SettingsError(
+            f"landmark {landmark} is {exponent:.0f} half-lives before {run_date}, at most {_MAX_EXPONENT} keep weights in range; "
+            "choose a later landmark or a longer pairs.half_life_days"
+        )
+
+
+def _decay(day: Column, landmark: date, half_life_days: float) -> Column:
+    return F.pow(F.lit(2.0), F.datediff(day, F.lit(landmark)) / F.lit(float(half_life_days)))
+
+
+def _dated(frame: DataFrame, landmark: date, holdout_from: date, run_date: date) -> DataFrame:
+    dates = {"landmark_date": landmark, "holdout_from": holdout_from, "as_of": run_date}
+    return frame.withColumns({name: F.lit(day) for name, day in dates.items()})
+
+
+def _shuffle_partitions(frame: DataFrame) -> int:
+    """The session's setting: the explicit numbers here keep adaptive execution from merging tasks whose input is small but whose
+    output, pairs, is not.
+    """
+    return int(frame.sparkSession.conf.get("spark.sql.shuffle.partitions") or 1)
+
+
+def _window_rule(window: WindowSettings, max_items: int, hash_key: bytes, first_day: date, last_day: date) -> WindowRule:
+    return WindowRule(
+        kind=window.kind,
+        window_micros=None if window.window_seconds is None else window.window_seconds * 1_000_000,
+        max_distance=window.max_distance,
+        symmetric=window.symmetric,
+        max_items=max_items,
+        hash_key=hash_key,
+        first_day=day_number(first_day),
+        last_day=day_number(last_day),
+    )
+
+
+def _reaching(window: WindowSettings, first_day: date, last_day: date) -> Transform:
+    """Engagements that can take part in a pair of the days: by date where the window has seconds, else by session or user."""
+
+    def transform(engagements: DataFrame) -> DataFrame:
+        events = engagements.where(F.col("event_date") <= F.lit(last_day))
+        recent = F.col("event_date") >= F.lit(first_day)
+        if window.kind == "session":
+            events = events.where(F.col("session_id").isNotNull())
+            keys = ["user_id", "session_id"]
+            events = events.join(events.where(recent).select(*keys).distinct(), on=keys, how="left_semi")
+        elif window.window_seconds is not None:
+            lookback = timedelta(days=ceil(window.window_seconds / _SECONDS_PER_DAY))
+            events = events.where(F.col("event_date") >= F.lit(first_day - lookback))
+        else:
+            events = events.join(events.where(recent).select("user_id").distinct(), on="user_id", how="left_semi")
+        time, day = F.unix_micros("engaged_at").alias("time"), F.unix_date("event_date").alias("day")
+        return events.select("user_id", "session_id", "item_id", day, time)
+
+    return transform
+
+
+def _dealt_out(rule: WindowRule, tasks: int, num_splits: int) -> Transform:
+    """Windows to the task of their (day, split): contiguous ranges of days, so that files can be skipped by day."""
+
+    def transform(windows: DataFrame) -> DataFrame:
+        copies = windows.withColumn("split", F.explode(F.sequence(F.lit(0), F.lit(num_splits - 1))))
+        place = (F.col("day") - rule.first_day) * num_splits + F.col("split")
+        num_places = (rule.last_day - rule.first_day + 1) * num_splits
+        task = F.floor(place.cast("bigint") * tasks / num_places).cast("int")
+        return copies.repartitionById(tasks, task).sortWithinPartitions("day", "split")
+
+    return transform
+
+
+def _with_associations(popularity: DataFrame) -> Transform:
+    """Add cosine, jaccard and lift; double arithmetic, as products of counts overflow a bigint under ANSI."""
+
+    def transform(totals: DataFrame) -> DataFrame:
+        days = F.col("num_user_days").cast("double")
+        triggers = popularity.select(F.col("item_id").alias("trigger_item_id"), days.alias("trigger_days"))
+        targets = popularity.select(F.col("item_id").alias("target_item_id"), days.alias("target_days"))
+        all_days = popularity.agg(F.sum("num_user_days").cast("double").alias("all_days"))
+        joined = totals.join(triggers, on="trigger_item_id", how="left").join(targets, on="target_item_id", how="left").crossJoin(all_days)
+        i, j = F.col("trigger_days"), F.col("target_days")
+        return joined.withColumns(
+            {
+                "cosine": days / F.sqrt(i * j),
+                "jaccard": days / F.greatest(i + j - days, days),
+                "lift": days * F.col("all_days") / (i * j),
+            }
+        )
+
+    return transform

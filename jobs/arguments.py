@@ -1,0 +1,72 @@
+"""The command line that all jobs share: strings become typed objects here and nowhere else."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+
+from conf.errors import MtmhError, SettingsError
+from conf.settings import Settings, load_settings, packaged_configs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What a job was asked to do."""
+
+    settings: Settings
+    run_date: date
+    plan: bool
+    force: bool
+    publish: bool
+
+
+def add_config(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """Add `--config` and `--set`."""
+    parser.add_argument(
+        "--config", required=default is None, default=default, help=f"one of {', '.join(packaged_configs())}, or a path to your .yaml"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated")
+
+
+def parse_date(text: str) -> date:
+    """An ISO day.
+
+    Raises:
+        SettingsError: anything else.
+    """
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise SettingsError(f"--run-date {text!r} is not a day; wanted YYYY-MM-DD, e.g. 2017-11-30") from error
+
+
+def parse(argv: Sequence[str] | None, *, description: str) -> Arguments:
+    """Parse the flags of a stage or a night.
+
+    Raises:
+        SettingsError: a date or setting is wrong.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--run-date", required=True, help="the night: everything before the end of this UTC day counts, YYYY-MM-DD")
+    add_config(parser)
+    parser.add_argument("--plan", action="store_true", help="print stages, versions and sizes; do nothing")
+    parser.add_argument("--force", action="store_true", help="run again what has succeeded with the same inputs")
+    parser.add_argument("--publish", action="store_true", help="publish the lists even if a later night is the current one")
+    values = parser.parse_args(argv)
+    return Arguments(
+        settings=load_settings(values.config, values.set),
+        run_date=parse_date(values.run_date),
+        plan=values.plan,
+        force=values.force,
+        publish=values.publish,
+    )
+
+
+def report_errors(main: Callable[[], None]) -> None:
+    """Run a job's main: an error that a user can act on ends it with status 1 and its message, anything else with its traceback."""
+    try:
+        main()
+    except MtmhError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

@@ -1,0 +1,174 @@
+"""Stage 7: the lists of D - horizon are scored on the co-engagement of (D - horizon, D], beside simple baselines.
+
+A test pair is a co-engagement whose target falls after the night of the judged lists. Ranking is over the full catalog; a partner that
+is in no list stays in the denominator. Baselines rank from the very table versions that the judged night read.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+from scipy import sparse
+
+from conf.tables import (
+    CO_ENGAGEMENT_PAIRS,
+    ENGAGEMENTS,
+    EVALUATION,
+    ITEM_FEATURES,
+    ITEM_NEIGHBORS_HISTORY,
+    ITEM_POPULARITY,
+    Table,
+)
+from features import pairs
+from jobs.ledger import StageRecord
+from jobs.stage import StageRun, stage_main
+from models import baselines, metrics
+
+STAGE = "evaluate"
+Indices = npt.NDArray[np.int32]
+Lists = dict[tuple[str, str], Indices]
+"""(T, K) item indices by method and head, -1 behind the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What is judged: triggers (T,), their future partners (T, N), and the catalog the judged night knew (N items)."""
+
+    item_ids: list[str]
+    triggers: Indices
+    future: sparse.csr_array
+    popularity: npt.NDArray[np.float64]
+
+
+def evaluate(run: StageRun) -> None:
+    """Find the judged night, collect its future, score lists and baselines, gate."""
+    judged_date = run.run_date - timedelta(days=run.settings.evaluation.horizon_days)
+    night = run.night.ledger.last_success(stage="publish_neighbors", run_date=judged_date)
+    if night is None:
+        run.note(f"no lists of {judged_date} to judge: nothing was evaluated")
+        return
+    judged = _judged(run, night)
+    rows: list[tuple[Any, ...]] = []
+    for (method, head), lists in (_published(run, night, judged) | _baselines(run, night, judged)).items():
+        rows += [(night.run_id, judged_date, method, head, *scored) for scored in _scores(run, judged, lists)]
+    frame = run.night.spark.createDataFrame(
+        [(*row, len(judged.triggers), run.settings.evaluation.horizon_days) for row in rows], ", ".join(_ddl())
+    )
+    run.replace(EVALUATION, frame, where=f"run_id = '{night.run_id}'")
+    run.gate({"num_triggers": len(judged.triggers)} | {f"{row[2]}_{row[3]}_{row[4]}": row[6] for row in rows})
+
+
+def _ddl() -> list[str]:
+    return [f"{column.name} {column.type}" for column in EVALUATION.columns]
+
+
+def _judged(run: StageRun, night: StageRecord) -> Judged:
+    """The future pairs of at most `max_triggers` triggers, sampled by hash."""
+    settings = run.settings
+    first_day = night.run_date + timedelta(days=1)
+    engagements = run.read(ENGAGEMENTS).where(F.col("event_date") <= F.lit(run.run_date))
+    daily = pairs.count_daily_pairs(
+        window=settings.pairs.window,
+        max_items_per_user_day=settings.evaluation.max_items_per_session,
+        min_users=1,
+        hash_key=b"evaluate",
+        first_day=first_day,
+        last_day=run.run_date,
+    )
+    future = engagements.transform(daily).transform(pairs.future_pairs).cache()
+    sampled = future.select("trigger_item_id").distinct().orderBy(F.xxhash64("trigger_item_id")).limit(settings.evaluation.max_triggers)
+    table = future.join(sampled, "trigger_item_id", how="inner").toArrow()
+    future.unpersist()
+    return _indexed(run, night, table)
+
+
+def _indexed(run: StageRun, night: StageRecord, table: Any) -> Judged:
+    """Ids to indices of the judged night's items; items it did not know get indices behind them, so that they stay in the denominator."""
+    features = _pinned(run, night, ITEM_FEATURES).select("item_id", "item_index").orderBy("item_index").toArrow()
+    known = features["item_id"].to_pylist()
+    triggers, targets = table["trigger_item_id"].to_pylist(), table["target_item_id"].to_pylist()
+    index = {item_id: position for position, item_id in enumerate(known)}
+    for item_id in sorted({*triggers, *targets} - index.keys()):
+        index[item_id] = len(index)
+    rows = np.array(sorted({index[item_id] for item_id in triggers}), np.int32)
+    row_of = {item: row for row, item in enumerate(rows.tolist())}
+    weight = table["num_user_days"].to_numpy().astype(np.float64)
+    cells = ([row_of[index[item_id]] for item_id in triggers], [index[item_id] for item_id in targets])
+    future = sparse.csr_array((weight, cells), shape=(len(rows), len(index)))
+    popularity = np.zeros(len(index))
+    counted = _pinned(run, night, ITEM_POPULARITY).select("item_id", "num_user_days").toArrow()
+    popularity[[index[item_id] for item_id in counted["item_id"].to_pylist()]] = counted["num_user_days"].to_numpy()
+    return Judged(item_ids=list(index), triggers=rows, future=future, popularity=popularity)
+
+
+def _pinned(run: StageRun, night: StageRecord, table: Table) -> DataFrame:
+    """A table at the version the judged night used."""
+    versions: dict[str, int] = {}
+    for record in run.night.ledger.records(run_id=night.run_id, status="succeeded"):
+        versions |= record.input_versions | record.output_versions
+    return run.night.lake.read(table, versions[table.name])
+
+
+def _published(run: StageRun, night: StageRecord, judged: Judged) -> Lists:
+    """The (T, K) lists of every head of the judged night."""
+    k = max(run.settings.evaluation.cutoffs)
+    history = run.read(ITEM_NEIGHBORS_HISTORY).where(F.col("run_id") == F.lit(night.run_id))
+    wanted = run.night.spark.createDataFrame([(judged.item_ids[item],) for item in judged.triggers.tolist()], "item_id string")
+    ids = F.slice(F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"]), 1, k).alias("ids")
+    rows = history.join(F.broadcast(wanted), "item_id", how="left_semi").select("item_id", "head", ids).toArrow()
+    index = {item_id: position for position, item_id in enumerate(judged.item_ids)}
+    row_of = {judged.item_ids[item]: row for row, item in enumerate(judged.triggers.tolist())}
+    lists: Lists = {}
+    for item_id, head, neighbors in zip(rows["item_id"].to_pylist(), rows["head"].to_pylist(), rows["ids"].to_pylist(), strict=True):
+        found = lists.setdefault(("mtmh", head), np.full((len(judged.triggers), k), -1, np.int32))
+        found[row_of[item_id], : len(neighbors)] = [index[neighbor] for neighbor in neighbors]
+    return lists
+
+
+def _baselines(run: StageRun, night: StageRecord, judged: Judged) -> Lists:
+    """Popularity, decayed counts and content, ranked from what the judged night knew; a trigger it did not know gets popularity only."""
+    k = max(run.settings.evaluation.cutoffs)
+    features = _pinned(run, night, ITEM_FEATURES).orderBy("item_index").select("eligible", "content_vector").toArrow()
+    eligible = features["eligible"].to_numpy()
+    content = np.stack(features["content_vector"].to_numpy()).astype(np.float32)
+    popularity = judged.popularity[: len(eligible)].astype(np.float32)
+    counts = _counts(run, night, judged.item_ids[: len(eligible)])
+    ranked = {"popularity": baselines.popularity_lists(judged.triggers, popularity=popularity, eligible=eligible, k=k)}
+    ranked["counts"] = baselines.count_lists(judged.triggers, counts=counts, popularity=popularity, eligible=eligible, k=k)
+    ranked["content"] = baselines.content_lists(judged.triggers, content=content, eligible=eligible, k=k)
+    return {(name, "-"): lists for name, lists in ranked.items()}
+
+
+def _counts(run: StageRun, night: StageRecord, item_ids: list[str]) -> sparse.csr_array:
+    """(N, N) decayed co-engagement weight as the judged night knew it."""
+    table = _pinned(run, night, CO_ENGAGEMENT_PAIRS).select("trigger_item_id", "target_item_id", "weight").toArrow()
+    known = pa.array(item_ids)
+    rows, columns = (pc.index_in(table[name], known).to_numpy() for name in ("trigger_item_id", "target_item_id"))
+    return sparse.csr_array((table["weight"].to_numpy(), (rows, columns)), shape=(len(item_ids), len(item_ids)))
+
+
+def _scores(run: StageRun, judged: Judged, lists: Indices) -> Iterator[tuple[str, str, float, float, float]]:
+    """(metric, slice, value, low, high) of one method's lists."""
+    settings = run.settings.evaluation
+    for k in settings.cutoffs:
+        plain = metrics.recall_at_k(lists, judged.future, k=k)
+        debiased = metrics.debiased_recall_at_k(lists, judged.future, judged.popularity, k=k)
+        for name, values in ((f"recall@{k}", plain), (f"debiased_recall@{k}", debiased)):
+            found = metrics.bootstrap(values, num_resamples=settings.num_bootstrap, seed=run.settings.training.seed)
+            yield name, "all", found.value, found.low, found.high
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage alone."""
+    stage_main(STAGE, evaluate, description="past lists against what happened since", argv=argv)
+
+
+if __name__ == "__main__":
+    main()

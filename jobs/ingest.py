@@ -1,0 +1,110 @@
+"""Stage 1: the user's events and items become `engagements`, `item_annotations`, `pair_relevance` and `rejected_rows`.
+
+A night of run date D takes every event with `engaged_at < D+1 00:00 UTC`. Days up to D are replaced, so that a second run changes
+nothing; later days, which a later night may have written, stay.
+"""
+
+from collections.abc import Sequence
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from conf.settings import SourceSettings
+from conf.tables import ENGAGEMENTS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, Table
+from features import annotations, engagements
+from features.sources import rejected_rows
+from jobs.lake import only_row
+from jobs.sources import read_source, take_users, user_hash_key
+from jobs.stage import StageRun, stage_main
+
+STAGE = "ingest"
+
+
+def ingest(run: StageRun) -> None:
+    """Read, check, write what is good, write what is refused, gate."""
+    sources = run.settings.source
+    events = _checked_events(run)
+    items = annotations.check_items(read_source(run.night.spark, sources.items, name="items"), source=sources.items).cache()
+    run.replace(ENGAGEMENTS, engagements.accepted_events(events, source=sources.events), where=f"event_date <= '{run.run_date}'")
+    run.replace(ITEM_ANNOTATIONS, _merged_annotations(run, items))
+    rejected = [
+        rejected_rows(events, run_id=run.night.run_id, source="events"),
+        rejected_rows(items, run_id=run.night.run_id, source="items"),
+    ]
+    rejected += _ingest_labels(run, sources)
+    run.replace(REJECTED_ROWS, _union(rejected), where=f"run_id = '{run.night.run_id}'")
+    run.gate(_event_metrics(run, events) | _item_metrics(run, items) | {"num_duplicate_keys": _num_duplicate_keys(run)})
+    items.unpersist()
+
+
+def _checked_events(run: StageRun) -> DataFrame:
+    key, note = user_hash_key(run.settings.pairs)
+    if note:
+        run.note(note)
+    source = run.settings.source.events
+    frame = read_source(run.night.spark, source, name="events")
+    frame = take_users(frame, source.columns.user_id, share=run.settings.source.user_share)
+    return engagements.check_events(frame, source=source, run_date=run.run_date, now=run.night.now, hash_key=key)
+
+
+def _merged_annotations(run: StageRun, items: DataFrame) -> DataFrame:
+    source, lake = run.settings.source.items, run.night.lake
+    point_in_time = source.columns.event_timestamp is not None
+    if not point_in_time:
+        run.note("catalog not point-in-time: it has no time column, so every night sees today's catalog")
+    existing = lake.read(ITEM_ANNOTATIONS) if lake.exists(ITEM_ANNOTATIONS) else None
+    incoming = annotations.accepted_items(items)
+    return annotations.merge_annotations(existing, incoming, mode=source.mode, run_date=run.run_date, point_in_time=point_in_time)
+
+
+def _ingest_labels(run: StageRun, sources: SourceSettings) -> list[DataFrame]:
+    if sources.pair_relevance is None:
+        run.replace(PAIR_RELEVANCE, _empty(run, PAIR_RELEVANCE))
+        return []
+    frame = read_source(run.night.spark, sources.pair_relevance, name="pair_relevance")
+    checked = annotations.check_pair_relevance(frame, source=sources.pair_relevance, now=run.night.now)
+    run.replace(PAIR_RELEVANCE, checked.where(F.col("reason").isNull()).select(*PAIR_RELEVANCE.column_names))
+    return [rejected_rows(checked, run_id=run.night.run_id, source="pair_relevance")]
+
+
+def _empty(run: StageRun, table: Table) -> DataFrame:
+    return run.night.spark.createDataFrame([], table.ddl)
+
+
+def _union(frames: Sequence[DataFrame]) -> DataFrame:
+    first, *rest = frames
+    for frame in rest:
+        first = first.unionByName(frame)
+    return first
+
+
+def _event_metrics(run: StageRun, checked: DataFrame) -> dict[str, float]:
+    counted = engagements.event_metrics(checked, source=run.settings.source.events)
+    kept = run.read_output(ENGAGEMENTS).where(F.col("event_date") <= F.lit(run.run_date)).count()
+    share = counted["num_rejected_events"] / max(1.0, counted["num_source_events"])
+    return counted | {"rejected_events_share": share, "num_merged_events": counted["num_taken_events"] - kept, "num_engagements": kept}
+
+
+def _item_metrics(run: StageRun, checked: DataFrame) -> dict[str, float]:
+    row = only_row(checked.agg(F.count("*").alias("rows"), F.count("reason").alias("rejected")))
+    as_of = annotations.annotations_as_of(run.read_output(ITEM_ANNOTATIONS), run_date=run.run_date)
+    return {
+        "num_source_items": row["rows"],
+        "num_rejected_items": row["rejected"],
+        "rejected_items_share": row["rejected"] / max(1, row["rows"]),
+        "num_items": as_of.where(~F.col("deleted")).count(),
+    }
+
+
+def _num_duplicate_keys(run: StageRun) -> float:
+    keys = [(ENGAGEMENTS, ENGAGEMENTS.key), (ITEM_ANNOTATIONS, ITEM_ANNOTATIONS.key)]
+    return sum(run.read_output(table).groupBy(*key).count().where("count > 1").count() for table, key in keys)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage alone."""
+    stage_main(STAGE, ingest, description="events and items to clean tables", argv=argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The lake: where a table lies, reading one version of it, replacing a part of it in one commit.
+
+A write first selects and casts exactly the declared columns, so that a wrong frame fails here by name and not inside Delta.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delta.tables import DeltaTable
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.types import StructType
+
+from conf.errors import MachineError, PublishError, TableError
+from conf.settings import LakeSettings
+from conf.tables import Table
+from jobs.reader import lake_root, open_table, table_exists
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lake:
+    """Tables below one root. Versions are Delta versions, from 0."""
+
+    spark: SparkSession
+    root: str
+
+    def path(self, table: Table) -> str:
+        """Path or URI of a table's folder."""
+        return f"{self.root}/{table.name}"
+
+    def exists(self, table: Table) -> bool:
+        """Whether the table has been created."""
+        return table_exists(self.root, table)
+
+    def version(self, table: Table) -> int:
+        """Latest version.
+
+        Raises:
+            TableError: the table does not exist yet.
+        """
+        return open_table(self.root, table).version()  # delta-rs reads the log in milliseconds, a Spark history takes half a second
+
+    def read(self, table: Table, version: int | None = None) -> DataFrame:
+        """The table at one version (None: latest).
+
+        Raises:
+            TableError: the table does not exist yet.
+        """
+        open_table(self.root, table)
+        reader = self.spark.read.format("delta")
+        if version is not None:
+            reader = reader.option("versionAsOf", version)
+        return reader.load(self.path(table))
+
+    def create(self, table: Table) -> None:
+        """Create an empty table with its comments and NOT NULL constraints, unless it is there."""
+        if self.exists(table):
+            return
+        builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
+        builder.addColumns(_schema(table)).execute()
+
+    def replace(
+        self,
+        table: Table,
+        frame: DataFrame,
+        *,
+        where: str | None = None,
+        presorted: bool = False,
+        metadata: Mapping[str, object] | None = None,
+    ) -> int:
+        """Replace the rows that satisfy `where` (None: all) in one commit, and return the new version.
+
+        Rows are sorted by the table's layout inside each file, unless the frame's partitions are `presorted`.
+        """
+        self.create(table)
+        conformed = conform(frame, table)
+        writer = (conformed if presorted else _laid_out(conformed, table)).write.format("delta").mode("overwrite")
+        if where is not None:
+            writer = writer.option("replaceWhere", where)
+        writer.option("userMetadata", json.dumps(dict(metadata or {}))).save(self.path(table))
+        return self.version(table)
+
+    def append(self, table: Table, frame: DataFrame) -> int:
+        """Add rows in one commit, and return the new version."""
+        self.create(table)
+        conform(frame, table).write.format("delta").mode("append").save(self.path(table))
+        return self.version(table)
+
+    def delete_where(self, table: Table, where: str) -> None:
+        """Delete rows; no commit is made when none satisfies `where`."""
+        DeltaTable.forPath(self.spark, self.path(table)).delete(where)
+
+    def publish(self, table: Table, frame: DataFrame, *, expected: int | None, metadata: Mapping[str, object]) -> int:
+        """Replace the whole table if it still is at `expected` (None: not there yet).
+
+        Raises:
+            PublishError: somebody else published in between; nothing is written.
+        """
+        found = self.version(table) if self.exists(table) else None
+        if found != expected:
+            raise PublishError(
+                f"{table.name} is at version {found}, this night expected {expected}: another night published in between. "
+                "Nothing was written; run the night again if its lists are still wanted."
+            )
+        return self.replace(table, frame, metadata=metadata)
+
+
+def open_lake(spark: SparkSession, settings: LakeSettings) -> Lake:
+    """The lake of the settings; a local root is made absolute and must be writable.
+
+    Raises:
+        MachineError: the root cannot be created or written.
+    """
+    root = lake_root(settings)
+    if "://" in root:
+        return Lake(spark=spark, root=root)
+    folder = Path(root)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MachineError(f"cannot write the lake at {folder}: {error.strerror}; set lake.root to a writable folder or URI") from error
+    return Lake(spark=spark, root=str(folder))
+
+
+def only_row(frame: DataFrame) -> dict[str, Any]:
+    """The one row of an aggregate without groups."""
+    row = frame.first()
+    assert row is not None  # an aggregate without groups always has a row
+    return dict(row.asDict())
+
+
+def conform(frame: DataFrame, table: Table) -> DataFrame:
+    """Exactly the declared columns with the declared types.
+
+    Raises:
+        TableError: a declared column is missing.
+    """
+    if missing := set(table.column_names) - set(frame.columns):
+        raise TableError(f"missing columns {sorted(missing)} for table {table.name}; have {frame.columns}")
+    return frame.select([_typed(column.name, column.type) for column in table.columns])
+
+
+def _schema(table: Table) -> StructType:
+    schema = StructType.fromDDL(table.ddl)
+    assert isinstance(schema, StructType)
+    return schema
+
+
+def _typed(name: str, type_: str) -> Column:
+    return F.col(name).cast(type_).alias(name)
+
+
+def _laid_out(frame: DataFrame, table: Table) -> DataFrame:
+    """Sorted inside each file; rows stay in the partition that made them, so that it costs no exchange."""
+    return frame.sortWithinPartitions(*table.order_by) if table.order_by else frame

@@ -1,0 +1,106 @@
+"""The ledger of runs: which stage of which night succeeded, with which versions, so that a night can be resumed and reproduced."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import date, datetime
+from importlib import resources
+from typing import Any
+
+import pyarrow as pa
+from deltalake import DeltaTable, write_deltalake
+
+from conf.settings import Settings, SourceTable
+from conf.tables import RUNS
+from jobs.lake import Lake
+from jobs.reader import open_table
+
+_CODE = ("conf", "features", "models", "validation", "jobs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """A row of `runs`."""
+
+    run_id: str
+    run_date: date
+    stage: str
+    attempt: int
+    status: str
+    started_at: datetime
+    ended_at: datetime
+    seconds: float
+    input_versions: dict[str, int]
+    output_versions: dict[str, int]
+    fingerprint: str
+    metrics: dict[str, float]
+    gates: str | None = None
+    notes: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """Reads and appends `runs`, without Spark: a failure is recorded even when the session has died."""
+
+    lake: Lake
+
+    def append(self, record: StageRecord) -> None:
+        """Write one row."""
+        self.lake.create(RUNS)
+        table = open_table(self.lake.root, RUNS)
+        write_deltalake(table, pa.Table.from_pylist([asdict(record)], schema=pa.schema(table.schema().to_arrow())), mode="append")
+
+    def records(self, **equal: object) -> list[StageRecord]:
+        """Rows whose columns equal the arguments, oldest first."""
+        if not self.lake.exists(RUNS):
+            return []
+        rows = open_table(self.lake.root, RUNS).to_pyarrow_table().sort_by("ended_at").to_pylist()
+        return [_record(row) for row in rows if all(row[column] == value for column, value in equal.items())]
+
+    def last_success(self, **equal: object) -> StageRecord | None:
+        """The newest succeeded row among `records`."""
+        found = self.records(status="succeeded", **equal)
+        return found[-1] if found else None
+
+
+def _record(row: dict[str, Any]) -> StageRecord:
+    maps = {name: dict(row[name]) for name in ("input_versions", "output_versions", "metrics")}
+    return StageRecord(**row | maps | {"notes": row["notes"] or []})
+
+
+def code_fingerprint() -> str:
+    """Hash of all modules and settings files, in a checkout or in a zip."""
+    digest = hashlib.sha256()
+    for package in _CODE:
+        for entry in sorted(resources.files(package).iterdir(), key=lambda entry: entry.name):
+            if entry.name.endswith((".py", ".yaml")):
+                digest.update(entry.name.encode() + entry.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def source_state(lake: Lake, source: SourceTable) -> str:
+    """What identifies a source's content: its Delta version, or name, size and time of every file below its path."""
+    if source.format == "delta":
+        return f"{source.path}@{DeltaTable(source.path).version()}" if DeltaTable.is_deltatable(source.path) else ""
+    jvm: Any = lake.spark._jvm  # Hadoop's file system: the one listing that works for every URI Spark can read
+    path = jvm.org.apache.hadoop.fs.Path(source.path)
+    file_system = path.getFileSystem(lake.spark._jsparkSession.sessionState().newHadoopConf())
+    return "\n".join(sorted(_listing(file_system, path)))
+
+
+def _listing(file_system: Any, path: Any) -> Iterable[str]:
+    if not file_system.exists(path):
+        return
+    files = file_system.listFiles(path, True)
+    while files.hasNext():
+        status = files.next()
+        if not status.getPath().getName().startswith(("_", ".")):
+            yield f"{status.getPath()} {status.getLen()} {status.getModificationTime()}"
+
+
+def night_fingerprint(settings: Settings, states: Iterable[str], extra: Mapping[str, str]) -> str:
+    """Hash of settings, code and sources: equal fingerprints mean equal tables."""
+    parts = [settings.fingerprint(), code_fingerprint(), *states, json.dumps(dict(extra), sort_keys=True)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

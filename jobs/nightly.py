@@ -1,0 +1,85 @@
+"""The whole night for one run date: every stage in order, resumed after the last good one; nothing is published if a gate fails."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table as RichTable
+
+from jobs.arguments import parse, report_errors
+from jobs.build_features import build_features
+from jobs.build_pairs import build_pairs
+from jobs.evaluate import evaluate
+from jobs.ingest import ingest
+from jobs.ledger import StageRecord
+from jobs.publish_neighbors import publish_neighbors
+from jobs.publish_online import publish_online
+from jobs.stage import Night, Stage, finished, open_night, run_stage
+from jobs.train_model import train_model
+
+STAGES: Mapping[str, Stage] = {
+    "ingest": ingest,
+    "build_pairs": build_pairs,
+    "build_features": build_features,
+    "train_model": train_model,
+    "publish_neighbors": publish_neighbors,
+    "publish_online": publish_online,
+    "evaluate": evaluate,
+}
+
+
+def run_night(night: Night, *, force: bool = False) -> list[StageRecord]:
+    """Run every stage that has not succeeded yet in this night."""
+    night.display.say(f"[bold]night {night.run_date}[/bold], run {night.run_id}, lake {night.lake.root}")
+    return [run_stage(night, name, stage, force=force) for name, stage in STAGES.items()]
+
+
+def plan(night: Night) -> RichTable:
+    """What `run_night` would do: stages with their state, versions and last duration."""
+    table = RichTable("stage", "state", "last took", "reads", title=f"plan of {night.run_id}", title_justify="left")
+    waiting = False
+    for name in STAGES:
+        done = None if waiting else finished(night, name)
+        waiting = waiting or done is None
+        last = night.ledger.last_success(stage=name)
+        reads = ", ".join(f"{table}@{version}" for table, version in sorted(last.input_versions.items())) if last else ""
+        table.add_row(name, "done" if done else "to do", f"{last.seconds:.0f} s" if last else "", reads)
+    return table
+
+
+_SHOWN = {
+    "ingest": ("num_engagements", "num_items", "num_rejected_events", "num_rejected_items"),
+    "build_pairs": ("num_daily_rows", "num_pairs"),
+    "build_features": ("num_items", "num_examples"),
+    "train_model": ("final_loss",),
+    "publish_neighbors": ("num_items", "coverage", "fullness", "churn"),
+    "publish_online": ("num_items_written",),
+    "evaluate": ("num_triggers",),
+}
+
+
+def summary(records: Sequence[StageRecord]) -> RichTable:
+    """A table of a night's stages: time and main volumes."""
+    table = RichTable("stage", "seconds", "volumes", title="the night", title_justify="left")
+    for record in records:
+        shown = [f"{name} {record.metrics[name]:,.6g}" for name in _SHOWN[record.stage] if name in record.metrics]
+        table.add_row(record.stage, f"{record.seconds:,.0f}", ", ".join(shown))
+    table.add_row("total", f"{sum(record.seconds for record in records):,.0f}", "")
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run or plan a night."""
+
+    def run() -> None:
+        arguments = parse(argv, description="one whole night")
+        night = open_night(arguments, stage="nightly")
+        if arguments.plan:
+            night.display.console.print(plan(night))
+            return
+        records = run_night(night, force=arguments.force)
+        night.display.console.print(summary(records))
+
+    report_errors(run)
+
+
+if __name__ == "__main__":
+    main()

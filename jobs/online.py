@@ -1,0 +1,69 @@
+"""Where a night's Feast store lies, and the secret that opens its online store."""
+
+import os
+from typing import Any
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from conf.errors import MachineError
+from conf.settings import OnlineSettings
+from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
+from features import store
+from jobs.stage import Night
+
+
+def redis_connection(online: OnlineSettings) -> str | None:
+    """The Redis connection string from the environment; None for sqlite.
+
+    Raises:
+        MachineError: Redis is wanted and the environment does not say where it is.
+    """
+    if online.store != "redis":
+        return None
+    connection = os.environ.get(online.redis_connection_env)
+    if not connection:
+        raise MachineError(
+            f"online.store is redis, but the environment variable {online.redis_connection_env} is not set; "
+            "set it to host:port[,password=...], or set online.store to sqlite"
+        )
+    return connection
+
+
+def feature_store_folder(lake_root: str) -> str:
+    """Folder of the Feast registry and of the sqlite online store."""
+    return f"{lake_root}/_feast"
+
+
+def open_feature_store(night: Night) -> Any:
+    """The night's Feast store with all definitions applied."""
+    online = night.settings.online
+    feature_store = store.open_store(folder=feature_store_folder(night.lake.root), online=online, redis_connection=redis_connection(online))
+    store.apply_definitions(feature_store, heads=night.settings.list_names)
+    return feature_store
+
+
+def published_history(night: Night) -> DataFrame:
+    """One row per item and published night with the time of its publication: what Feast's offline view of the lists reads."""
+    records = [
+        record
+        for record in night.ledger.records(stage="publish_neighbors", status="succeeded")
+        if ITEM_NEIGHBORS.name in record.output_versions
+    ]
+    rows = [(record.run_id, record.ended_at) for record in records]
+    published = (
+        night.spark.createDataFrame(rows, "run_id string, published_at timestamp")
+        .groupBy("run_id")
+        .agg(F.min("published_at").alias("published_at"))
+    )
+    history = night.lake.read(ITEM_NEIGHBORS_HISTORY).join(F.broadcast(published), "run_id", how="inner")
+    return store.pivot_neighbors(history, night.settings.list_names, published_at=F.col("published_at"))
+
+
+def lists_served_at(night: Night, entities: DataFrame) -> DataFrame:
+    """Which lists were served at each (item_id, event_timestamp) of `entities`, by Feast's point-in-time join.
+
+    A list of run date D exists from its publication on, and not before D+1 00:00 UTC, so that a ranker never trains on a list that could
+    not have been shown yet.
+    """
+    return store.neighbors_at(night.spark, open_feature_store(night), history=published_history(night), entities=entities)

@@ -1,0 +1,158 @@
+"""Stage 5: every item's list per head, merged, with reasons: to history, through the gate, then to `item_neighbors` in one commit.
+
+Spark tasks share one memory-mapped index; a row that enters a task is a trigger with its counted pairs, a row that leaves is one list.
+A night older than the published one goes to history only, unless `--publish` asks for more.
+"""
+
+from collections.abc import Callable, Sequence
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from conf.tables import (
+    CONTRACT_VERSION,
+    ITEM_EMBEDDINGS,
+    ITEM_FEATURES,
+    ITEM_NEIGHBORS,
+    ITEM_NEIGHBORS_HISTORY,
+    MERGE_POLICY,
+)
+from jobs.lake import only_row
+from jobs.retrieval import index_items, retrieved_lists
+from jobs.stage import StageRun, stage_main
+
+STAGE = "publish_neighbors"
+
+
+def publish_neighbors(run: StageRun) -> None:
+    """Index, retrieve, write history, gate, publish."""
+    lake, table = run.night.lake, ITEM_NEIGHBORS
+    expected = lake.version(table) if lake.exists(table) else None
+    _start_policy(run)
+    lists = retrieved_lists(run, index_items(run)).transform(_with_reasons(run)).transform(_with_identity(run))
+    run.replace(ITEM_NEIGHBORS_HISTORY, lists, where=_this_run(run))
+    run.gate(_metrics(run, expected), list_length=run.settings.retrieval.list_length)
+    _publish(run, expected)
+    lake.delete_where(ITEM_NEIGHBORS_HISTORY, f"run_date < date_sub('{run.run_date}', {run.settings.lake.keep_nights})")
+
+
+def _start_policy(run: StageRun) -> None:
+    """Write the settings' policies once; from then on the table rules."""
+    if not run.night.lake.exists(MERGE_POLICY):
+        rows = [(policy.scope, policy.kind, policy.value, policy.popularity_exponent) for policy in run.settings.merge]
+        run.replace(MERGE_POLICY, run.night.spark.createDataFrame(rows, MERGE_POLICY.ddl))
+
+
+def _this_run(run: StageRun) -> str:
+    return f"run_date = '{run.run_date}' AND run_id = '{run.night.run_id}'"
+
+
+def _with_reasons(run: StageRun) -> Callable[[DataFrame], DataFrame]:
+    """Codes of the retriever to words: how often engaged together, the finest category in common, which source found it."""
+    categories = run.read(ITEM_FEATURES).select("item_id", "categories")
+
+    def reason(neighbor: Column) -> Column:
+        depth = neighbor["shared_depth"].cast("int")
+        together = F.when(
+            neighbor["num_user_days"] > 0, F.concat(F.lit("engaged together on "), neighbor["num_user_days"], F.lit(" user-days"))
+        )
+        same = F.when(depth > 0, F.concat(F.lit("same "), F.get("categories", depth - 1)))
+        found = F.when(neighbor["filled"], F.lit("fills up the list")).otherwise(
+            F.concat(F.lit("found by "), F.array_join(neighbor["sources"], ", "))
+        )
+        return F.concat_ws("; ", together, same, found)
+
+    def described(neighbor: Column) -> Column:
+        names = ("neighbor_id", "score", "sources", "num_user_days", "relevance", "filled")
+        fields = {name: neighbor[name].alias(name) for name in names} | {"reason": reason(neighbor).alias("reason")}
+        return F.struct(*(fields[name] for name in ("neighbor_id", "score", "reason", "sources", "num_user_days", "relevance", "filled")))
+
+    def transform(lists: DataFrame) -> DataFrame:
+        return lists.join(F.broadcast(categories), "item_id", how="left").withColumn("neighbors", F.transform("neighbors", described))
+
+    return transform
+
+
+def _with_identity(run: StageRun) -> Callable[[DataFrame], DataFrame]:
+    version = only_row(run.read(ITEM_EMBEDDINGS).agg(F.max("model_version").alias("version")))["version"]
+
+    def transform(lists: DataFrame) -> DataFrame:
+        ids = F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])
+        return lists.select(
+            F.lit(run.run_date).alias("run_date"),
+            F.lit(run.night.run_id).alias("run_id"),
+            "item_id",
+            "head",
+            "neighbors",
+            F.lit(version).alias("model_version"),
+            F.sha1(F.array_join(ids, "\x1f")).alias("list_hash"),
+            F.lit(CONTRACT_VERSION).alias("contract_version"),
+        )
+
+    return transform
+
+
+def _metrics(run: StageRun, expected: int | None) -> dict[str, float]:
+    """Numbers of the lists just written to history; the published table, if any, is what churn is against."""
+    lists = run.read_output(ITEM_NEIGHBORS_HISTORY).where(_this_run(run))
+    ids = F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])
+    scores = F.transform("neighbors", lambda neighbor: neighbor["score"])
+    merged = F.col("head") == "merged"
+    rising = F.exists(F.arrays_zip(scores.alias("a"), F.slice(scores, 2, 1_000_000).alias("b")), lambda pair: pair["b"] > pair["a"])
+    row = only_row(
+        lists.agg(
+            F.count_if(merged & (F.size("neighbors") > 0)).alias("num_items"),
+            F.avg(F.when(merged, F.size("neighbors"))).alias("mean_length"),
+            F.count_if(F.array_contains(ids, F.col("item_id"))).alias("num_self_neighbors"),
+            F.count_if(F.size(F.array_distinct(ids)) < F.size(ids)).alias("num_duplicate_neighbors"),
+            F.count_if(~merged & rising).alias("num_unordered"),
+        )
+    )
+    items = only_row(run.read(ITEM_FEATURES).agg(F.count_if("in_catalog").alias("catalog"), F.count_if("eligible").alias("eligible")))
+    possible = max(1, min(run.settings.retrieval.list_length, items["eligible"] - 1))
+    measured = {name: float(row[name]) for name in ("num_items", "num_self_neighbors", "num_duplicate_neighbors", "num_unordered")}
+    measured |= {"coverage": row["num_items"] / max(1, items["catalog"]), "fullness": min(1.0, (row["mean_length"] or 0.0) / possible)}
+    measured["num_ineligible_neighbors"] = _num_ineligible(run, lists)
+    return measured | ({} if expected is None else _churn(run, lists.where(merged), expected))
+
+
+def _num_ineligible(run: StageRun, lists: DataFrame) -> float:
+    allowed = run.read(ITEM_FEATURES).where("eligible").select(F.col("item_id").alias("neighbor_id"))
+    offered = lists.select(F.explode(F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])).alias("neighbor_id"))
+    forbidden = offered.groupBy("neighbor_id").count().join(allowed, "neighbor_id", how="left_anti")
+    return float(only_row(forbidden.agg(F.sum("count").alias("total")))["total"] or 0)
+
+
+def _churn(run: StageRun, merged: DataFrame, expected: int) -> dict[str, float]:
+    """1 - mean Jaccard@10 of the merged lists of items that both nights have."""
+    first_ten = F.slice(F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"]), 1, 10)
+    before = run.night.lake.read(ITEM_NEIGHBORS, expected).where(F.col("head") == "merged").select("item_id", first_ten.alias("before"))
+    both = merged.select("item_id", first_ten.alias("now")).join(before, "item_id", how="inner")
+    shared = F.size(F.array_intersect("now", "before")) / F.greatest(F.size(F.array_union("now", "before")), F.lit(1))
+    jaccard = only_row(both.agg(F.avg(F.when(F.size(F.array_union("now", "before")) == 0, 1.0).otherwise(shared)).alias("mean")))["mean"]
+    return {} if jaccard is None else {"churn": 1.0 - jaccard}
+
+
+def _publish(run: StageRun, expected: int | None) -> None:
+    """One commit, fenced on the version seen at the start; an older night stays in history."""
+    lake = run.night.lake
+    if expected is not None and not run.night.publish:
+        current = only_row(lake.read(ITEM_NEIGHBORS, expected).agg(F.max("run_date").alias("date")))["date"]
+        if current is not None and current > run.run_date:
+            run.note(f"the lists of {current} are published; this older night went to history only (--publish overrides)")
+            return
+    lists = run.read_output(ITEM_NEIGHBORS_HISTORY).where(_this_run(run))
+    versions = {name: str(version) for name, version in run.inputs.items()}
+    metadata = {"run_id": run.night.run_id, "run_date": run.run_date.isoformat(), "inputs": versions}
+    ordered = lists.repartitionByRange("item_id").sortWithinPartitions("item_id", "head")
+    run.outputs[ITEM_NEIGHBORS.name] = lake.publish(ITEM_NEIGHBORS, ordered, expected=expected, metadata=metadata)
+    run.night.display.say(f"  published item_neighbors version {run.outputs[ITEM_NEIGHBORS.name]}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage alone."""
+    stage_main(STAGE, publish_neighbors, description="lists per head, merged, published", argv=argv)
+
+
+if __name__ == "__main__":
+    main()

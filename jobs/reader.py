@@ -1,0 +1,58 @@
+"""Published tables without Spark: point lookups and whole columns through delta-rs, for terminals, exports and checks."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+from deltalake import DeltaTable
+from deltalake.exceptions import TableNotFoundError
+
+from conf.errors import TableError
+from conf.settings import LakeSettings
+from conf.tables import ITEM_FEATURES, ITEM_NEIGHBORS, Table
+
+
+def lake_root(settings: LakeSettings) -> str:
+    """Root of the tables: absolute where it is a local path."""
+    root = "/".join(part for part in (settings.root.rstrip("/"), settings.variant) if part)
+    return root if "://" in root else str(Path(root).absolute())
+
+
+def open_table(root: str, table: Table, version: int | None = None) -> DeltaTable:
+    """A table at a version (None: latest).
+
+    Raises:
+        TableError: it does not exist.
+    """
+    try:
+        return DeltaTable(f"{root}/{table.name}", version=version)
+    except TableNotFoundError as error:
+        raise TableError(
+            f"no table {table.name} under {root}; run the stage that writes it, or `python -m jobs.nightly`, or check lake.root"
+        ) from error
+
+
+def table_exists(root: str, table: Table) -> bool:
+    """Whether the table has been created."""
+    return DeltaTable.is_deltatable(f"{root}/{table.name}")
+
+
+def rows_where(root: str, table: Table, column: str, values: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows whose column is one of the values; files without any are skipped by their statistics."""
+    dataset = open_table(root, table).to_pyarrow_dataset()
+    return dataset.to_table(filter=ds.field(column).isin(list(values)), columns=list(columns) if columns else None)
+
+
+def neighbors_of(root: str, item_ids: Sequence[str]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(item_id, head) -> neighbors, best first, from the current good night."""
+    rows = rows_where(root, ITEM_NEIGHBORS, "item_id", item_ids, ["item_id", "head", "neighbors"]).to_pylist()
+    return {(row["item_id"], row["head"]): row["neighbors"] for row in rows}
+
+
+def titles_of(root: str, item_ids: Sequence[str]) -> Mapping[str, str]:
+    """item_id -> title, or the id itself where there is none."""
+    rows = rows_where(root, ITEM_FEATURES, "item_id", item_ids, ["item_id", "title"]).to_pylist()
+    known = {row["item_id"]: row["title"] for row in rows if row["title"]}
+    return {item_id: known.get(item_id, item_id) for item_id in item_ids}

@@ -1,0 +1,145 @@
+"""The shared index of a night, and the Spark tasks that search it.
+
+Shapes: `N` items of `item_features` by `item_index`; a task sees blocks of triggers with their counted pairs.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from conf.settings import RetrievalSettings
+from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_EMBEDDINGS, ITEM_FEATURES, ITEM_POPULARITY, MERGE_POLICY
+from jobs.stage import StageRun
+from models.data import TableRef, read_table
+from models.merge import Policies, read_policies
+from models.neighbors import Counted, Retriever, build_index
+
+_TRIGGERS_PER_TASK = 4_096
+_LISTS_DDL = (
+    "item_id string, head string, neighbors array<struct<neighbor_id: string, score: double, sources: array<string>, "
+    "num_user_days: bigint, relevance: double, filled: boolean, shared_depth: tinyint>>"
+)
+Rows = npt.NDArray[np.float32]
+
+
+def index_items(run: StageRun) -> Path:
+    """Write the night's index below its artefacts; returns its folder."""
+
+    def table(declared: Any, *columns: str) -> pa.Table:
+        return read_table(TableRef(uri=run.night.lake.path(declared), version=run.version(declared)), columns)
+
+    features = table(ITEM_FEATURES, "item_id", "item_index", "content_vector", "categories", "eligible").sort_by("item_index")
+    item_ids = features["item_id"].combine_chunks().cast(pa.string())
+    popularity = table(ITEM_POPULARITY, "item_id", "weight")
+    embeddings = table(ITEM_EMBEDDINGS, "item_id", "head", "trigger_vector", "target_vector")
+    model = run.night.artifacts("model")
+    folder = run.night.artifacts("index")
+    build_index(
+        folder,
+        item_ids=item_ids,
+        head_vectors={head: _vectors(embeddings, head, item_ids) for head in run.settings.model.heads},
+        content=_rows(features["content_vector"]),
+        popularity_p=_aligned(popularity, "weight", item_ids),
+        eligible=features["eligible"].to_numpy(),
+        category_codes=category_codes(features["categories"].to_pylist()),
+        scorer_file=model / "scorer.json",
+        calibration=json.loads((model / "metrics.json").read_text()),
+    )
+    return folder
+
+
+def category_codes(paths: Sequence[Sequence[str] | None]) -> npt.NDArray[np.int32]:
+    """Category paths to (N, L) codes: one per level for the whole path down to it, -1 where a path has ended."""
+    depth = max((len(path) for path in paths if path), default=0)
+    codes = np.full((len(paths), depth), -1, np.int32)
+    seen: dict[tuple[str, ...], int] = {}
+    for row, path in enumerate(paths):
+        for level in range(len(path or ())):
+            codes[row, level] = seen.setdefault(tuple(path[: level + 1]) if path else (), len(seen))
+    return codes
+
+
+def _rows(vectors: pa.ChunkedArray) -> Rows:
+    """A column of lists of one length to (N, V)."""
+    whole = vectors.combine_chunks()
+    return np.asarray(whole.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(len(whole), -1)
+
+
+def _vectors(embeddings: pa.Table, head: str, item_ids: pa.Array) -> tuple[Rows, Rows]:
+    mine = embeddings.filter(pc.equal(embeddings["head"].cast(pa.string()), head))
+    order = pc.index_in(item_ids, mine["item_id"].combine_chunks().cast(pa.string()))
+    return _rows(mine["trigger_vector"].take(order)), _rows(mine["target_vector"].take(order))
+
+
+def _aligned(table: pa.Table, column: str, item_ids: pa.Array) -> npt.NDArray[np.float32]:
+    """(N,) values by item, 0 where the table has no row."""
+    found = pc.index_in(item_ids, table["item_id"].combine_chunks().cast(pa.string()))
+    return np.asarray(pc.fill_null(table[column].combine_chunks().take(found), 0.0).to_numpy(zero_copy_only=False), np.float32)
+
+
+def retrieved_lists(run: StageRun, index: Path) -> DataFrame:
+    """item_id, head, neighbors with codes: one row per catalog item and head, from Spark tasks that map one index."""
+    triggers = run.read(ITEM_FEATURES).where("in_catalog")
+    num_tasks = max(2, -(-triggers.count() // _TRIGGERS_PER_TASK))
+    counted = _counted(run).withColumnRenamed("trigger_index", "item_index")
+    blocks = (
+        triggers.select("item_index", F.get("categories", F.lit(0)).alias("coarsest"))
+        .join(counted, "item_index", how="left")
+        .repartition(num_tasks, "item_index")
+        .sortWithinPartitions("item_index")
+    )
+    policies = [row.asDict() for row in run.read(MERGE_POLICY).collect()]
+    read_policies(policies)  # a bad row is reported here, not by a task
+    return blocks.mapInArrow(partial(search_batches, index=str(index), policies=policies, settings=run.settings.retrieval), _LISTS_DDL)
+
+
+def _counted(run: StageRun) -> DataFrame:
+    """trigger_index and parallel arrays target, weight (decayed to the run date) and num_user_days of its pairs."""
+    pairs, indices = run.read(CO_ENGAGEMENT_PAIRS), run.read(ITEM_FEATURES).select("item_id", "item_index")
+    trigger = F.broadcast(indices.select(F.col("item_id").alias("trigger_item_id"), F.col("item_index").alias("trigger_index")))
+    target = F.broadcast(indices.select(F.col("item_id").alias("target_item_id"), F.col("item_index").alias("target_index")))
+    age = F.datediff(F.lit(run.run_date), "landmark_date").cast("double")
+    decayed = (F.col("weight") * F.pow(F.lit(2.0), -age / F.lit(run.settings.pairs.half_life_days))).cast("float")
+    pair = F.struct(F.col("target_index").alias("target"), decayed.alias("weight"), "num_user_days")
+    grouped = (
+        pairs.join(trigger, "trigger_item_id", how="inner")
+        .join(target, "target_item_id", how="inner")
+        .groupBy("trigger_index")
+        .agg(F.array_sort(F.collect_list(pair)).alias("pairs"))
+    )
+    return grouped.select("trigger_index", *(F.col(f"pairs.{name}").alias(name) for name in ("target", "weight", "num_user_days")))
+
+
+def search_batches(
+    batches: Iterator[pa.RecordBatch], *, index: str, policies: Sequence[Mapping[str, Any]], settings: RetrievalSettings
+) -> Iterator[pa.RecordBatch]:
+    """Batches of triggers to batches of lists; runs inside a Spark task."""
+    retriever = Retriever.open(Path(index))
+    by_scope = read_policies(policies)
+    for batch in batches:
+        for start in range(0, batch.num_rows, settings.block_size):
+            block = batch.slice(start, settings.block_size)
+            trigger = block.column("item_index").to_numpy().astype(np.int32)
+            chosen = Policies.for_triggers(by_scope, block.column("coarsest").to_pylist())
+            lists = retriever.retrieve(trigger, _counted_block(block), chosen, settings=settings)
+            yield lists.to_arrow(retriever.item_ids)
+
+
+def _counted_block(block: pa.RecordBatch) -> Counted:
+    lengths = pc.fill_null(pc.list_value_length(block.column("target")), 0).to_numpy(zero_copy_only=False)
+    flat = {name: block.column(name).flatten().to_numpy(zero_copy_only=False) for name in ("target", "weight", "num_user_days")}
+    return Counted(
+        indptr=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        target=flat["target"].astype(np.int32),
+        weight=flat["weight"].astype(np.float32),
+        num_user_days=flat["num_user_days"].astype(np.int64),
+    )

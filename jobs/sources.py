@@ -1,0 +1,46 @@
+"""Reading the user's own tables, with one clear error for each way in which that fails."""
+
+import os
+
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from conf.errors import SourceError
+from conf.settings import PairSettings, SourceTable
+
+_UNKEYED = b"mtmh"
+_HASH_SLOTS = 1_000_000
+
+
+def read_source(spark: SparkSession, source: SourceTable, *, name: str) -> DataFrame:
+    """A user's table as it is.
+
+    Raises:
+        SourceError: it is missing, unreadable or has no columns.
+    """
+    options = {"header": "true"} | source.options if source.format == "csv" else source.options
+    where = f"source.{name}.path is {source.path!r}, read as {source.format}"
+    try:
+        frame = spark.read.format(source.format).options(**options).load(source.path)
+    except PySparkException as error:
+        reason = str(error).splitlines()[0]
+        raise SourceError(f"cannot read the {name} table: {reason}\n{where}; check source.{name}.path and source.{name}.format") from error
+    if not frame.columns:
+        raise SourceError(f"the {name} table has no columns; {where}")
+    return frame
+
+
+def take_users(frame: DataFrame, user_column: str, *, share: float) -> DataFrame:
+    """The rows of a share of the users, chosen by hash, so that every night takes the same ones."""
+    if share == 1 or user_column not in frame.columns:  # a missing column is reported with all others by the check that follows
+        return frame
+    return frame.where(F.pmod(F.xxhash64(F.col(f"`{user_column}`").cast("string")), F.lit(_HASH_SLOTS)) < int(share * _HASH_SLOTS))
+
+
+def user_hash_key(pairs: PairSettings) -> tuple[bytes, str | None]:
+    """The key of user hashes, and a note where the environment does not set one."""
+    key = os.environ.get(pairs.user_hash_key_env)
+    if key:
+        return key.encode(), None
+    return _UNKEYED, f"user hashes are not keyed: set {pairs.user_hash_key_env} to a secret of your own"

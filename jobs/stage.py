@@ -1,0 +1,233 @@
+"""A night and its stages: pinned inputs, one gate, one ledger row, and skipping what has already succeeded.
+
+A stage is a function of a `StageRun`. It reads tables through it (each at the version this night pinned), writes through it, and
+gates through it; the run notes versions and metrics on the way, so that the ledger cannot disagree with what happened.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+from pyspark.sql import DataFrame, SparkSession
+
+from conf.errors import TableError
+from conf.settings import Settings
+from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, TABLES, Table
+from jobs.arguments import Arguments, parse, report_errors
+from jobs.lake import Lake, open_lake
+from jobs.ledger import Ledger, StageRecord, night_fingerprint, source_state
+from jobs.progress import Display, spark_tasks
+from jobs.session import start_session
+from validation.gates import GateReport, check_metrics, check_schema, raise_on_failure
+from validation.suites import GateContext, rules_for
+
+_SHARED = frozenset({MERGE_POLICY.name, ITEM_NEIGHBORS.name})
+"""Tables that are not a night's own: always read at their latest version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Night:
+    """One run date under one fingerprint of settings, code and sources. The same inputs give the same run id.
+
+    `now` only decides what counts as the future; `publish` lets a night older than the published one replace it.
+    """
+
+    settings: Settings
+    run_date: date
+    run_id: str
+    fingerprint: str
+    lake: Lake
+    ledger: Ledger
+    display: Display
+    now: datetime
+    publish: bool = False
+
+    @property
+    def spark(self) -> SparkSession:
+        """The session of the lake."""
+        return self.lake.spark
+
+    def pinned_version(self, table: Table) -> int:
+        """The version this night reads: what it wrote itself, else what the newest good run wrote.
+
+        Raises:
+            TableError: no run has written the table.
+        """
+        if table.name in _SHARED:
+            return self.lake.version(table)
+        written = [record for record in self.ledger.records(status="succeeded") if table.name in record.output_versions]
+        own = [record for record in written if record.run_id == self.run_id]
+        if not written:
+            raise TableError(f"no run has written {table.name} yet; run the stage before, or `python -m jobs.nightly`")
+        return (own or written)[-1].output_versions[table.name]
+
+    def artifacts(self, name: str) -> Path:
+        """A folder for files of this night that are not tables: checkpoints, indexes."""
+        if "://" in self.lake.root:
+            raise TableError(f"artefacts need a folder that all workers share, found lake.root {self.lake.root}; mount it as a path")
+        folder = Path(self.lake.root) / "_artifacts" / self.run_id / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+@dataclass(kw_only=True)
+class StageRun:
+    """One attempt at one stage; collects what the ledger row will say."""
+
+    night: Night
+    stage: str
+    inputs: dict[str, int] = field(default_factory=dict)
+    outputs: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    report: GateReport | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The night's settings."""
+        return self.night.settings
+
+    @property
+    def run_date(self) -> date:
+        """The night's date."""
+        return self.night.run_date
+
+    def version(self, table: Table) -> int:
+        """Pin a table and note it as an input."""
+        self.inputs[table.name] = self.night.pinned_version(table)
+        return self.inputs[table.name]
+
+    def read(self, table: Table) -> DataFrame:
+        """A table at the version this night pinned."""
+        return self.night.lake.read(table, self.version(table))
+
+    def read_output(self, table: Table) -> DataFrame:
+        """What this stage has just written."""
+        return self.night.lake.read(table, self.outputs[table.name])
+
+    def replace(self, table: Table, frame: DataFrame, *, where: str | None = None, presorted: bool = False) -> None:
+        """Replace rows of a table in one commit, after a check of the frame's columns and types; see `Lake.replace`."""
+        check_schema(frame.dtypes, table)
+        metadata = {"run_id": self.night.run_id, "stage": self.stage}
+        self.outputs[table.name] = self.night.lake.replace(table, frame, where=where, presorted=presorted, metadata=metadata)
+
+    def note(self, text: str) -> None:
+        """Tell the reader of `runs`, and of the terminal, something worth knowing."""
+        self.notes.append(text)
+        self.night.display.say(f"  [dim]note: {text}[/dim]")
+
+    def gate(self, metrics: Mapping[str, float], **context: float) -> None:
+        """Check the stage's numbers against its rules.
+
+        Raises:
+            GateError: a critical rule failed.
+            BrokenGateError: a rule could not be checked.
+        """
+        self.metrics.update({name: float(value) for name, value in metrics.items()})
+        earlier = self.night.ledger.records(stage=self.stage, status="succeeded")
+        past = [record.metrics for record in earlier if record.run_date < self.run_date]
+        rules = rules_for(self.stage, GateContext(gates=self.settings.gates, source=self.settings.source, past=past, values=dict(context)))
+        self.report = check_metrics(self.stage, self.metrics, rules)
+        for warning in self.report.warnings:
+            self.note(f"warning: {warning}")
+        raise_on_failure(self.report)
+
+
+Stage = Callable[[StageRun], None]
+
+
+def open_night(arguments: Arguments, *, stage: str) -> Night:
+    """Start the session, open the lake and identify the night."""
+    settings = arguments.settings
+    spark = start_session(settings.spark, app_name=f"mtmh {settings.name} {stage} {arguments.run_date}")
+    return make_night(settings, arguments.run_date, spark=spark, display=Display(), publish=arguments.publish)
+
+
+def make_night(
+    settings: Settings, run_date: date, *, spark: SparkSession, display: Display, now: datetime | None = None, publish: bool = False
+) -> Night:
+    """Identify a night on a running session; `now` defaults to the clock."""
+    lake = open_lake(spark, settings.lake)
+    sources = [settings.source.events, settings.source.items, settings.source.pair_relevance]
+    states = [source_state(lake, source) for source in sources if source is not None]
+    fingerprint = night_fingerprint(settings, states, {"run_date": run_date.isoformat()})
+    return Night(
+        settings=settings,
+        run_date=run_date,
+        run_id=f"{run_date}-{fingerprint[:8]}",
+        fingerprint=fingerprint,
+        lake=lake,
+        ledger=Ledger(lake=lake),
+        display=display,
+        now=now or datetime.now(UTC),
+        publish=publish,
+    )
+
+
+def finished(night: Night, stage: str) -> StageRecord | None:
+    """The record of this stage's success in this night, if every table it read is still pinned at the version it read."""
+    record = night.ledger.last_success(run_id=night.run_id, stage=stage)
+    if record is None:
+        return None
+    reread = {name: version for name, version in record.input_versions.items() if name != ITEM_NEIGHBORS.name}
+    unchanged = all(night.pinned_version(TABLES[name]) == version for name, version in reread.items())
+    return record if unchanged else None
+
+
+def run_stage(night: Night, stage: str, function: Stage, *, force: bool = False) -> StageRecord:
+    """Run a stage unless it has succeeded with the same inputs; write its ledger row, also when it fails."""
+    if not force and (done := finished(night, stage)) is not None:
+        night.display.say(f"[green]✓[/green] {stage}: done before, {done.seconds:.0f} s, attempt {done.attempt}")
+        return done
+    night.display.say(f"[bold]▶ {stage}[/bold]")
+    run = StageRun(night=night, stage=stage)
+    started, clock = datetime.now(UTC), time.monotonic()
+    try:
+        with night.display.watch(stage, spark_tasks(night.spark)):
+            function(run)
+    except BaseException as error:
+        night.ledger.append(_record(run, started, time.monotonic() - clock, error))
+        raise
+    record = _record(run, started, time.monotonic() - clock, None)
+    night.ledger.append(record)
+    night.display.say(f"[green]✓[/green] {stage}: {record.seconds:.0f} s")
+    return record
+
+
+def _record(run: StageRun, started: datetime, seconds: float, error: BaseException | None) -> StageRecord:
+    night = run.night
+    attempt = 1 + len(night.ledger.records(run_id=night.run_id, stage=run.stage))
+    return StageRecord(
+        run_id=night.run_id,
+        run_date=night.run_date,
+        stage=run.stage,
+        attempt=attempt,
+        status="succeeded" if error is None else "failed",
+        started_at=started,
+        ended_at=datetime.now(UTC),
+        seconds=seconds,
+        input_versions=run.inputs,
+        output_versions=run.outputs,
+        fingerprint=night.fingerprint,
+        metrics=run.metrics,
+        gates=run.report.to_json() if run.report is not None else None,
+        notes=run.notes,
+        error=f"{type(error).__name__}: {error}"[:4000] if error is not None else None,
+    )
+
+
+def stage_main(stage: str, function: Stage, *, description: str, argv: Sequence[str] | None = None) -> None:
+    """The main of a job file that holds one stage."""
+
+    def main() -> None:
+        arguments = parse(argv, description=description)
+        night = open_night(arguments, stage=stage)
+        if arguments.plan:
+            done = finished(night, stage)
+            print(f"{night.run_id} {stage}: {'done' if done else 'to do'}")
+            return
+        run_stage(night, stage, function, force=arguments.force)
+
+    report_errors(main)

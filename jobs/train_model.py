@@ -1,0 +1,141 @@
+"""Stage 4: torch workers train MTMH on pinned table versions; the checkpoint is kept and `item_embeddings` is written.
+
+Workers read Delta without Spark. Each leaves a status file, which is what this job believes: TorchDistributor's return value may be any
+rank's, and its exception does not carry the cause.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pyspark.ml.torch.distributor import TorchDistributor
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from conf.errors import TrainingError
+from conf.tables import (
+    CO_ENGAGEMENT_DAILY,
+    CO_ENGAGEMENT_PAIRS,
+    ENGAGEMENTS,
+    ITEM_EMBEDDINGS,
+    ITEM_FEATURES,
+    ITEM_POPULARITY,
+    RELEVANCE_EXAMPLES,
+)
+from jobs.progress import Reading
+from jobs.stage import StageRun, stage_main
+from models.data import TableRef
+from models.train import TrainingSpec
+
+STAGE = "train_model"
+_INPUTS = (ENGAGEMENTS, CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ITEM_POPULARITY, ITEM_FEATURES, RELEVANCE_EXAMPLES)
+
+
+def train_model(run: StageRun) -> None:
+    """Train, take over the vectors, gate."""
+    folder = run.night.artifacts("model")
+    spec = TrainingSpec(
+        tables={table.name: TableRef(uri=run.night.lake.path(table), version=run.version(table)) for table in _INPUTS},
+        run_date=run.run_date,
+        half_life_days=run.settings.pairs.half_life_days,
+        folder=str(folder),
+        model=run.settings.model,
+        training=run.settings.training,
+    )
+    with run.night.display.watch("training", _progress(folder)):
+        _distribute(run, spec)
+    for text in json.loads((folder / "notes.json").read_text()):
+        run.note(text)
+    run.replace(ITEM_EMBEDDINGS, _embeddings(run, folder))
+    run.gate(_metrics(run, folder), num_items=run.read(ITEM_FEATURES).count())
+
+
+def launch(spec_json: str, import_paths: Sequence[str]) -> None:
+    """What every torch worker runs: find our modules, then train.
+
+    Sent by value, because a worker of torchrun knows neither the driver's `sys.path` nor the zip of `--py-files`.
+    """
+    import glob
+    import sys
+
+    sys.path[:0] = [*glob.glob("*.zip"), *import_paths]
+    from models.train import run_rank
+
+    run_rank(spec_json)
+
+
+def _distribute(run: StageRun, spec: TrainingSpec) -> None:
+    training = run.settings.training
+    folder = Path(spec.folder)
+    for stale in folder.glob("status/rank-*.json"):
+        stale.unlink()
+    distributor = TorchDistributor(num_processes=training.num_processes, local_mode=training.local_mode, use_gpu=False)
+    launch.__module__ = "__main__"  # cloudpickle then sends the function by value
+    paths = [path for path in (os.path.abspath(path) for path in sys.path) if _holds_models(path)]
+    try:
+        distributor.run(launch, spec.to_json(), paths)
+    except Exception as error:
+        raise TrainingError(_failure(folder, training.num_processes) or f"training failed: {str(error)[:2000]}") from error
+    if failure := _failure(folder, training.num_processes):
+        raise TrainingError(failure)
+
+
+def _holds_models(path: str) -> bool:
+    return path.endswith(".zip") or os.path.isfile(os.path.join(path, "models", "train.py"))
+
+
+def _failure(folder: Path, num_processes: int) -> str | None:
+    """The first failed rank's traceback, or which ranks left no word."""
+    missing = []
+    for rank in range(num_processes):
+        status = folder / "status" / f"rank-{rank}.json"
+        if not status.is_file():
+            missing.append(rank)
+            continue
+        content = json.loads(status.read_text())
+        if not content["ok"]:
+            return f"training rank {rank} of {num_processes} failed:\n{content['error']}"
+    return f"training ranks {missing} of {num_processes} ended without a status: killed, or out of memory?" if missing else None
+
+
+def _progress(folder: Path) -> Callable[[], Reading | None]:
+    path = folder / "progress.json"
+
+    def read() -> Reading | None:
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError):  # not there yet, or being written
+            return None
+        return content["done"], content["total"], "steps"
+
+    return read
+
+
+def _embeddings(run: StageRun, folder: Path) -> DataFrame:
+    version = json.loads((folder / "checkpoint" / "model.json").read_text())["model_version"]
+    vectors = run.night.spark.read.parquet(str(folder / "embeddings"))
+    return vectors.select("*", F.lit(version).alias("model_version"), F.lit(run.run_date).alias("as_of"))
+
+
+def _metrics(run: StageRun, folder: Path) -> Mapping[str, float]:
+    metrics: dict[str, float] = dict(json.loads((folder / "metrics.json").read_text()))
+    bad = F.exists("trigger_vector", _not_finite) | F.exists("target_vector", _not_finite)
+    written = run.read_output(ITEM_EMBEDDINGS).groupBy("head").agg(F.count("*").alias("n"), F.count_if(bad).alias("bad"))
+    rows = written.collect()
+    counts = {f"{row['head']}_num_vectors": float(row["n"]) for row in rows}
+    return metrics | counts | {"num_nonfinite": float(sum(row["bad"] for row in rows))}
+
+
+def _not_finite(value: Column) -> Column:
+    return value.isNull() | F.isnan(value) | (F.abs(value) == float("inf"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage alone."""
+    stage_main(STAGE, train_model, description="train the encoder and its heads", argv=argv)
+
+
+if __name__ == "__main__":
+    main()

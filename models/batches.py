@@ -1,0 +1,223 @@
+"""What one optimizer step reads: triggers, candidates, their co-engagement mass, sampled partners and relevance examples.
+
+Every draw comes from (seed, step) and is made for the global batch; a worker then takes its rows. So the workers' batches are
+exactly the rows of the batch that one worker would have.
+
+Shapes: `B` triggers of this worker, `M` candidates, `P` sampled partners per trigger, `L` own and `R` shared examples per trigger.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from models.data import Bools, Examples, Floats, Ints
+from models.factorization import CoEngagement
+
+_NUM_PARTNERS = 4  # drawn per trigger when the softmax is sampled
+_NUM_EXAMPLES = 8  # graded items per trigger and step
+_NUM_RANDOM = 64  # mostly unrelated items, shared by all triggers: one product instead of a gather per trigger
+_POPULAR_SHARE = 0.25  # of the sampled candidates, the most popular items, with certainty: most of the softmax mass is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One worker's rows.
+
+    Attributes:
+        triggers: (B,) item indices.
+        candidates: (M,) item indices shared by all triggers.
+        log_inclusion: (M,) log probability of being a candidate.
+        mass: (B, M) co-engagement at the candidates, 0 at the trigger itself.
+        partners: (B, P) drawn in proportion to the trigger's row; no columns when the catalog is complete.
+        position: (B, P) of the partner among the candidates, or -1.
+        valid: (B,) the trigger has partners.
+        examples: (B, L) item indices.
+        random: (R,) item indices of the shared examples.
+        targets: (B, L + R) graded relevance; of a shared example its content cosine, 0 when negative.
+        present: (B, L + R) there is an example here.
+        dropped: (N,) items whose id is hidden in this step.
+        own: rows and columns of `mass` where the candidate is the trigger itself.
+        num_triggers: size of the global batch.
+    """
+
+    triggers: Ints
+    candidates: Ints
+    log_inclusion: Floats
+    mass: Floats
+    partners: Ints
+    position: Ints
+    valid: Bools
+    examples: Ints
+    random: Ints
+    targets: Floats
+    present: Bools
+    dropped: Bools
+    own: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    num_triggers: int
+
+
+class Batches:
+    """Draws batches.
+
+    Args:
+        matrix: co-engagement of all pairs of items.
+        content: (N, C), grades random examples.
+        examples: graded pairs.
+        popularity: (N,) decayed user-days.
+        batch_size: triggers of the global batch.
+        full_softmax_max_items: catalogs up to this size use all items as candidates.
+        num_sampled_items: candidates above it.
+        id_dropout: share of items whose id is hidden.
+        seed: of every draw.
+        rank: this worker, from 0.
+        world_size: number of workers.
+    """
+
+    def __init__(
+        self,
+        *,
+        matrix: CoEngagement,
+        content: Floats,
+        examples: Examples,
+        popularity: Floats,
+        batch_size: int,
+        full_softmax_max_items: int,
+        num_sampled_items: int,
+        id_dropout: float,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.matrix, self.content, self.id_dropout = matrix, content, id_dropout
+        self.num_items = int(popularity.shape[0])
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.examples = _Lists(examples, self.num_items)
+        self.partners = _Partners(matrix)
+        learns = self.partners.some | (self.examples.length > 1)
+        self.triggers = np.flatnonzero(learns).astype(np.int32)
+        self.batch_size = min(batch_size, len(self.triggers))
+        self.is_sampled = self.num_items > full_softmax_max_items and self.num_items > num_sampled_items
+        self.num_popular = int(_POPULAR_SHARE * num_sampled_items)
+        self.num_uniform = num_sampled_items - self.num_popular
+        self.by_popularity = np.argsort(-popularity, kind="stable").astype(np.int32)
+
+    def batch(self, step: int) -> Batch:
+        """The rows of a step that are this worker's."""
+        rng = np.random.default_rng([self.seed, step])
+        triggers = np.sort(rng.choice(self.triggers, self.batch_size, replace=False))
+        candidates, log_inclusion = self._candidates(rng)
+        partners = self.partners.draw(rng, triggers, _NUM_PARTNERS if self.is_sampled else 0)
+        examples, targets, present = self.examples.draw(rng, triggers, _NUM_EXAMPLES)
+        random = rng.choice(self.num_items, min(_NUM_RANDOM, self.num_items), replace=False).astype(np.int32)
+        dropped = rng.random(self.num_items) < self.id_dropout
+        mine = slice(self.rank, None, self.world_size)
+        where = np.full(self.num_items, -1, dtype=np.int32)
+        where[candidates] = np.arange(len(candidates), dtype=np.int32)
+        return Batch(
+            triggers=triggers[mine],
+            candidates=candidates,
+            log_inclusion=log_inclusion,
+            mass=self.matrix.rows(triggers[mine], candidates if self.is_sampled else None),
+            partners=partners[mine],
+            position=where[partners[mine]],
+            valid=self.partners.some[triggers[mine]],
+            examples=examples[mine],
+            random=random,
+            targets=np.concatenate([targets[mine], np.maximum(self.content[triggers[mine]] @ self.content[random].T, 0)], axis=1),
+            present=np.concatenate([present[mine], self._graded(triggers[mine], random)], axis=1),
+            dropped=dropped,
+            own=_cells(where[triggers[mine]]),
+            num_triggers=len(triggers),
+        )
+
+    def _candidates(self, rng: np.random.Generator) -> tuple[Ints, Floats]:
+        if not self.is_sampled:
+            return np.arange(self.num_items, dtype=np.int32), np.zeros(self.num_items, dtype=np.float32)
+        rest = self.by_popularity[self.num_popular :]
+        drawn = rng.choice(rest, self.num_uniform, replace=False)
+        log_inclusion = np.zeros(self.num_popular + self.num_uniform, dtype=np.float32)
+        log_inclusion[self.num_popular :] = np.log(self.num_uniform / len(rest))
+        return np.concatenate([self.by_popularity[: self.num_popular], drawn]), log_inclusion
+
+    def _graded(self, triggers: Ints, random: Ints) -> Bools:
+        """(B, R) which shared examples count: not the trigger itself, and none for a trigger without examples of its own."""
+        graded: Bools = (random != triggers[:, None]) & (self.examples.length[triggers] > 0)[:, None]
+        return graded
+
+
+class _Lists:
+    """Examples grouped by trigger."""
+
+    def __init__(self, examples: Examples, num_items: int) -> None:
+        order = np.lexsort((examples.other, examples.trigger))
+        self.other, self.target = examples.other[order], examples.target[order]
+        self.length = np.bincount(examples.trigger, minlength=num_items)
+        self.start = np.concatenate([[0], np.cumsum(self.length)])[:-1]
+
+    def draw(self, rng: np.random.Generator, triggers: Ints, width: int) -> tuple[Ints, Floats, Bools]:
+        """(B, width) items, targets and presence: the whole list where it is short, else a window that starts anywhere (cyclic)."""
+        length = self.length[triggers][:, None]
+        step = np.arange(width)[None, :]
+        present = step < length
+        offset = rng.integers(0, 1 << 31, (len(triggers), 1))
+        cell = self.start[triggers][:, None] + np.where(length > 0, (offset + step) % np.maximum(length, 1), 0)
+        if len(self.other) == 0:
+            return np.zeros(present.shape, np.int32), np.zeros(present.shape, np.float32), present
+        cell = np.minimum(cell, len(self.other) - 1)
+        return np.where(present, self.other[cell], 0).astype(np.int32), np.where(present, self.target[cell], 0).astype(np.float32), present
+
+
+class _Partners:
+    """Draws a partner j of trigger i with probability M_ij / sum of row i, without forming the row.
+
+    The row is a mixture: counted pairs, or a user of i (weight 1 - 1 / items of the user) and another of that user's items.
+    """
+
+    def __init__(self, matrix: CoEngagement) -> None:
+        self.pairs, self.items_users, self.users = matrix.pairs, matrix.items_users, matrix.weighted_users
+        self.pair_sums = np.concatenate([[0.0], np.cumsum(self.pairs.data, dtype=np.float64)])
+        self.num_items_of_user = np.diff(self.users.indptr)
+        per_user = 1 - 1 / np.maximum(self.num_items_of_user, 1)
+        self.user_sums = np.concatenate([[0.0], np.cumsum(per_user[self.items_users.indices], dtype=np.float64)])
+        self.counted = self._row_mass(self.pair_sums, self.pairs.indptr)
+        self.walked = float(matrix.factor) * self._row_mass(self.user_sums, self.items_users.indptr)
+        self.some: Bools = (self.counted + self.walked) > 0
+
+    @staticmethod
+    def _row_mass(sums: npt.NDArray[np.float64], indptr: Ints) -> npt.NDArray[np.float64]:
+        return sums[indptr[1:]] - sums[indptr[:-1]]
+
+    def draw(self, rng: np.random.Generator, triggers: Ints, width: int) -> Ints:
+        """(B, width) partners; a trigger without any gets item 0, which `some` masks."""
+        flat = np.repeat(triggers, width)
+        total = np.maximum(self.counted[flat] + self.walked[flat], 1e-300)
+        by_pair = rng.random(len(flat)) < self.counted[flat] / total
+        point = rng.random(len(flat))
+        out = np.zeros(len(flat), dtype=np.int32)
+        pair = by_pair & (self.counted[flat] > 0)
+        walk = ~pair & (self.walked[flat] > 0)
+        out[pair] = self.pairs.indices[_pick(self.pair_sums, self.pairs.indptr, flat[pair], point[pair])]
+        out[walk] = self._walk(rng, flat[walk], point[walk])
+        return out.reshape(len(triggers), width)
+
+    def _walk(self, rng: np.random.Generator, triggers: Ints, point: npt.NDArray[np.float64]) -> Ints:
+        user = self.items_users.indices[_pick(self.user_sums, self.items_users.indptr, triggers, point)]
+        start, count = self.users.indptr[user], self.num_items_of_user[user]
+        place = rng.integers(0, np.maximum(count - 1, 1))
+        item = self.users.indices[start + place]
+        last = self.users.indices[start + count - 1]
+        return np.where(item == triggers, last, item).astype(np.int32)  # the user's last item stands in for the trigger itself
+
+
+def _cells(column: Ints) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Row and column numbers where `column` names one."""
+    row = np.flatnonzero(column >= 0)
+    return row, column[row].astype(np.int64)
+
+
+def _pick(sums: npt.NDArray[np.float64], indptr: Ints, rows: Ints, point: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Cell of a CSR row at the share `point` of the row's mass."""
+    low, high = sums[indptr[rows]], sums[indptr[rows + 1]]
+    cell = np.searchsorted(sums, low + point * (high - low), side="right") - 1
+    return np.clip(cell, indptr[rows], indptr[rows + 1] - 1)

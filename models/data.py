@@ -1,0 +1,262 @@
+"""What training reads: pinned Delta tables turned into arrays over the dense item index. No Spark here.
+
+Time: `full` is what was known up to and including the run date; `fit` is what was known before `holdout_from`, the first day of the
+last slice of engagements; `holdout` counts the co-engagements of that last slice. Scores are calibrated on `fit` against `holdout`,
+then rebuilt on `full`. Weights are decayed user-days as of the last day each side knows (half-life in days).
+
+Shapes: `N` items (row = `item_index`, ascending by item_id), `U` users, `C` content dimensions, `E` relevance examples.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+from scipy.sparse import coo_array, csr_array
+
+from conf.errors import TableError
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
+Sparse = csr_array[np.float32, tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRef:
+    """A Delta table at one version."""
+
+    uri: str
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """Engagement known up to some day.
+
+    Attributes:
+        pairs: (N, N) decayed co-engagement weight, row = trigger, no diagonal.
+        user_items: (U, N) 1 where the user ever engaged the item.
+        popularity: (N,) decayed user-days.
+    """
+
+    pairs: Sparse
+    user_items: Sparse
+    popularity: Floats
+
+    @property
+    def num_items(self) -> int:
+        """`N`."""
+        return int(self.popularity.shape[0])
+
+    @property
+    def num_users(self) -> Floats:
+        """(N,) distinct users of each item."""
+        return np.asarray(self.user_items.sum(axis=0), dtype=np.float32).ravel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """(E,) trigger index, other index and graded relevance in [0,1]."""
+
+    trigger: Ints
+    other: Ints
+    target: Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Everything a training run reads.
+
+    Attributes:
+        item_ids: (N,) ids by item index.
+        content: (N, C) unit rows, zero rows for items without content.
+        full: history up to the run date.
+        fit: history before the holdout.
+        holdout: (N, N) user-days of co-engagement in the last slice.
+        eligible: (N,) may be offered as a neighbor.
+        examples: graded relevance.
+    """
+
+    item_ids: npt.NDArray[np.str_]
+    content: Floats
+    full: History
+    fit: History
+    holdout: Sparse
+    eligible: Bools
+    examples: Examples
+
+    @property
+    def num_items(self) -> int:
+        """`N`."""
+        return int(self.item_ids.shape[0])
+
+    @property
+    def vocabulary(self) -> str:
+        """Fingerprint of the item ids in index order."""
+        return vocabulary_fingerprint(self.item_ids)
+
+
+def vocabulary_fingerprint(item_ids: npt.NDArray[np.str_]) -> str:
+    """SHA-256 over the ordered ids, each ended by a byte that no UTF-8 text holds."""
+    digest = hashlib.sha256()
+    for item_id in item_ids.tolist():
+        digest.update(item_id.encode() + b"\xff")
+    return digest.hexdigest()
+
+
+def read_table(ref: TableRef, columns: Sequence[str], filter: pc.Expression | None = None) -> pa.Table:
+    """Columns of a table at its pinned version; `filter` skips files and row groups by their statistics.
+
+    Raises:
+        TableError: no such table, version or column.
+    """
+    try:
+        dataset = DeltaTable(ref.uri, version=ref.version).to_pyarrow_dataset()
+    except (DeltaError, OSError) as error:
+        raise TableError(
+            f"no Delta table at version {ref.version} in {ref.uri}; run the stage that writes it, or correct lake.root"
+        ) from error
+    if missing := [name for name in columns if name not in dataset.schema.names]:
+        raise TableError(f"missing columns {missing} in {ref.uri} at version {ref.version}; have {dataset.schema.names}")
+    return dataset.to_table(columns=list(columns), filter=filter)
+
+
+def sparse_rows(row: npt.ArrayLike, column: npt.ArrayLike, value: npt.ArrayLike, shape: tuple[int, int]) -> Sparse:
+    """A CSR matrix with sorted rows; values of repeated cells are added up."""
+    cells = (np.asarray(value, dtype=np.float32), (np.asarray(row, dtype=np.int32), np.asarray(column, dtype=np.int32)))
+    matrix = coo_array(cells, shape=shape, dtype=np.float32).tocsr()
+    matrix.sort_indices()
+    return matrix
+
+
+class _Index:
+    """Turns ids into item indices; ids outside the vocabulary become -1."""
+
+    def __init__(self, item_ids: pa.Array) -> None:
+        self._ids = item_ids
+
+    def __call__(self, column: pa.ChunkedArray) -> Ints:
+        found = pc.index_in(column.cast(self._ids.type), value_set=self._ids)
+        return np.asarray(pc.fill_null(found, -1).to_numpy(), dtype=np.int32)
+
+
+def load_training_data(refs: Mapping[str, TableRef], *, run_date: date, half_life_days: float) -> TrainingData:
+    """Read the tables of one night.
+
+    Args:
+        refs: pinned versions of engagements, co_engagement_daily, co_engagement_pairs, item_popularity, item_features, relevance_examples.
+        run_date: last day that counts.
+        half_life_days: half-life of the landmark weights.
+
+    Raises:
+        TableError: a table or column is missing, or item_features is not dense.
+    """
+    features = read_table(refs["item_features"], ["item_id", "item_index", "content_vector", "eligible"]).sort_by("item_index")
+    if features["item_index"].to_pylist()[-1:] not in ([], [features.num_rows - 1]):
+        raise TableError(
+            f"item_features holds {features.num_rows} rows with item_index up to {features['item_index'][-1]}; wanted 0..rows-1"
+        )
+    ids = features["item_id"].combine_chunks()
+    index = _Index(ids)
+    pairs, landmark, holdout_from = _read_pairs(refs, index)
+    full_pairs, fit_pairs = (_pair_matrix(pairs, name, _factor(landmark, day, half_life_days), len(ids)) for name, day in
+                             (("weight", run_date), ("fit_weight", holdout_from)))  # fmt: skip
+    popularity = _read_popularity(refs["item_popularity"], index, len(ids))
+    users, fit_users = _read_users(refs["engagements"], index, len(ids), run_date, holdout_from)
+    return TrainingData(
+        item_ids=np.asarray(ids.to_pylist(), dtype=np.str_),
+        content=_content(features),
+        full=History(pairs=full_pairs, user_items=users, popularity=popularity[0] * _factor(landmark, run_date, half_life_days)),
+        fit=History(pairs=fit_pairs, user_items=fit_users, popularity=popularity[1] * _factor(landmark, holdout_from, half_life_days)),
+        holdout=_read_holdout(refs["co_engagement_daily"], index, len(ids), run_date, holdout_from),
+        eligible=features["eligible"].to_numpy(),
+        examples=_read_examples(refs["relevance_examples"], index),
+    )
+
+
+def _factor(landmark: date, day: date, half_life_days: float) -> np.float32:
+    """Landmark weights times this are decayed weights as of `day`."""
+    return np.float32(2.0 ** ((landmark - day).days / half_life_days))
+
+
+def _content(features: pa.Table) -> Floats:
+    """(N, C); a row is already unit length or zero."""
+    column = features["content_vector"].combine_chunks()
+    values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
+    if features.num_rows == 0 or values.size % features.num_rows:
+        raise TableError(
+            f"content_vector holds {values.size} numbers in {features.num_rows} rows; wanted one length for all rows and a row"
+        )
+    return values.reshape(features.num_rows, -1)
+
+
+def _read_pairs(refs: Mapping[str, TableRef], index: _Index) -> tuple[pa.Table, date, date]:
+    """Pairs with their item indices, the landmark day and the first day of the holdout."""
+    columns = ["trigger_item_id", "target_item_id", "weight", "fit_weight"]
+    table = read_table(refs["co_engagement_pairs"], columns)
+    days = read_table(refs["item_popularity"], ["landmark_date", "holdout_from"]).slice(0, 1).to_pylist()
+    if not days:
+        raise TableError(f"item_popularity at {refs['item_popularity'].uri} is empty; ingest engagements up to the run date first")
+    trigger, target = index(table["trigger_item_id"]), index(table["target_item_id"])
+    known = (trigger >= 0) & (target >= 0)
+    out = pa.table({"trigger": trigger[known], "target": target[known], **{name: table[name].to_numpy()[known] for name in columns[2:]}})
+    return out, days[0]["landmark_date"], days[0]["holdout_from"]
+
+
+def _pair_matrix(pairs: pa.Table, name: str, factor: np.float32, num_items: int) -> Sparse:
+    weight = pairs[name].to_numpy()
+    some = weight > 0
+    trigger, target = (pairs[side].to_numpy()[some] for side in ("trigger", "target"))
+    return sparse_rows(trigger, target, weight[some] * factor, (num_items, num_items))
+
+
+def _read_popularity(ref: TableRef, index: _Index, num_items: int) -> Floats:
+    """(2, N) landmark weights: all, and before the holdout."""
+    table = read_table(ref, ["item_id", "weight", "fit_weight"])
+    item = index(table["item_id"])
+    out = np.zeros((2, num_items + 1), dtype=np.float32)  # the last column takes unknown items
+    out[0, item], out[1, item] = table["weight"].to_numpy(), table["fit_weight"].to_numpy()
+    return out[:, :num_items]
+
+
+def _read_users(ref: TableRef, index: _Index, num_items: int, run_date: date, holdout_from: date) -> tuple[Sparse, Sparse]:
+    """(U, N) user-item matrices: up to the run date, and before the holdout. User rows ascend by id, whatever the file order."""
+    table = read_table(ref, ["user_id", "item_id", "event_date"], pc.field("event_date") <= run_date)
+    item = index(table["item_id"])
+    coded = table["user_id"].dictionary_encode().combine_chunks()
+    coded = coded.chunk(0) if isinstance(coded, pa.ChunkedArray) and coded.num_chunks else coded
+    rank = np.empty(len(coded.dictionary), dtype=np.int32)
+    rank[pc.sort_indices(coded.dictionary).to_numpy()] = np.arange(len(rank), dtype=np.int32)
+    user = rank[coded.indices.to_numpy()]
+    before = pc.less(table["event_date"], pa.scalar(holdout_from)).to_numpy()
+    shape = (len(rank), num_items)
+    return _binary(user, item, item >= 0, shape), _binary(user, item, (item >= 0) & before, shape)
+
+
+def _binary(user: Ints, item: Ints, keep: Bools, shape: tuple[int, int]) -> Sparse:
+    matrix = sparse_rows(user[keep], item[keep], np.ones(int(keep.sum())), shape)
+    matrix.data[:] = 1.0
+    return matrix
+
+
+def _read_holdout(ref: TableRef, index: _Index, num_items: int, run_date: date, holdout_from: date) -> Sparse:
+    """(N, N) user-days in [holdout_from, run_date]; all pairs count, as this matrix never leaves training."""
+    last_slice = (pc.field("event_date") >= holdout_from) & (pc.field("event_date") < run_date + timedelta(days=1))
+    table = read_table(ref, ["trigger_item_id", "target_item_id", "num_users"], last_slice)
+    trigger, target = index(table["trigger_item_id"]), index(table["target_item_id"])
+    known = (trigger >= 0) & (target >= 0)
+    return sparse_rows(trigger[known], target[known], table["num_users"].to_numpy()[known], (num_items, num_items))
+
+
+def _read_examples(ref: TableRef, index: _Index) -> Examples:
+    table = read_table(ref, ["item_id", "other_item_id", "target"])
+    trigger, other = index(table["item_id"]), index(table["other_item_id"])
+    known = (trigger >= 0) & (other >= 0)
+    return Examples(trigger=trigger[known], other=other[known], target=table["target"].to_numpy()[known].astype(np.float32))

@@ -1,0 +1,234 @@
+"""The merged list: how the heads' candidates of a trigger become one list, by rows of `merge_policy`.
+
+    blend   score = p(j|i) + value * max(relevance, 0)
+    quota   a share `value` of the positions goes to the relevance order, the rest to the engagement order
+
+where p(j|i) is the scorer's probability over the trigger's candidates, discounted for popular items if the policy says so:
+log p - exponent * log popularity_j, renormalized. A policy is data: a changed row needs no training.
+
+Shapes: `B` triggers, `M` candidates of all of them in one flat list (see models.ranking), `K` positions of a list.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from conf.errors import SettingsError
+from models.data import Bools, Floats, Ints
+from models.ranking import Longs, best_per_row, best_per_segment, pad, segments
+from models.scorer import log_softmax
+
+DEFAULT_SCOPE = "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """One row of merge_policy without its scope."""
+
+    kind: str
+    value: float
+    popularity_exponent: float
+
+
+def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
+    """Policies by scope, from rows of merge_policy.
+
+    Raises:
+        SettingsError: naming every bad row: unknown kind, value or exponent out of range, a scope twice, or no default.
+    """
+    policies: dict[str, Policy] = {}
+    faults = []
+    for row in rows:
+        policy = Policy(kind=row["kind"], value=row["value"], popularity_exponent=row["popularity_exponent"])
+        faults += [f"row scope={row['scope']!r}: {fault}" for fault in _faults(policy)]
+        if row["scope"] in policies:
+            faults.append(f"row scope={row['scope']!r}: found twice, wanted one row a scope; delete one")
+        policies[row["scope"]] = policy
+    if DEFAULT_SCOPE not in policies:
+        faults.append(f"no row of scope {DEFAULT_SCOPE!r}, have scopes {sorted(policies)}; add one, it rules all other categories")
+    if faults:
+        raise SettingsError("merge_policy has faults; correct the table and run the stage again:\n  " + "\n  ".join(faults))
+    return policies
+
+
+def _faults(policy: Policy) -> list[str]:
+    if policy.kind not in _KINDS:
+        return [f"unknown kind {policy.kind!r}; wanted one of {sorted(_KINDS)}"]
+    faults = []
+    most = 1.0 if policy.kind == "quota" else math.inf
+    if not (0 <= policy.value <= most and math.isfinite(policy.value)):
+        faults.append(f"value {policy.value} of kind {policy.kind}; wanted a number from 0{' to 1' if most == 1 else ''}")
+    if not 0 <= policy.popularity_exponent <= 1:
+        faults.append(f"popularity_exponent {policy.popularity_exponent}; wanted a number from 0 to 1")
+    return faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policies:
+    """The policy of each of B triggers: (B,) columns of merge_policy."""
+
+    kind: npt.NDArray[np.str_]
+    value: Floats
+    popularity_exponent: Floats
+
+    @classmethod
+    def for_triggers(cls, policies: Mapping[str, Policy], coarsest: Sequence[str | None]) -> Self:
+        """Choose by the (B,) triggers' coarsest categories; those without a row of their own, or without a category, take the default."""
+        chosen = [policies.get(name or DEFAULT_SCOPE, policies[DEFAULT_SCOPE]) for name in coarsest]
+        return cls(
+            kind=np.array([policy.kind for policy in chosen], dtype=np.str_),
+            value=np.array([policy.value for policy in chosen], dtype=np.float32),
+            popularity_exponent=np.array([policy.popularity_exponent for policy in chosen], dtype=np.float32),
+        )
+
+    def part(self, start: int, stop: int) -> Self:
+        """The policies of triggers start to stop."""
+        return type(self)(
+            kind=self.kind[start:stop], value=self.value[start:stop], popularity_exponent=self.popularity_exponent[start:stop]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateSet:
+    """What merging reads about M candidates.
+
+    Attributes:
+        offsets: (B + 1,).
+        log_p: (M,) log p(j|i), normalized over the trigger's candidates.
+        relevance: (M,) score of the relevance head.
+        log_popularity: (M,) log of the candidate's floored popularity.
+        found_by_relevance: (M,) the relevance head proposed it.
+    """
+
+    offsets: Longs
+    log_p: Floats
+    relevance: Floats
+    log_popularity: Floats
+    found_by_relevance: Bools
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """R positions of merged lists: which of the M candidates, with what score, offered only to fill up; (B + 1,) offsets."""
+
+    position: Longs
+    offsets: Longs
+    score: Floats
+    filled: Bools
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """(M,) order key (highest first) and whether a candidate would only fill up."""
+
+    key: Floats
+    filled: Bools
+
+
+def merge_candidates(candidates: CandidateSet, policies: Policies, *, k: int) -> Merged:
+    """Merged lists of B triggers, each by its own policy.
+
+    A blend's score is its order; a quota's score is the (discounted) probability, which need not descend along the list.
+    """
+    segment = segments(candidates.offsets)
+    p = _probability(candidates, policies, segment)
+    key, score, filled = p.copy(), p.copy(), np.zeros(len(p), dtype=np.bool_)
+    for kind in np.unique(policies.kind):
+        order = _KINDS[str(kind)](candidates, p, policies.value, k)
+        mine = (policies.kind == kind)[segment]
+        key, filled = np.where(mine, order.key, key), np.where(mine, order.filled, filled)
+        if kind == "blend":
+            score = np.where(mine, order.key, score)
+    position, offsets = best_per_segment(key, candidates.offsets, k)
+    return Merged(position=position, offsets=offsets, score=score[position], filled=filled[position])
+
+
+def _probability(candidates: CandidateSet, policies: Policies, segment: Longs) -> Floats:
+    """(M,) p(j|i) after the popularity discount."""
+    if not len(segment) or not policies.popularity_exponent.any():
+        return np.exp(candidates.log_p)
+    discounted = candidates.log_p - policies.popularity_exponent[segment] * candidates.log_popularity
+    return np.exp(log_softmax(discounted, segment.astype(np.int32)))
+
+
+def _blend(candidates: CandidateSet, p: Floats, value: Floats, k: int) -> _Order:
+    key = p + value[segments(candidates.offsets)] * np.maximum(candidates.relevance, 0)
+    return _Order(key=key, filled=np.zeros(len(p), dtype=np.bool_))
+
+
+def _quota(candidates: CandidateSet, p: Floats, value: Floats, k: int) -> _Order:
+    """Every candidate takes the earliest slot its ranks give it; a repeat's later slot falls away and what follows moves up.
+
+    What lies behind position K plus the row's repeats is there only because the other order ran out: it fills up.
+    """
+    relevance = np.where(candidates.found_by_relevance, candidates.relevance, -np.inf).astype(np.float32)
+    by_p, by_relevance = best_per_row(pad(p, candidates.offsets), k), best_per_row(pad(relevance, candidates.offsets), k)
+    width = int(np.diff(candidates.offsets).max(initial=0))
+    slots = np.full((2, len(value), width + 1), np.inf, dtype=np.float32)  # one column more takes the -1 of short rows
+    for share in np.unique(value):
+        rows = np.flatnonzero(value == share)[:, None]
+        for side, columns, own in zip(slots, (by_p, by_relevance), _slots(float(share), by_p.shape[1]), strict=True):
+            side[rows, columns[rows[:, 0]]] = own
+    slots = slots[:, :, :-1]
+    repeats = np.isfinite(slots).all(axis=0).sum(axis=1, keepdims=True)
+    slot = slots.min(axis=0, initial=np.inf)
+    inside = np.arange(width) < np.diff(candidates.offsets)[:, None]
+    return _Order(key=-slot[inside], filled=(slot > k + repeats)[inside])
+
+
+def _slots(share: float, k: int) -> tuple[Floats, Floats]:
+    """(k,) positions from 1 of the engagement order's ranks and of the relevance order's: floor(t * share) of the first t."""
+    positions = np.arange(1, 2 * k + 1)
+    taken = np.floor(positions * share + 1e-6)  # 0.3 of 10 is 3, whatever the last bit of 0.3 says
+    is_relevance = np.diff(taken, prepend=0) > 0
+    beyond = 2 * k + positions  # ranks that the share leaves no room for come last, in order
+    engagement, relevance = (np.concatenate([positions[mine], beyond])[:k] for mine in (~is_relevance, is_relevance))
+    return engagement.astype(np.float32), relevance.astype(np.float32)
+
+
+_KINDS: dict[str, Callable[[CandidateSet, Floats, Floats, int], _Order]] = {"blend": _blend, "quota": _quota}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillOrder:
+    """What fills a merged list up when there are fewer candidates than positions.
+
+    Attributes:
+        popular: (E,) eligible items, most popular first.
+        by_category: (G,) eligible items with a category, by coarsest category, most popular first within.
+        category: (G,) their coarsest category codes, ascending.
+    """
+
+    popular: Ints
+    by_category: Ints
+    category: Ints
+
+    @classmethod
+    def build(cls, popularity: Floats, eligible: Bools, coarsest: Ints) -> Self:
+        """From (N,) popularity, eligibility and coarsest category codes (-1: none)."""
+        items = np.flatnonzero(eligible).astype(np.int32)
+        popular = items[np.argsort(-popularity[items], kind="stable")]
+        some = popular[coarsest[popular] >= 0]
+        by_category = some[np.argsort(coarsest[some], kind="stable")]
+        return cls(popular=popular, by_category=by_category, category=coarsest[by_category].astype(np.int32))
+
+    def fill(self, listed: Ints, *, trigger: int, coarsest: int, k: int) -> tuple[Ints, int]:
+        """Items to append to one list of fewer than k: first of the trigger's category, then of all, most popular first.
+
+        Returns:
+            The items, and how many of them come from the category.
+        """
+        missing, most = k - len(listed), k + 1  # that many of a source suffice: k - 1 may be listed, one may be the trigger
+        start, stop = np.searchsorted(self.category, (coarsest, coarsest + 1)) if coarsest >= 0 else (0, 0)
+        taken = np.append(listed, np.int32(trigger))
+        first = _without(self.by_category[start : min(stop, start + most)], taken)[:missing]
+        then = _without(self.popular[:most], np.concatenate([taken, first]))[: missing - len(first)]
+        return np.concatenate([first, then]), len(first)
+
+
+def _without(items: Ints, taken: Ints) -> Ints:
+    return items[~np.isin(items, taken)]

@@ -1,0 +1,183 @@
+"""The shared item encoder and its heads.
+
+    trunk(i)   = [id_i, content_i] + MLP([id_i, content_i]),   the MLP's last layer starts at zero
+    trigger(i) = head's trigger projection of trunk(i)
+    target(j)  = [head's target projection of trunk(j), bias_j]
+
+An id row starts as the factorization's [A, B], so that at step 0 the engagement head's scores are the calibrated factorization's and the
+relevance head's are (1 - l) * content cosine + l * cosine of the spectral rows. Popularity lives in the last dimension alone: a trigger
+multiplies it by 1; in a head without the engagement task it is 0 for every item, whatever is learned.
+
+Shapes: `B` items of a batch, `N` items, `K` dimensions of the factorization, `C` content dimensions, `D` = 2K + C, `V` vector length.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+TASKS = ("engagement", "relevance", "affinity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where the parameters begin.
+
+    Attributes:
+        trigger: (N, K) rows A.
+        target: (N, K) rows B.
+        content: (N, C).
+        content_to_trigger: (C, K).
+        content_to_target: (C, K).
+        log_popularity: (N,).
+        known: (N,) boolean, the item has an engagement history.
+    """
+
+    trigger: Tensor
+    target: Tensor
+    content: Tensor
+    content_to_trigger: Tensor
+    content_to_target: Tensor
+    log_popularity: Tensor
+    known: Tensor
+
+
+class Head(nn.Module):
+    """Two projections of the trunk.
+
+    Args:
+        name: of the head.
+        task_weights: weight per task, tasks of weight 0 left out.
+        trigger: (V - 1, D) start of the trigger projection.
+        target: (V - 1, D) start of the target projection.
+        popularity_scale: start of the factor of log popularity in the bias; read only with the engagement task.
+    """
+
+    def __init__(self, *, name: str, task_weights: Mapping[str, float], trigger: Tensor, target: Tensor, popularity_scale: float) -> None:
+        super().__init__()
+        self.name = name
+        self.task_weights = dict(task_weights)
+        self.has_bias = "engagement" in self.task_weights
+        self.trigger = nn.Linear(trigger.shape[1], trigger.shape[0], bias=False)
+        self.target = nn.Linear(target.shape[1], target.shape[0], bias=False)
+        with torch.no_grad():
+            self.trigger.weight.copy_(trigger)
+            self.target.weight.copy_(target)
+        if self.has_bias:
+            self.popularity_scale = nn.Parameter(torch.tensor(float(popularity_scale)))
+
+    def trigger_vectors(self, trunk: Tensor) -> Tensor:
+        """(B, D) -> (B, V); the last dimension is 1."""
+        vectors = self._finish(self.trigger(trunk))  # (B, V - 1)
+        return torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1)
+
+    def target_vectors(self, trunk: Tensor, log_popularity: Tensor) -> Tensor:
+        """(B, D), (B,) -> (B, V); the last dimension is the bias."""
+        vectors = self._finish(self.target(trunk))  # (B, V - 1)
+        bias = self.popularity_scale * log_popularity if self.has_bias else torch.zeros_like(log_popularity)
+        return torch.cat([vectors, bias[:, None]], dim=1)
+
+    def _finish(self, vectors: Tensor) -> Tensor:
+        """Without the engagement task a score is a cosine; with it, lengths carry how sure the item is."""
+        return vectors if self.has_bias else functional.normalize(vectors, dim=1, eps=1e-6)
+
+
+class Mtmh(nn.Module):
+    """Shared encoder plus heads.
+
+    Args:
+        start: factorization and content.
+        hidden_dimension: width of the residual MLP.
+        heads: task weights per head name.
+        temperature: T of the calibrated factorization.
+        popularity_weight: rho of the calibrated factorization.
+        content_share: 1 - l, share of content cosine in the start of a head without engagement.
+    """
+
+    def __init__(
+        self,
+        *,
+        start: Start,
+        hidden_dimension: int,
+        heads: Mapping[str, Mapping[str, float]],
+        temperature: float,
+        popularity_weight: float,
+        content_share: float,
+    ) -> None:
+        super().__init__()
+        num_items, dimension = start.trigger.shape
+        width = 2 * dimension + start.content.shape[1]
+        self.num_items, self.dimension = num_items, dimension
+        self.ids = nn.Embedding(num_items, 2 * dimension, _weight=torch.cat([start.trigger, start.target], dim=1))
+        self.content_to_id = nn.Linear(start.content.shape[1], 2 * dimension, bias=False)
+        with torch.no_grad():
+            self.content_to_id.weight.copy_(torch.cat([start.content_to_trigger, start.content_to_target], dim=1).T)
+        self.inner, self.outer = nn.Linear(width, hidden_dimension), nn.Linear(hidden_dimension, width)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+        for name in ("content", "log_popularity", "known"):
+            self.register_buffer(name, getattr(start, name))  # kept in the checkpoint, which so needs no table to be used
+        self.content: Tensor
+        self.log_popularity: Tensor
+        self.known: Tensor
+        selectors = _Selectors(dimension, start.content.shape[1])
+        built = (_build_head(name, tasks, selectors, temperature, popularity_weight, content_share) for name, tasks in heads.items())
+        self.heads = nn.ModuleDict({head.name: head for head in built})
+
+    def trunk(self, items: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Shared representation.
+
+        Args:
+            items: (B,) item indices.
+            dropped: (B,) boolean, the id row is replaced by its content prediction (always so for items without history).
+
+        Returns:
+            (B, D).
+        """
+        content = self.content[items]  # (B, C)
+        by_content = ~self.known[items] if dropped is None else ~self.known[items] | dropped
+        ids = torch.where(by_content[:, None], self.content_to_id(content), self.ids(items))  # (B, 2K)
+        features = torch.cat([ids, content], dim=1)  # (B, D)
+        residual: Tensor = self.outer(functional.gelu(self.inner(features)))
+        return features + residual
+
+    def head(self, name: str) -> Head:
+        """A head by name."""
+        head = self.heads[name]
+        assert isinstance(head, Head)
+        return head
+
+    def forward(self, items: Tensor, dropped: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """(B,) items -> per head their (B, V) trigger and (B, V) target vectors."""
+        trunk = self.trunk(items, dropped)
+        bias = self.log_popularity[items]
+        heads = (self.head(name) for name in self.heads)
+        return {head.name: (head.trigger_vectors(trunk), head.target_vectors(trunk, bias)) for head in heads}
+
+    @torch.no_grad()
+    def vectors(self, block: int = 8192) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per head the (N, V) trigger and target vectors of the whole catalog."""
+        parts = [self(items) for items in torch.split(torch.arange(self.num_items), block)]
+        return {name: (torch.cat([p[name][0] for p in parts]), torch.cat([p[name][1] for p in parts])) for name in self.heads}
+
+
+class _Selectors:
+    """Rows of the identity that pick A, B or the content out of the trunk [A, B, content]."""
+
+    def __init__(self, dimension: int, content: int) -> None:
+        eye = torch.eye(2 * dimension + content)
+        self.trigger, self.target, self.content = torch.split(eye, [dimension, dimension, content])
+
+
+def _build_head(
+    name: str, tasks: Mapping[str, float], selectors: _Selectors, temperature: float, popularity_weight: float, content_share: float
+) -> Head:
+    weights = {task: weight for task, weight in tasks.items() if weight > 0}
+    if "engagement" in weights:
+        trigger, target = temperature * selectors.trigger, selectors.target
+    else:
+        share = content_share if "affinity" in weights else 1.0  # a head that never learns from engagement does not start from it either
+        trigger = target = torch.cat([share**0.5 * selectors.content, (1 - share) ** 0.5 * selectors.trigger])
+    return Head(name=name, task_weights=weights, trigger=trigger, target=target, popularity_scale=temperature * popularity_weight)

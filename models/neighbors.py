@@ -1,0 +1,543 @@
+"""Retrieval: every head's neighbor list and the merged one, for a block of trigger items at a time.
+
+`build_index` lays everything a night's lists are made from into one folder of memory-mappable files; `Retriever` opens it in any number of
+processes, which then share one copy in memory. Candidates of a trigger:
+
+    counted pairs (the heaviest)  +  nearest targets of every head (FAISS)  +  nearest in content  +  the most popular items
+
+never the trigger itself, never an ineligible item. A head's list is the best of its own candidates by its score, and is never filled with
+anything else; the merged list (models.merge) chooses among all. FAISS only proposes: scores are computed here, one way for all
+candidates, so that equal vectors have equal scores and ties fall by item index. Counts and weights are decayed as of the run date.
+
+Shapes: `N` items (row = item_index, ascending by item_id), `B` triggers, `M` candidates of all of them in one flat list (models.ranking),
+`R` neighbors of a head's lists, `V` vector length, `C` content dimensions, `L` category levels.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from conf.errors import TrainingError
+from conf.settings import RetrievalSettings
+from models.data import Bools, Floats, Ints
+from models.factorization import log_popularity
+from models.merge import CandidateSet, FillOrder, Policies, merge_candidates
+from models.ranking import Longs, best_per_segment, ends, segments
+from models.scorer import Scorer, candidate_features, log_softmax
+
+ENGAGEMENT, RELEVANCE, MERGED = "engagement", "relevance", "merged"
+COUNTS, CONTENT, POPULARITY, CATEGORY = "counts", "content", "popularity", "category"
+_SOURCE_BITS = 16  # of a packed candidate key: counts, content, popularity, category and up to 12 heads
+_META = "meta.json"
+_NEIGHBOR_TYPE = pa.struct(
+    [
+        ("neighbor_id", pa.string()),
+        ("score", pa.float64()),
+        ("sources", pa.list_(pa.string())),
+        ("num_user_days", pa.int64()),
+        ("relevance", pa.float64()),
+        ("filled", pa.bool_()),
+        ("shared_depth", pa.int8()),
+    ]
+)
+ARROW_SCHEMA = pa.schema([("item_id", pa.string()), ("head", pa.string()), ("neighbors", pa.list_(_NEIGHBOR_TYPE))])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """Counted pairs of B triggers; trigger b owns `indptr[b]:indptr[b + 1]`.
+
+    Attributes:
+        indptr: (B + 1,) offsets.
+        target: (P,) item indices, each at most once per trigger.
+        weight: (P,) decayed co-engagement as of the run date.
+        num_user_days: (P,) undecayed count.
+    """
+
+    indptr: Longs
+    target: Ints
+    weight: Floats
+    num_user_days: Longs
+
+    def part(self, start: int, stop: int) -> Self:
+        """The pairs of triggers start to stop."""
+        low, high = self.indptr[start], self.indptr[stop]
+        return type(self)(
+            indptr=self.indptr[start : stop + 1] - low,
+            target=self.target[low:high],
+            weight=self.weight[low:high],
+            num_user_days=self.num_user_days[low:high],
+        )
+
+
+# --- building ---
+
+
+def build_index(
+    folder: Path,
+    *,
+    item_ids: Sequence[str] | pa.Array,
+    head_vectors: Mapping[str, tuple[Floats, Floats]],
+    content: Floats,
+    popularity_p: Floats,
+    eligible: Bools,
+    category_codes: Ints,
+    scorer_file: Path | None,
+    calibration: Mapping[str, Any],
+) -> None:
+    """Write everything lists are made from.
+
+    Args:
+        folder: created; must not be in use by a `Retriever`.
+        item_ids: (N,) in index order.
+        head_vectors: per head (N, V) trigger and (N, V) target vectors; engagement and relevance among them.
+        content: (N, C) unit rows, zeros for an item without content.
+        popularity_p: (N,) decayed user-days or any multiple of them, 0 for an item never engaged with; floored as in training.
+        eligible: (N,) may be a neighbor.
+        category_codes: (N, L) a code per level that stands for the whole path down to it, -1 for none.
+        scorer_file: written by `Scorer.save`; without one the fixed mixture.
+        calibration: any JSON, kept in meta.json for readers of the index.
+
+    Raises:
+        TrainingError: a head is missing, shapes disagree, or a vector is not finite.
+    """
+    _check(len(item_ids), head_vectors, content=content, popularity_p=popularity_p, eligible=eligible, category_codes=category_codes)
+    folder.mkdir(parents=True, exist_ok=True)
+    informed = (content != 0).any(axis=1) | (popularity_p > 0)
+    for number, (name, (trigger, target)) in enumerate(head_vectors.items()):
+        _write_head(folder, f"head-{number}", trigger, target, eligible, informed, engagement=name == ENGAGEMENT)
+    _save(folder, "content", content)
+    _write_flat(folder, "content", content, np.flatnonzero(eligible & (content != 0).any(axis=1)))
+    log_p = log_popularity(popularity_p.astype(np.float32))
+    order = FillOrder.build(log_p, eligible, category_codes[:, 0] if category_codes.shape[1] else np.full(len(log_p), -1, dtype=np.int32))
+    for file, array in (("log_popularity", log_p), ("categories", category_codes), ("popular", order.popular),
+                        ("fill_items", order.by_category), ("fill_categories", order.category), ("eligible", eligible)):  # fmt: skip
+        _save(folder, file, array)
+    ids = pa.array(item_ids, pa.string()) if not isinstance(item_ids, pa.Array) else item_ids.cast(pa.string())
+    with pa.OSFile(str(folder / "item_ids.arrow"), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("item_id", pa.string())])) as writer:
+        writer.write_batch(pa.record_batch([ids], names=["item_id"]))
+    if scorer_file is not None:
+        Scorer.load(scorer_file).save(folder / "scorer.json")
+    meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "calibration": dict(calibration)}
+    (folder / _META).write_text(json.dumps(meta))
+
+
+def _check(num_items: int, head_vectors: Mapping[str, tuple[Floats, Floats]], **arrays: npt.NDArray[Any]) -> None:
+    if missing := {ENGAGEMENT, RELEVANCE} - set(head_vectors):
+        raise TrainingError(f"vectors of heads {sorted(missing)} are missing, have {sorted(head_vectors)}; add them under model.heads")
+    if len(head_vectors) > _SOURCE_BITS - 4:
+        raise TrainingError(f"found {len(head_vectors)} heads, wanted at most {_SOURCE_BITS - 4}; take some out of model.heads")
+    for name, (trigger, target) in head_vectors.items():
+        arrays |= {f"trigger vectors of head {name}": trigger, f"target vectors of head {name}": target}
+    for name, array in arrays.items():
+        if len(array) != num_items:
+            raise TrainingError(f"{name} holds {len(array)} rows, wanted one for each of the {num_items} items; train on these items again")
+        if not np.isfinite(array).all():
+            raise TrainingError(f"{name} holds numbers that are not finite; lower training.learning_rate or check the content vectors")
+
+
+def _write_head(folder: Path, stem: str, trigger: Floats, target: Floats, eligible: Bools, informed: Bools, *, engagement: bool) -> None:
+    """Vectors, FAISS index, and per item whether it is blank: a head without popularity says nothing about an item it knows nothing of."""
+    biased = np.array([engagement or target[:, -1].any()])
+    blank_trigger, blank_target = (~biased & ~(informed & np.any(side[:, :-1], axis=1)) for side in (trigger, target))
+    parts = {"trigger": trigger, "target": target, "blank": blank_trigger, "biased": biased}
+    for part, array in parts.items():
+        _save(folder, f"{stem}-{part}", array)
+    _write_flat(folder, stem, target, np.flatnonzero(eligible & ~blank_target))
+
+
+def _save(folder: Path, stem: str, array: npt.NDArray[Any]) -> None:
+    wide = array.astype(np.float32) if array.dtype == np.float64 else array
+    np.save(folder / f"{stem}.npy", np.ascontiguousarray(wide))
+
+
+def _write_flat(folder: Path, stem: str, vectors: Floats, items: Longs) -> None:
+    """A flat inner-product index over some items, and which items its rows are."""
+    _save(folder, f"{stem}-items", items.astype(np.int32))
+    if len(items) and vectors.shape[1]:
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        index.add(np.ascontiguousarray(vectors[items], dtype=np.float32))
+        faiss.write_index(index, str(folder / f"{stem}.faiss"))
+
+
+# --- reading ---
+
+
+def _load(folder: Path, stem: str) -> npt.NDArray[Any]:
+    """A view of the file's pages: processes that open it share them."""
+    return np.asarray(np.load(folder / f"{stem}.npy", mmap_mode="r"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flat:
+    """A FAISS index and the items its rows are."""
+
+    index: Any
+    items: Ints
+
+    @classmethod
+    def open(cls, folder: Path, stem: str) -> Self:
+        """Mapped, not read."""
+        path = folder / f"{stem}.faiss"
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC) if path.exists() else None  # plain IO_FLAG_MMAP would copy
+        return cls(index=index, items=_load(folder, f"{stem}-items"))
+
+    def search(self, queries: Floats, k: int) -> Ints:
+        """(B, V) -> (B, at most k) items, -1 behind the end; all-zero queries find nothing."""
+        k = min(k, len(self.items))
+        if self.index is None or k <= 0:
+            return np.empty((len(queries), 0), dtype=np.int32)
+        _, rows = self.index.search(np.ascontiguousarray(queries), k)
+        asked = np.any(queries, axis=1, keepdims=True)
+        return np.where((rows >= 0) & asked, self.items[rows], np.int32(-1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """One head's part of the index; `biased`: popularity is in its scores, and counted pairs are among its candidates."""
+
+    name: str
+    trigger: Floats
+    target: Floats
+    blank: Bools
+    biased: bool
+    flat: _Flat
+
+    @classmethod
+    def open(cls, folder: Path, stem: str, name: str) -> Self:
+        """Mapped, not read."""
+        arrays = {part: _load(folder, f"{stem}-{part}") for part in ("trigger", "target", "blank")}
+        return cls(name=name, **arrays, biased=bool(_load(folder, f"{stem}-biased")[0]), flat=_Flat.open(folder, stem))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbors:
+    """Lists of one head for B triggers; trigger b owns `offsets[b]:offsets[b + 1]`, best first.
+
+    Attributes:
+        offsets: (B + 1,).
+        neighbor: (R,) item indices.
+        score: (R,) the head's score; in the merged list the policy's.
+        sources: (R,) bit mask, bit n for `NeighborLists.source_names[n]`.
+        num_user_days: (R,) of counted co-engagement, 0 where none is above the privacy minimum.
+        relevance: (R,) score of the relevance head, in [-1, 1].
+        filled: (R,) offered only to fill up the merged list.
+        shared_depth: (R,) category levels that trigger and neighbor share, from the coarsest.
+    """
+
+    offsets: Longs
+    neighbor: Ints
+    score: npt.NDArray[np.float64]
+    sources: Ints
+    num_user_days: Longs
+    relevance: npt.NDArray[np.float64]
+    filled: Bools
+    shared_depth: npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighborLists:
+    """Lists of B triggers: one `Neighbors` per head and one of the merged lists."""
+
+    trigger: Ints
+    source_names: tuple[str, ...]
+    heads: Mapping[str, Neighbors]
+
+    def to_arrow(self, item_ids: pa.Array) -> pa.RecordBatch:
+        """One row per head and trigger, in ARROW_SCHEMA; a trigger without neighbors has an empty list.
+
+        Args:
+            item_ids: (N,) strings in index order, e.g. `Retriever.item_ids`.
+        """
+        items = item_ids.take(pa.array(np.tile(self.trigger, len(self.heads))))
+        names = pa.array([name for name in self.heads for _ in self.trigger], pa.string())
+        lists = pa.concat_arrays([self._list_array(neighbors, item_ids) for neighbors in self.heads.values()])
+        return pa.RecordBatch.from_arrays([items, names, lists], schema=ARROW_SCHEMA)
+
+    def _list_array(self, lists: Neighbors, item_ids: pa.Array) -> pa.ListArray:
+        masks, which = np.unique(lists.sources, return_inverse=True)
+        words = [[name for bit, name in enumerate(self.source_names) if mask >> bit & 1] for mask in masks.tolist()]
+        columns = [
+            item_ids.take(pa.array(lists.neighbor)),
+            pa.array(lists.score),
+            pa.array(words, pa.list_(pa.string())).take(pa.array(which)),
+            *(pa.array(getattr(lists, name)) for name in ("num_user_days", "relevance", "filled", "shared_depth")),
+        ]
+        structs = pa.StructArray.from_arrays(columns, fields=list(_NEIGHBOR_TYPE))
+        return pa.ListArray.from_arrays(pa.array(lists.offsets.astype(np.int32)), structs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pool:
+    """M candidates of a block's triggers, ascending by item within a trigger, and all that is known about them."""
+
+    trigger: Ints  # (B,)
+    offsets: Longs  # (B + 1,)
+    segment: Longs  # (M,)
+    item: Ints  # (M,)
+    sources: Ints  # (M,)
+    weight: Floats  # (M,)
+    num_user_days: Longs  # (M,)
+    scores: Mapping[str, Floats]  # (M,) per head
+
+    def narrow(self, position: Longs, offsets: Longs, score: Floats, filled: Bools, categories: Ints) -> Neighbors:
+        """Lists made of the candidates at `position`."""
+        item = self.item[position]
+        return Neighbors(
+            offsets=offsets,
+            neighbor=item,
+            score=score.astype(np.float64),
+            sources=self.sources[position],
+            num_user_days=self.num_user_days[position],
+            relevance=_reported(self.scores[RELEVANCE][position]),
+            filled=filled,
+            shared_depth=_shared_depth(categories, self.trigger[segments(offsets)], item),
+        )
+
+
+def _reported(cosine: Floats) -> npt.NDArray[np.float64]:
+    """Rounding may leave a cosine just outside [-1, 1]; readers were promised that it does not."""
+    return np.clip(cosine, -1, 1).astype(np.float64)
+
+
+def _shared_depth(categories: Ints, left: Ints, right: Ints) -> npt.NDArray[np.int8]:
+    """(R,) number of levels in common: codes stand for whole paths, so equal codes at a level mean equal codes above it."""
+    mine = categories[left]
+    return np.asarray(((mine == categories[right]) & (mine >= 0)).sum(axis=1), dtype=np.int8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retriever:
+    """An opened index."""
+
+    item_ids: pa.StringArray
+    heads: Mapping[str, _Head]
+    content: Floats
+    content_flat: _Flat
+    log_popularity: Floats
+    categories: Ints
+    eligible: Bools
+    fill_order: FillOrder
+    scorer: Scorer
+    calibration: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Map what `build_index` wrote; from here on FAISS uses one thread in this process, as each Spark task has one core."""
+        faiss.omp_set_num_threads(1)
+        meta = json.loads((folder / _META).read_text())
+        with pa.memory_map(str(folder / "item_ids.arrow")) as source:
+            item_ids = pa.ipc.open_file(source).get_batch(0).column(0)
+        return cls(
+            item_ids=item_ids,
+            heads={name: _Head.open(folder, f"head-{number}", name) for number, name in enumerate(meta["heads"])},
+            content=_load(folder, "content"),
+            content_flat=_Flat.open(folder, "content"),
+            log_popularity=_load(folder, "log_popularity"),
+            categories=_load(folder, "categories"),
+            eligible=_load(folder, "eligible"),
+            fill_order=FillOrder(
+                popular=_load(folder, "popular"), by_category=_load(folder, "fill_items"), category=_load(folder, "fill_categories")
+            ),
+            scorer=Scorer.load(folder / "scorer.json") if meta["has_scorer"] else Scorer.mixture(),
+            calibration=meta["calibration"],
+        )
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What the bits of `Neighbors.sources` mean, lowest first."""
+        return (COUNTS, *self.heads, CONTENT, POPULARITY, CATEGORY)
+
+    def retrieve(self, trigger: Ints, counted: Counted, policies: Policies, *, settings: RetrievalSettings) -> NeighborLists:
+        """Lists of B triggers, computed `settings.block_size` at a time.
+
+        Args:
+            trigger: (B,) item indices; may be ineligible.
+            counted: all their counted pairs: the row sums count, not only the heaviest.
+            policies: of each trigger.
+            settings: list length and candidates per source.
+        """
+        size = settings.block_size
+        parts = [
+            self._block(trigger[a : a + size], counted.part(a, min(a + size, len(trigger))), policies.part(a, a + size), settings)
+            for a in range(0, max(len(trigger), 1), size)
+        ]
+        heads = {name: _concatenate([part[name] for part in parts]) for name in (*self.heads, MERGED)}
+        return NeighborLists(trigger=trigger, source_names=self.source_names, heads=heads)
+
+    def _block(self, trigger: Ints, counted: Counted, policies: Policies, settings: RetrievalSettings) -> dict[str, Neighbors]:
+        pool = self._scored(trigger, counted, *self._candidates(trigger, counted, settings))
+        lists = {name: self._head_lists(head, pool, settings.list_length) for name, head in self.heads.items()}
+        return lists | {MERGED: self._merged_lists(pool, counted, policies, settings.list_length)}
+
+    def _bit(self, name: str) -> int:
+        return self.source_names.index(name)
+
+    # --- candidates ---
+
+    def _candidates(self, trigger: Ints, counted: Counted, settings: RetrievalSettings) -> tuple[Longs, Ints]:
+        """(M,) ascending keys row * N + item, and who proposed each."""
+        packed = [self._packed(source, items, trigger) for source, items in self._proposals(trigger, settings)]
+        rows = segments(counted.indptr)
+        allowed = self.eligible[counted.target] & (counted.target != trigger[rows])
+        weight = np.where(allowed, counted.weight, -np.inf).astype(np.float32)
+        heaviest, _ = best_per_segment(weight, counted.indptr, settings.num_candidates_counts)
+        packed.append(self._pack(COUNTS, rows[heaviest], counted.target[heaviest]))
+        found = np.sort(np.concatenate(packed))
+        keys, source = found >> _SOURCE_BITS, (found & (1 << _SOURCE_BITS) - 1).astype(np.int32)
+        first = np.flatnonzero(np.diff(keys, prepend=-1))
+        return keys[first], np.bitwise_or.reduceat(source, first) if len(first) else source
+
+    def _proposals(self, trigger: Ints, settings: RetrievalSettings) -> list[tuple[str, Ints]]:
+        """Per source its (B, w) items, -1 where there are fewer."""
+        near = max(settings.num_candidates_head, settings.list_length) + 1  # one more: the trigger may be its own nearest
+        found = []
+        for name, head in self.heads.items():
+            items = head.flat.search(head.trigger[trigger], near)
+            found.append((name, np.where(head.blank[trigger][:, None], np.int32(-1), items)))
+        if settings.num_candidates_content:
+            found.append((CONTENT, self.content_flat.search(self.content[trigger], settings.num_candidates_content + 1)))
+        popular = self.fill_order.popular[: settings.num_candidates_popular]
+        return [*found, (POPULARITY, np.broadcast_to(popular, (len(trigger), len(popular))))]
+
+    def _packed(self, source: str, items: Ints, trigger: Ints) -> Longs:
+        """Keys of (B, w) proposed items without gaps and without the trigger."""
+        row, column = np.nonzero((items >= 0) & (items != trigger[:, None]))
+        return self._pack(source, row, items[row, column])
+
+    def _pack(self, source: str, row: Longs, item: Ints) -> Longs:
+        return (row * len(self.eligible) + item) << _SOURCE_BITS | 1 << self._bit(source)
+
+    def _scored(self, trigger: Ints, counted: Counted, keys: Longs, sources: Ints) -> _Pool:
+        """Candidates with their counts and every head's score; a counted pair says so even if another source proposed it."""
+        segment, item = np.divmod(keys, len(self.eligible))
+        offsets = ends(np.bincount(segment, minlength=len(trigger)))
+        weight, num_user_days = self._counts_of(keys, counted)
+        return _Pool(
+            trigger=trigger,
+            offsets=offsets,
+            segment=segment,
+            item=item.astype(np.int32),
+            sources=sources | (num_user_days > 0).astype(np.int32) << self._bit(COUNTS),
+            weight=weight,
+            num_user_days=num_user_days,
+            scores={name: _dots(head.trigger[trigger], head.target, item, offsets) for name, head in self.heads.items()},
+        )
+
+    def _counts_of(self, keys: Longs, counted: Counted) -> tuple[Floats, Longs]:
+        """(M,) decayed weight and user-days of ascending keys, 0 where nothing is counted."""
+        if not len(counted.target):
+            return np.zeros(len(keys), dtype=np.float32), np.zeros(len(keys), dtype=np.int64)
+        known = segments(counted.indptr) * len(self.eligible) + counted.target
+        order = np.argsort(known, kind="stable")  # near-linear on the usual input, which ascends already
+        at = np.minimum(np.searchsorted(known[order], keys), len(known) - 1)
+        entry = order[at]
+        hit = known[entry] == keys
+        return np.where(hit, counted.weight[entry], 0).astype(np.float32), np.where(hit, counted.num_user_days[entry], 0).astype(np.int64)
+
+    # --- lists ---
+
+    def _head_lists(self, head: _Head, pool: _Pool, k: int) -> Neighbors:
+        """Best of what this head's search found, and of counted pairs if it is about engagement."""
+        mask = 1 << self._bit(head.name) | (1 << self._bit(COUNTS) if head.biased else 0)
+        score = np.where(pool.sources & mask, pool.scores[head.name], -np.inf).astype(np.float32)
+        position, offsets = best_per_segment(score, pool.offsets, k)
+        return pool.narrow(position, offsets, score[position], np.zeros(len(position), dtype=np.bool_), self.categories)
+
+    def _merged_lists(self, pool: _Pool, counted: Counted, policies: Policies, k: int) -> Neighbors:
+        log_p = self._log_p(pool, counted)
+        candidates = CandidateSet(
+            offsets=pool.offsets,
+            log_p=log_p,
+            relevance=pool.scores[RELEVANCE],
+            log_popularity=self.log_popularity[pool.item],
+            found_by_relevance=(pool.sources >> self._bit(RELEVANCE) & 1).astype(np.bool_),
+        )
+        merged = merge_candidates(candidates, policies, k=k)
+        lists = pool.narrow(merged.position, merged.offsets, merged.score, merged.filled, self.categories)
+        return self._filled_up(lists, pool.trigger, counted, k)
+
+    def _log_p(self, pool: _Pool, counted: Counted) -> Floats:
+        """(M,) the scorer's log p(j|i) over the trigger's candidates, from the features it was fitted on."""
+        if not len(pool.item):
+            return np.zeros(0, dtype=np.float32)
+        segment = pool.segment.astype(np.int32)
+        row_sum = np.bincount(segments(counted.indptr), weights=counted.weight, minlength=len(pool.trigger)).astype(np.float32)
+        features = candidate_features(
+            head_log_p=log_softmax(pool.scores[ENGAGEMENT], segment),
+            count=pool.weight,
+            count_row_sum=row_sum[segment],
+            popularity_p=np.exp(self.log_popularity)[pool.item],
+            content_cosine=_dots(self.content[pool.trigger], self.content, pool.item, pool.offsets),
+            relevance_cosine=pool.scores[RELEVANCE],
+        )
+        return self.scorer.log_probability(features, segment)
+
+    def _filled_up(self, lists: Neighbors, trigger: Ints, counted: Counted, k: int) -> Neighbors:
+        """Short lists with items of the category, then popular ones, appended; score 0, as nothing proposed them."""
+        short = np.flatnonzero(np.diff(lists.offsets) < min(k, len(self.fill_order.popular)))
+        empty = np.zeros(0, dtype=np.int32)
+        items, sources = [empty] * len(trigger), [empty] * len(trigger)
+        coarsest = self.categories[:, 0] if self.categories.shape[1] else None
+        for row in short.tolist():
+            listed, item = lists.neighbor[lists.offsets[row] : lists.offsets[row + 1]], int(trigger[row])
+            category = -1 if coarsest is None else int(coarsest[item])
+            items[row], num_category = self.fill_order.fill(listed, trigger=item, coarsest=category, k=k)
+            where = np.arange(len(items[row])) < num_category
+            sources[row] = np.where(where, 1 << self._bit(CATEGORY), 1 << self._bit(POPULARITY)).astype(np.int32)
+        extra = self._extra(trigger, counted, items, sources) if len(short) else None
+        return lists if extra is None or not len(extra.neighbor) else _interleave(lists, extra)
+
+    def _extra(self, trigger: Ints, counted: Counted, items: list[Ints], sources: list[Ints]) -> Neighbors:
+        """(B,) items to append to each list, described like any neighbor."""
+        offsets, item = ends(np.array([len(row) for row in items])), np.concatenate(items)
+        segment, keys = segments(offsets), segments(offsets) * len(self.eligible) + item
+        head = self.heads[RELEVANCE]
+        return Neighbors(
+            offsets=offsets,
+            neighbor=item,
+            score=np.zeros(len(item)),
+            sources=np.concatenate(sources),
+            num_user_days=self._counts_of(keys, counted)[1],
+            relevance=_reported(_dots(head.trigger[trigger], head.target, item, offsets)),
+            filled=np.ones(len(item), dtype=np.bool_),
+            shared_depth=_shared_depth(self.categories, trigger[segment], item),
+        )
+
+
+def _dots(queries: Floats, vectors: Floats, item: npt.NDArray[np.integer], offsets: Longs) -> Floats:
+    """(B, V), (N, V), (M,) -> (M,) inner products of each trigger with its candidates.
+
+    One trigger at a time through a reused buffer that stays in cache: one gather of all M rows would be memory-bound at several times
+    the cost. einsum and not BLAS, whose last bits depend on a row's place: equal vectors must tie.
+    """
+    out = np.empty(len(item), dtype=np.float32)
+    rows = np.empty((int(np.diff(offsets).max(initial=0)), vectors.shape[1]), dtype=np.float32)
+    bounds = offsets.tolist()
+    for query, start, stop in zip(queries, bounds[:-1], bounds[1:], strict=True):
+        some = np.take(vectors, item[start:stop], axis=0, out=rows[: stop - start], mode="clip")  # clip: "raise" would copy once more
+        np.einsum("ij,j->i", some, query, out=out[start:stop])
+    return out
+
+
+_PARTS = ("neighbor", "score", "sources", "num_user_days", "relevance", "filled", "shared_depth")
+
+
+def _concatenate(parts: Sequence[Neighbors]) -> Neighbors:
+    """Lists of one block of triggers after the other."""
+    offsets = ends(np.concatenate([np.diff(part.offsets) for part in parts]))
+    return Neighbors(offsets=offsets, **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _PARTS})
+
+
+def _interleave(lists: Neighbors, extra: Neighbors) -> Neighbors:
+    """Each trigger's extra neighbors behind its list."""
+    order = np.argsort(np.concatenate([segments(lists.offsets), segments(extra.offsets)]), kind="stable")
+    columns = {name: np.concatenate([getattr(lists, name), getattr(extra, name)])[order] for name in _PARTS}
+    return Neighbors(offsets=lists.offsets + extra.offsets, **columns)

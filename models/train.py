@@ -1,0 +1,559 @@
+"""One training: calibrate on the last slice of engagements, start the encoder there, fine-tune it, write everything a night needs.
+
+`run_rank` is what each torch worker runs. The output folder then holds
+
+    status/rank-N.json   ok, error (traceback), seconds, metrics: what the job believes
+    progress.json        done and total steps, loss, items_per_s: rewritten about once a second by rank 0
+    history.json         loss of each task per step; now and then the cosine between the tasks' gradients on the shared encoder
+    metrics.json, notes.json   numbers for the gates, sentences for the ledger
+    checkpoint/          models.checkpoint
+    embeddings/*.parquet item_id, head, trigger_vector, target_vector
+    scorer.json          models.scorer
+
+Deterministic for a seed and a thread count. Several workers take the rows of one global batch and add up gradients: the result is one
+worker's to rounding. Shapes as in models.batches.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.errors import TrainingError
+from conf.settings import ModelSettings, TrainingSettings
+from models import losses
+from models.batches import Batch, Batches
+from models.checkpoint import save_checkpoint
+from models.data import Floats, TableRef, TrainingData, load_training_data
+from models.factorization import Calibrated, CoEngagement, Factorization, ScoreWeights, calibrate, factorize, sample_triggers
+from models.losses import Loss
+from models.mtmh import Head, Mtmh, Start
+from models.scorer import MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
+
+_CONFLICT_EVERY = 10  # steps between looks at the gradients' cosine
+_PART_ITEMS = 50_000  # rows of an embeddings file
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpec:
+    """Everything a worker must know, as JSON.
+
+    Attributes:
+        tables: pinned versions by table name.
+        run_date: last day that counts.
+        half_life_days: of the landmark weights.
+        folder: where the output goes; for several machines a shared one.
+        model: encoder and heads.
+        training: optimization.
+    """
+
+    tables: Mapping[str, TableRef]
+    run_date: date
+    half_life_days: float
+    folder: str
+    model: ModelSettings
+    training: TrainingSettings
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        content = {
+            "tables": {name: dataclasses.asdict(ref) for name, ref in self.tables.items()},
+            "run_date": self.run_date.isoformat(),
+            "half_life_days": self.half_life_days,
+            "folder": self.folder,
+            "model": self.model.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json"),
+        }
+        return json.dumps(content)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote."""
+        content = json.loads(text)
+        return cls(
+            tables={name: TableRef(**ref) for name, ref in content["tables"].items()},
+            run_date=date.fromisoformat(content["run_date"]),
+            half_life_days=content["half_life_days"],
+            folder=content["folder"],
+            model=ModelSettings.model_validate(content["model"]),
+            training=TrainingSettings.model_validate(content["training"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """One worker among the others; with a world size of 1 nothing is ever sent."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+    @classmethod
+    @contextmanager
+    def join(cls, *, timeout_seconds: int) -> Iterator[Self]:
+        """The process group that torchrun's environment names, or this process alone."""
+        world_size, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        if world_size == 1:
+            yield cls(local_world_size=local)
+            return
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+        try:
+            yield cls(rank=dist.get_rank(), world_size=world_size, local_world_size=local)
+        finally:
+            dist.destroy_process_group()
+
+    def use_threads(self) -> None:
+        """Share the machine's cores; torchrun alone would give each worker one thread."""
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
+
+    def add_up(self, model: torch.nn.Module) -> None:
+        """Sum the gradients of all workers in one message."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """Rank 0's numbers for everybody, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def wait(self) -> None:
+        """Until everybody is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+class Progress:
+    """Rank 0's `progress.json`, replaced at most once a second so that a reader never sees half of it."""
+
+    def __init__(self, folder: Path, *, total: int) -> None:
+        self.path, self.total = folder / "progress.json", total
+        self.started = self.written = time.monotonic()
+
+    def show(self, phase: str, done: int = 0, loss: float | None = None, num_triggers: int = 0, *, now: bool = False) -> None:
+        """State of the work; `loss` and speed once there are some."""
+        clock = time.monotonic()
+        if phase != "training" or done == 0:
+            self.started = clock
+        elif clock - self.written < 1 and not now:
+            return
+        self.written = clock
+        speed = done * num_triggers / max(clock - self.started, 1e-9)
+        content = {"phase": phase, "done": done, "total": self.total, "loss": loss, "items_per_s": round(speed, 1)}
+        beside = self.path.with_suffix(".new")
+        beside.write_text(json.dumps(content))
+        beside.replace(self.path)
+
+
+def run_rank(spec_json: str) -> None:
+    """One worker's whole life. Any exception is left in its status file and raised again.
+
+    Args:
+        spec_json: `TrainingSpec.to_json()`.
+    """
+    spec = TrainingSpec.from_json(spec_json)
+    rank, started = int(os.environ.get("RANK", "0")), time.monotonic()
+    status = Path(spec.folder) / "status" / f"rank-{rank}.json"
+    status.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with Workers.join(timeout_seconds=spec.training.timeout_seconds) as workers:
+            workers.use_threads()
+            data = load_training_data(spec.tables, run_date=spec.run_date, half_life_days=spec.half_life_days)
+            metrics = train(data, spec, workers)
+    except BaseException:
+        _write(status, {"ok": False, "error": traceback.format_exc(), "seconds": time.monotonic() - started, "metrics": {}})
+        raise
+    _write(status, {"ok": True, "error": None, "seconds": time.monotonic() - started, "metrics": metrics})
+
+
+def train(data: TrainingData, spec: TrainingSpec, workers: Workers) -> dict[str, float]:
+    """Calibrate, start, fine-tune, write; returns the metrics (only rank 0 writes).
+
+    Raises:
+        TrainingError: there is no item, or the loss is not a number.
+    """
+    if data.num_items < 2:
+        raise TrainingError(f"item_features holds {data.num_items} items; wanted at least 2: check the catalog and the run date")
+    folder = Path(spec.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress(folder, total=spec.training.num_steps) if workers.rank == 0 else None
+    clock = _Stopwatch()
+    plan = _plan(data, spec, progress) if workers.rank == 0 else None
+    clock.stop("calibration_seconds")
+    model = _shared_model(data, spec, plan, workers)
+    workers.wait()
+    history = fine_tune(model, data, spec, workers, user_level_weight=_user_level_weight(plan, workers), progress=progress)
+    clock.stop("training_seconds")
+    if plan is None or progress is None:
+        return clock.seconds
+    progress.show("writing", spec.training.num_steps)
+    metrics = {**plan.metrics, **_final(history), **_describe(model)}
+    version = save_checkpoint(
+        folder / "checkpoint", model, vocabulary=data.vocabulary, run={"metrics": metrics, "search": plan.calibrated.log}
+    )
+    write_embeddings(folder / "embeddings", model, data)
+    plan.scorer.save(folder / "scorer.json")
+    clock.stop("writing_seconds")
+    _write(folder / "history.json", {"model_version": version, "steps": history})
+    _write(folder / "metrics.json", metrics | clock.seconds)
+    _write(folder / "notes.json", plan.notes)
+    return metrics | clock.seconds
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def stop(self, name: str) -> None:
+        """Seconds since the last stop."""
+        now = time.monotonic()
+        self.seconds[name], self._last = round(now - self._last, 3), now
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+# --- calibration, on rank 0 ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What rank 0 found out before training."""
+
+    calibrated: Calibrated
+    full: Factorization
+    scorer: Scorer
+    metrics: dict[str, float]
+    notes: list[str]
+
+
+def _plan(data: TrainingData, spec: TrainingSpec, progress: Progress | None) -> Plan:
+    """Choose weights on the holdout, fit the merge scorer there, then factorize everything known."""
+    settings, seed = spec.model, spec.training.seed
+    if progress:
+        progress.show("calibration")
+    triggers = sample_triggers(data.holdout, maximum=spec.training.num_validation_triggers, seed=seed)
+    usable = triggers if len(triggers) >= MIN_TRIGGERS else triggers[:0]
+    start = ScoreWeights(
+        user_level_weight=settings.user_level_weight,
+        dimension=min(settings.dimension, data.num_items - 1),
+        target_norm_exponent=settings.target_norm_exponent,
+        popularity_weight=settings.popularity_weight,
+        temperature=_START_TEMPERATURE,
+        prior_users=1.0,
+    )
+    calibrated = calibrate(data.fit, data.content, data.holdout, usable, start=start, content_share=settings.content_share, seed=seed)
+    scorer, reached = Scorer.mixture(), dict[str, float]()
+    if len(usable):
+        fit_model = build_model(calibrated.fit, data.content, settings, calibrated.content_share, seed=seed)
+        source = candidate_source(data, fit_model, calibrated.fit)
+        scorer, reached = fit_scorer(source.propose(usable, data.holdout[usable], widths=Widths()), seed=seed)
+    full = factorize(data.full, data.content, weights=calibrated.weights, seed=seed)
+    chosen = {name: float(value) for name, value in dataclasses.asdict(calibrated.weights).items()}
+    metrics = {**chosen, "content_share": calibrated.content_share, "num_holdout_triggers": float(len(triggers)), **reached}
+    if len(usable):
+        metrics["holdout_recall_at_100"] = calibrated.recall
+    return Plan(calibrated=calibrated, full=full, scorer=scorer, metrics=metrics, notes=_notes(calibrated, len(triggers)))
+
+
+_START_TEMPERATURE = 3.0  # likelihood chose 2 to 4 on the development sets; what stands without a holdout
+
+
+def _notes(calibrated: Calibrated, num_triggers: int) -> list[str]:
+    if not calibrated.log:
+        stands = "the settings' weights and a fixed mixture stand"
+        return [f"scores not calibrated: {num_triggers} triggers in the holdout, {MIN_TRIGGERS} wanted; {stands}"]
+    weights = ", ".join(f"{name} {value:g}" for name, value in dataclasses.asdict(calibrated.weights).items())
+    reached = f"content_share {calibrated.content_share:g}, holdout recall@100 {calibrated.recall:.4f}"
+    return [f"calibrated on {num_triggers} holdout triggers: {weights}, {reached}"]
+
+
+def build_model(start: Factorization, content: Floats, settings: ModelSettings, content_share: float, *, seed: int) -> Mtmh:
+    """An encoder at its starting point; the residual layers' first weights are drawn by seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Mtmh(
+            start=Start(
+                trigger=torch.from_numpy(start.trigger),
+                target=torch.from_numpy(start.target),
+                content=torch.tensor(content),  # a copy: the table hands out read-only memory
+                content_to_trigger=torch.from_numpy(start.content_to_trigger),
+                content_to_target=torch.from_numpy(start.content_to_target),
+                log_popularity=torch.from_numpy(start.log_popularity),
+                known=torch.from_numpy(start.known),
+            ),
+            hidden_dimension=settings.hidden_dimension,
+            heads={name: head.model_dump() for name, head in settings.heads.items()},
+            temperature=start.weights.temperature,
+            popularity_weight=start.weights.popularity_weight,
+            content_share=content_share,
+        )
+
+
+def candidate_source(data: TrainingData, model: Mtmh, start: Factorization) -> CandidateSource:
+    """Candidates before the holdout, from an encoder that knows no more."""
+    vectors = {name: HeadVectors(trigger=pair[0].numpy(), target=pair[1].numpy()) for name, pair in model.vectors().items()}
+    return CandidateSource(
+        history=data.fit,
+        content=data.content,
+        engagement=vectors["engagement"],
+        relevance=vectors["relevance"],
+        popularity_p=np.exp(start.log_popularity),
+        eligible=data.eligible,
+    )
+
+
+def _user_level_weight(plan: Plan | None, workers: Workers) -> float:
+    value = torch.tensor([plan.calibrated.weights.user_level_weight if plan else 0.0], dtype=torch.float64)
+    return float(workers.share(value))
+
+
+def _shared_model(data: TrainingData, spec: TrainingSpec, plan: Plan | None, workers: Workers) -> Mtmh:
+    """Rank 0's starting point on every worker."""
+    shape = torch.tensor([plan.full.trigger.shape[1] if plan else 0])
+    dimension = int(workers.share(shape))
+    full = plan.full if plan else _blank(data, dimension)
+    share = plan.calibrated.content_share if plan else 0.5
+    model = build_model(full, data.content, spec.model, share, seed=spec.training.seed)
+    for tensor in model.state_dict().values():
+        workers.share(tensor)
+    return model
+
+
+def _blank(data: TrainingData, dimension: int) -> Factorization:
+    """Zeros of the right shape, for a worker that is about to receive the numbers."""
+    items, content = data.content.shape
+    weights = ScoreWeights(
+        user_level_weight=0, dimension=dimension, target_norm_exponent=0, popularity_weight=0, temperature=1, prior_users=0
+    )
+    return Factorization(
+        trigger=np.zeros((items, dimension), np.float32),
+        target=np.zeros((items, dimension), np.float32),
+        content_to_trigger=np.zeros((content, dimension), np.float32),
+        content_to_target=np.zeros((content, dimension), np.float32),
+        log_popularity=np.zeros(items, np.float32),
+        known=np.zeros(items, np.bool_),
+        weights=weights,
+    )
+
+
+# --- fine-tuning ---
+
+
+def fine_tune(
+    model: Mtmh, data: TrainingData, spec: TrainingSpec, workers: Workers, *, user_level_weight: float, progress: Progress | None = None
+) -> list[dict[str, float]]:
+    """Adam with a one-cycle learning rate on all heads' tasks; returns the history, one entry a step.
+
+    Raises:
+        TrainingError: the loss is not a number.
+    """
+    settings = spec.training
+    batches = make_batches(data, spec, workers, user_level_weight=user_level_weight)
+    if settings.num_steps == 0 or batches.batch_size == 0:
+        return []
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=settings.learning_rate, total_steps=settings.num_steps + 1)
+    history: list[dict[str, float]] = []
+    for step in range(settings.num_steps):
+        optimizer.zero_grad(set_to_none=True)
+        entry = backward(model, batches.batch(step), affinity_weight=settings.affinity_weight, compare=step % _CONFLICT_EVERY == 0)
+        if not math.isfinite(entry["loss"]):
+            raise TrainingError(f"loss is {entry['loss']} at step {step} of rank {workers.rank}: {entry}; lower training.learning_rate")
+        workers.add_up(model)
+        optimizer.step()
+        schedule.step()
+        history.append(entry)
+        if progress:
+            progress.show("training", step + 1, entry["loss"], batches.batch_size, now=step + 1 == settings.num_steps)
+    return history
+
+
+def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, user_level_weight: float) -> Batches:
+    """Batches of the full history."""
+    settings = spec.training
+    return Batches(
+        matrix=CoEngagement(pairs=data.full.pairs, user_items=data.full.user_items, user_level_weight=user_level_weight),
+        content=data.content,
+        examples=data.examples,
+        popularity=data.full.popularity,
+        batch_size=settings.batch_size,
+        full_softmax_max_items=settings.full_softmax_max_items,
+        num_sampled_items=settings.num_sampled_items,
+        id_dropout=spec.model.id_dropout,
+        seed=settings.seed,
+        rank=workers.rank,
+        world_size=workers.world_size,
+    )
+
+
+Term = tuple[str, float, Loss]
+
+
+def backward(model: Mtmh, batch: Batch, *, affinity_weight: float, compare: bool) -> dict[str, float]:
+    """Add the batch's gradient to every parameter; returns the losses.
+
+    The trunk is computed once per distinct item. Each task is sent back to the trunk's output by itself, which costs the same as all at
+    once and leaves each task's gradient on the shared representation to `compare`: a cosine below 0 means that two tasks pull apart.
+    """
+    wanted = np.concatenate([batch.triggers, batch.candidates, batch.partners.ravel(), batch.examples.ravel(), batch.random])
+    items, place = np.unique(wanted, return_inverse=True)
+    index = torch.from_numpy(items).long()
+    trunk = model.trunk(index, torch.from_numpy(batch.dropped[items]))  # (I, D), I distinct items
+    ends = np.cumsum([batch.triggers.size, batch.candidates.size, batch.partners.size, batch.examples.size])
+    rows = _Rows(*(torch.from_numpy(part).long() for part in np.split(place, ends)))
+    shared = trunk.detach().requires_grad_()
+    entry, gradients = {"loss": 0.0}, {}
+    for name in model.heads:
+        for term, weight, loss in head_terms(model.head(name), shared, model.log_popularity[index], rows, batch, affinity_weight):
+            before = torch.zeros_like(trunk) if shared.grad is None else shared.grad.clone()
+            torch.autograd.backward(weight * loss.value, retain_graph=True)
+            if compare and shared.grad is not None:
+                gradients[term] = (shared.grad - before).flatten()
+            entry["loss"] += float(weight * loss.value.detach())
+            entry |= {f"{name}/{part}": value for part, value in loss.parts.items()}
+    torch.autograd.backward(trunk, shared.grad)
+    return entry | _cosines(gradients)
+
+
+def _cosines(gradients: dict[str, Tensor]) -> dict[str, float]:
+    names = list(gradients)
+    pairs = ((a, b) for i, a in enumerate(names) for b in names[i + 1 :])
+    return {f"cosine {a} {b}": float(torch.nn.functional.cosine_similarity(gradients[a], gradients[b], dim=0)) for a, b in pairs}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of the trunk: (B,) triggers, (M,) candidates, (B * P,) partners, (B * L,) own and (R,) shared examples."""
+
+    trigger: Tensor
+    candidate: Tensor
+    partner: Tensor
+    example: Tensor
+    random: Tensor
+
+
+def head_terms(head: Head, trunk: Tensor, log_popularity: Tensor, rows: _Rows, batch: Batch, affinity_weight: float) -> list[Term]:
+    """(`head/task`, weight, loss) of every task of a head, from the (I, D) trunk of the distinct items."""
+    trigger = head.trigger_vectors(trunk[rows.trigger])  # (B, V)
+    target = head.target_vectors(trunk, log_popularity)  # (I, V)
+    weights, terms = head.task_weights, list[Term]()
+    mass, log_inclusion = torch.from_numpy(batch.mass), torch.from_numpy(batch.log_inclusion)
+    if "engagement" in weights:
+        terms.append((f"{head.name}/engagement", weights["engagement"], _engagement(trigger, target, rows, batch, mass)))
+    unit_trigger, unit_target = _cosine_rows(trigger), _cosine_rows(target)
+    if "relevance" in weights:
+        terms.append((f"{head.name}/relevance", weights["relevance"], _relevance(unit_trigger, unit_target, rows, batch)))
+    if "affinity" in weights:
+        scores = _masked(unit_trigger / losses.AFFINITY_TEMPERATURE @ unit_target[rows.candidate].T, batch)  # (B, M)
+        popularity, num = log_popularity[rows.candidate], batch.num_triggers
+        loss = losses.affinity(scores, mass, log_popularity=popularity, log_inclusion=log_inclusion, num_triggers=num)
+        terms.append((f"{head.name}/affinity", weights["affinity"] * affinity_weight, loss))
+    return terms
+
+
+def _engagement(trigger: Tensor, target: Tensor, rows: _Rows, batch: Batch, mass: Tensor) -> Loss:
+    """Full softmax when the candidates are the catalog, else the sampled one."""
+    scores = _masked(trigger @ target[rows.candidate].T, batch)  # (B, M)
+    if batch.partners.shape[1] == 0:
+        return losses.full_engagement(scores, mass, num_triggers=batch.num_triggers)
+    partner = target[rows.partner].view(*batch.partners.shape, -1)  # (B, P, V)
+    return losses.sampled_engagement(
+        torch.einsum("bv,bpv->bp", trigger, partner),
+        scores,
+        log_inclusion=torch.from_numpy(batch.log_inclusion),
+        position=torch.from_numpy(batch.position).long(),
+        valid=torch.from_numpy(batch.valid),
+        num_triggers=batch.num_triggers,
+    )
+
+
+def _relevance(trigger: Tensor, target: Tensor, rows: _Rows, batch: Batch) -> Loss:
+    """Listwise, on unit vectors without the popularity dimension."""
+    example = target[rows.example].view(*batch.examples.shape, -1)  # (B, L, V - 1)
+    cosines = torch.cat([torch.einsum("bv,blv->bl", trigger, example), trigger @ target[rows.random].T], dim=1)  # (B, L + R)
+    return losses.relevance(cosines, torch.from_numpy(batch.targets), torch.from_numpy(batch.present), num_triggers=batch.num_triggers)
+
+
+def _masked(scores: Tensor, batch: Batch) -> Tensor:
+    """(B, M) scores with a trigger's own cell out of the softmax; a few cells are set, not a whole mask laid over."""
+    row, column = (torch.from_numpy(where) for where in batch.own)
+    return scores.index_put((row, column), torch.tensor(losses.MASKED))
+
+
+def _cosine_rows(vectors: Tensor) -> Tensor:
+    """Unit rows without the last, popularity, dimension."""
+    return torch.nn.functional.normalize(vectors[:, :-1], dim=1, eps=1e-6)
+
+
+# --- results ---
+
+
+def _final(history: list[dict[str, float]]) -> dict[str, float]:
+    """Mean loss of the first and the last tenth of the steps; 0 when there were none, as nothing is unfinished then."""
+    tail = max(1, len(history) // 10)
+    if not history:
+        return {"first_loss": 0.0, "final_loss": 0.0, "num_steps": 0.0}
+    first, last = ([entry["loss"] for entry in part] for part in (history[:tail], history[-tail:]))
+    return {"first_loss": sum(first) / tail, "final_loss": sum(last) / tail, "num_steps": float(len(history))}
+
+
+def _describe(model: Mtmh) -> dict[str, float]:
+    """Per head: mean pairwise cosine and shortest length of the target vectors (bias and zero vectors aside)."""
+    out = {}
+    for name, (_, target) in model.vectors().items():
+        norm = target[:, :-1].norm(dim=1)
+        some = norm > 1e-6
+        unit = (target[some, :-1] / norm[some, None]).double()
+        pairs = max(len(unit) * (len(unit) - 1), 1)
+        out[f"{name}_mean_cosine"] = float((unit.sum(dim=0).square().sum() - len(unit)) / pairs)
+        out[f"{name}_min_norm"] = float(norm[some].min()) if bool(some.any()) else 0.0
+        out[f"{name}_num_zero_vectors"] = float((~some).sum())
+    return out
+
+
+def write_embeddings(folder: Path, model: Mtmh, data: TrainingData) -> None:
+    """Parquet parts with item_id, head, trigger_vector and target_vector, in item order; what an earlier attempt left is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("part-*.parquet"):
+        stale.unlink()
+    ids = pa.array(data.item_ids.tolist(), pa.string())
+    part = 0
+    for name, (trigger, target) in model.vectors().items():
+        for start in range(0, data.num_items, _PART_ITEMS):
+            stop = min(start + _PART_ITEMS, data.num_items)
+            columns = {
+                "item_id": ids[start:stop],
+                "head": pa.array([name] * (stop - start), pa.string()),
+                "trigger_vector": _lists(trigger[start:stop].numpy()),
+                "target_vector": _lists(target[start:stop].numpy()),
+            }
+            pq.write_table(pa.table(columns), folder / f"part-{part:04d}.parquet", use_dictionary=["head"])
+            part += 1
+
+
+def _lists(rows: Floats) -> pa.Array:
+    offsets = np.arange(0, rows.size + 1, rows.shape[1], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, pa.array(np.ascontiguousarray(rows).ravel()))

@@ -1,0 +1,291 @@
+"""Pair counting against DuckDB, which joins every engagement with every other and knows nothing of windows as ranges."""
+
+import os
+import random
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta
+
+import duckdb
+import pandas as pd
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.types import StructType
+
+from conf.errors import SettingsError, SourceError
+from conf.settings import WindowSettings
+from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ENGAGEMENTS, ITEM_POPULARITY
+from features.pair_kernels import WINDOW_SCHEMA, _distinct, count_windows, keyed_hash
+from features.pairs import aggregate_pairs, cap_metrics, count_daily_pairs, count_popularity, future_pairs, holdout_start
+
+FIRST, LAST = date(2024, 3, 1), date(2024, 3, 6)
+KEY = b"key of the tests"
+DAY = 86_400
+
+SESSION = WindowSettings(kind="session", symmetric=True)
+SESSION_DIRECTED = WindowSettings(kind="session")
+TIME = WindowSettings(kind="time", window_seconds=DAY + 1800)
+TIME_SYMMETRIC = WindowSettings(kind="time", window_seconds=3600, symmetric=True)
+POSITION = WindowSettings(kind="position", max_distance=2)
+POSITION_SYMMETRIC = WindowSettings(kind="position", max_distance=3, window_seconds=DAY, symmetric=True)
+WINDOWS = (SESSION, SESSION_DIRECTED, TIME, TIME_SYMMETRIC, POSITION, POSITION_SYMMETRIC)
+
+
+def world(seed: int, *, num_events: int = 400, num_users: int = 6, num_items: int = 9) -> pd.DataFrame:
+    """Few users, few items and times on half hours: ties, repeats, second actions and sessions across midnight are all common."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(num_events):
+        user = f"u{rng.randrange(num_users)}"
+        at = datetime(2024, 2, 29, 12) + timedelta(minutes=30 * rng.randrange(12 + 6 * 48))
+        session = rng.choice([None, f"s{(at.day + (at.hour > 18)) % 31}", f"s{rng.randrange(3)}"])
+        rows.append((user, f"i{rng.randrange(num_items)}", rng.choice(["buy", "view"]), at, session, 1.0, at.date()))
+    frame = pd.DataFrame(rows, columns=list(ENGAGEMENTS.column_names))
+    return frame.drop_duplicates(list(ENGAGEMENTS.key))
+
+
+def to_spark(spark: SparkSession, frame: pd.DataFrame) -> DataFrame:
+    rows = [(*row[:3], row[3].to_pydatetime().replace(tzinfo=UTC), row[4] or None, *row[5:]) for row in frame.itertuples(index=False)]
+    return spark.createDataFrame(rows, StructType.fromDDL(ENGAGEMENTS.ddl))
+
+
+def counter(window: WindowSettings, **over: object) -> Callable[[DataFrame], DataFrame]:
+    given = {"max_items_per_user_day": 200, "min_users": 2, "hash_key": KEY, "first_day": FIRST, "last_day": LAST} | over
+    return count_daily_pairs(window=window, **given)
+
+
+def counted(frame: DataFrame) -> list[tuple[object, ...]]:
+    return sorted(tuple(row) for row in frame.collect())
+
+
+def condition(window: WindowSettings) -> str:
+    """The definition of the window, as a join condition between trigger a and target b."""
+    if window.kind == "session":
+        return "a.session_id = b.session_id"
+    seconds = "true" if window.window_seconds is None else f"b.t - a.t <= {window.window_seconds * 1_000_000}"
+    if window.kind == "time":
+        return seconds
+    between = "select count(distinct m.item_id) from e m where m.user_id = a.user_id and m.t > a.t and m.t <= b.t"
+    return f"({between}) <= {window.max_distance} and {seconds}"
+
+
+def oracle(events: pd.DataFrame, window: WindowSettings, *, min_users: int = 2, first: date = FIRST) -> list[tuple[object, ...]]:
+    """All pairs of engagements of a user, filtered; a mirror image where symmetric; then users counted."""
+    connection = duckdb.connect()
+    connection.execute("set threads to 1")
+    connection.register("raw", events)
+    hashes = pd.DataFrame({"user_id": (users := sorted(set(events.user_id))), "hash": [keyed_hash(user, key=KEY) for user in users]})
+    connection.register("hashes", hashes)
+    connection.execute("create table e as select distinct user_id, item_id, epoch_us(engaged_at) t, session_id from raw")
+    connection.execute("create table days as select distinct user_id, item_id, epoch_us(engaged_at) t, engaged_at::date d from raw")
+    joined = f"""
+        select distinct d.d, a.item_id i, b.item_id j, a.user_id from e a join e b on a.user_id = b.user_id
+        join days d on d.user_id = b.user_id and d.item_id = b.item_id and d.t = b.t
+        where a.item_id <> b.item_id and a.t <= b.t and {condition(window)} and d.d between '{first}' and '{LAST}'"""
+    pairs = f"with p as ({joined}) select * from p" + (" union select d, j, i, user_id from p" if window.symmetric else "")
+    smallest = f"list_sort(list(hash))[1:{min_users}]"
+    counts = f"select d, i, j, count(*), {smallest} from ({pairs}) join hashes using (user_id) group by all order by all"
+    rows = connection.execute(counts).fetchall()
+    return [(d, i, j, n, list(h)) for d, i, j, n, h in rows]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=lambda w: f"{w.kind}-{'symmetric' if w.symmetric else 'directed'}")
+def test_daily_counts_equal_duckdb(spark: SparkSession, window: WindowSettings) -> None:
+    events = world(seed=WINDOWS.index(window))
+    expected = oracle(events, window)
+    assert len(expected) > 100
+    # neither the order of rows nor the partitions matter; 7 tasks over 6 days split every day in two
+    shuffled = to_spark(spark, events.sample(frac=1, random_state=1)).repartition(3)
+    assert counted(shuffled.transform(counter(window, num_tasks=7))) == expected
+    # a single late day, counted alone, sees as far back as its window reaches
+    late = [row for row in expected if row[0] == LAST]
+    assert late
+    assert counted(shuffled.transform(counter(window, first_day=LAST, num_tasks=1))) == late
+
+
+def test_known_pairs(spark: SparkSession) -> None:
+    def event(item: str, at: str, session: str | None, user: str = "u") -> tuple[object, ...]:
+        moment = datetime.fromisoformat(at)
+        return (user, item, "buy", pd.Timestamp(moment), session, 1.0, moment.date())
+
+    events = pd.DataFrame(
+        [
+            event("bread", "2024-03-01 23:59:00", "s"),
+            event("butter", "2024-03-02 00:01:00", "s"),  # the pair belongs to the day of the target
+            event("bread", "2024-03-02 00:01:00", "other"),  # another session pairs with nothing
+            event("salt", "2024-03-03 10:00:00", None),  # neither does a missing one, twice
+            event("oil", "2024-03-03 10:00:00", None),
+            event("tea", "2024-03-04 08:00:00", "t"),  # a tie counts in both directions, of each user
+            event("milk", "2024-03-04 08:00:00", "t"),
+            event("tea", "2024-03-04 08:00:00", "t", user="v"),
+            event("milk", "2024-03-04 08:00:00", "t", user="v"),
+        ],
+        columns=list(ENGAGEMENTS.column_names),
+    )
+    rows = counted(to_spark(spark, events).transform(counter(SESSION_DIRECTED)))
+    assert [row[:4] for row in rows] == [
+        (date(2024, 3, 2), "bread", "butter", 1),
+        (date(2024, 3, 4), "milk", "tea", 2),
+        (date(2024, 3, 4), "tea", "milk", 2),
+    ]
+    assert rows[1][4] == sorted(keyed_hash(user, key=KEY) for user in "uv")
+
+
+@pytest.mark.parametrize("window", [SESSION, TIME], ids=["session", "time"])
+def test_cap_keeps_the_smallest_hashes(spark: SparkSession, window: WindowSettings) -> None:
+    events = world(seed=11, num_events=500)
+    cap = 4
+    scope = events.session_id if window.kind == "session" else events.event_date.astype(str)
+    kept = []
+    for day in [FIRST + timedelta(days=n) for n in range(6)]:  # a session is capped by what it held up to the target day
+        known = events[events.event_date <= day] if window.kind == "session" else events
+        ranks = known.assign(scope=scope)[known.session_id.notna() | (window.kind != "session")].copy()
+        ranks["hash"] = [keyed_hash(f"{r.user_id}\x1f{r.scope}\x1f{r.item_id}", key=KEY) for r in ranks.itertuples()]
+        ranks["rank"] = ranks.groupby(["user_id", "scope"])["hash"].rank(method="dense")
+        part = ranks[ranks["rank"] <= cap].drop(columns=["scope", "hash", "rank"])
+        kept += [row for row in oracle(part, window) if row[0] == day]
+    frame = to_spark(spark, events)
+    assert counted(frame.transform(counter(window, max_items_per_user_day=cap))) == sorted(kept)
+    assert kept != oracle(events, window)
+    reported = frame.transform(cap_metrics(window=window, max_items_per_user_day=cap, first_day=FIRST, last_day=LAST)).first()
+    assert reported is not None
+    assert reported["num_capped_groups"] > 0
+    assert reported["num_cut_items"] >= reported["num_capped_groups"]
+
+
+def test_big_days_and_wide_keys_take_other_paths_to_the_same_counts(spark: SparkSession) -> None:
+    import numpy as np
+    import pyarrow as pa
+
+    windows = {
+        "day": [3, 3],
+        "user_hash": [7, -7],
+        "items": [["a", "b", "c"], ["b", "a", "d"]],
+        "starts": [[0, 0, 0]] * 2,
+        "stops": [[0, 1, 2]] * 2,
+        "split": [0, 0],
+    }
+    batch = pa.RecordBatch.from_pydict(windows)
+    assert set(batch.schema.names) == {*StructType.fromDDL(WINDOW_SCHEMA).names, "split"}
+
+    def rows(pass_pairs: int) -> list[tuple[object, ...]]:
+        batches = count_windows([batch], symmetric=True, min_users=2, num_splits=1, pass_pairs=pass_pairs)
+        return sorted(tuple(row.values()) for out in batches for row in out.to_pylist())
+
+    assert rows(100)[0][1:] == ("a", "b", 2, [-7, 7])
+    assert len(rows(100)) == 10
+    assert rows(1) == rows(100)  # a pass for nearly every pair
+    pair, user = np.array([5, 2, 5, 2, 5]), np.array([1, 0, 0, 0, 1])
+    for num_pairs in (6, 2**62):  # the second no longer packs into 63 bits
+        assert [column.tolist() for column in _distinct(pair, user, num_pairs, 2)] == [[2, 5, 5], [0, 0, 1]]
+
+
+LANDMARK, HALF_LIFE, HOLDOUT = date(2024, 2, 1), 10.0, date(2024, 3, 5)
+DATED = {"landmark": LANDMARK, "half_life_days": HALF_LIFE, "holdout_from": HOLDOUT, "run_date": LAST}
+
+
+def totals_oracle(events: pd.DataFrame, window: WindowSettings, *, min_users: int) -> dict[tuple[str, str], tuple[float, ...]]:
+    """Weight, user-days, fit weight, conditional, cosine, jaccard and lift of every pair with enough true distinct users."""
+    connection = duckdb.connect()
+    daily = pd.DataFrame(oracle(events, window, min_users=10**6), columns=["d", "i", "j", "n", "hashes"])
+    connection.register("daily", daily)
+    connection.register("raw", events)
+    rows = connection.execute(f"""
+        with p as (select item_id, count(distinct user_id || event_date) n from raw group by all),
+        w as (select *, n * pow(2, date_diff('day', date '{LANDMARK}', d::date) / {HALF_LIFE}) f, d < '{HOLDOUT}' early from daily),
+        t as (select i, j, sum(f) weight, sum(n) num, sum(f) filter (early) fit from w group by all),
+        u as (select i, j, count(distinct h) users, count(distinct h) filter (early) fit_users
+            from (select i, j, early, unnest(hashes) h from w) group by all),
+        k as (select * from t join u using (i, j) where users >= {min_users})
+        select i, j, weight, num, if(fit_users >= {min_users}, fit, 0), weight / sum(weight) over (partition by i),
+            num / sqrt(a.n * b.n), least(1, num / greatest(a.n + b.n - num, num)), num * (select sum(n) from p) / (a.n * b.n)
+        from k join p a on a.item_id = i join p b on b.item_id = j""").fetchall()
+    return {(row[0], row[1]): tuple(float(value) for value in row[2:]) for row in rows}
+
+
+@pytest.mark.parametrize("min_users", [2, 4])
+def test_totals_equal_duckdb_and_keep_the_privacy_minimum(spark: SparkSession, min_users: int) -> None:
+    events = world(seed=20 + min_users, num_events=260, num_items=16)
+    frame = to_spark(spark, events)
+    popularity = frame.transform(count_popularity(**DATED)).cache()
+    daily = frame.transform(counter(SESSION, min_users=min_users)).cache()
+    totals = daily.transform(aggregate_pairs(popularity, min_users=min_users, max_pairs_per_trigger=100, **DATED))
+    assert totals.columns == list(CO_ENGAGEMENT_PAIRS.column_names)
+    measures = ["weight", "num_user_days", "fit_weight", "conditional", "cosine", "jaccard", "lift"]
+    found = {(row.trigger_item_id, row.target_item_id): tuple(row[name] for name in measures) for row in totals.collect()}
+    expected = totals_oracle(events, SESSION, min_users=min_users)
+    all_pairs = {(row[1], row[2]) for row in oracle(events, SESSION)}
+    assert 0 < len(expected) < len(all_pairs)  # the minimum cuts something, and a pair one user repeats is among it
+    assert found.keys() == expected.keys()
+    for pair, values in expected.items():
+        assert found[pair] == pytest.approx(values, rel=1e-9), pair
+    assert any(values[2] == 0 for values in expected.values())
+
+    # the cut leaves the heaviest, ties by target id, whatever the partitions; conditional still is the share of all
+    cut = daily.repartition(5).transform(aggregate_pairs(popularity, min_users=min_users, max_pairs_per_trigger=3, num_tasks=1, **DATED))
+    kept = {(row.trigger_item_id, row.target_item_id): row.conditional for row in cut.collect()}
+    strongest = sorted(expected, key=lambda pair: (pair[0], -expected[pair][0], pair[1]))
+    wanted = [pair for n, pair in enumerate(strongest) if n < 3 or strongest[n - 3][0] != pair[0]]
+    assert kept.keys() == set(wanted)
+    assert kept[wanted[0]] == pytest.approx(expected[wanted[0]][3])
+    future = {(row.trigger_item_id, row.target_item_id): row.num_user_days for row in future_pairs(daily).collect()}
+    assert all(future[pair] == values[1] for pair, values in expected.items())
+    popularity.unpersist()
+    daily.unpersist()
+
+
+def test_popularity_equals_pandas(spark: SparkSession) -> None:
+    events = world(seed=5)
+    run_date = date(2024, 3, 4)
+    dated = DATED | {"run_date": run_date, "holdout_from": date(2024, 3, 3)}
+    found = to_spark(spark, events).transform(count_popularity(**dated))
+    assert found.columns == list(ITEM_POPULARITY.column_names)
+    days = events[events.event_date <= run_date].drop_duplicates(["item_id", "user_id", "event_date"]).copy()
+    days["weight"] = [2.0 ** ((day - LANDMARK).days / HALF_LIFE) for day in days.event_date]
+    days["fit_weight"] = days.weight.where(days.event_date < date(2024, 3, 3), 0.0)
+    for row in found.collect():
+        mine = days[days.item_id == row.item_id]
+        assert row.num_user_days == len(mine)
+        assert row.num_users == mine.user_id.nunique()
+        assert row.weight == pytest.approx(mine.weight.sum(), rel=1e-9)
+        assert row.fit_weight == pytest.approx(mine.fit_weight.sum(), rel=1e-9)
+        assert (row.first_engaged_date, row.last_engaged_date) == (mine.event_date.min(), mine.event_date.max())
+        assert (row.landmark_date, row.holdout_from, row.as_of) == (LANDMARK, date(2024, 3, 3), run_date)
+    assert found.count() == days.item_id.nunique()
+
+
+def test_holdout_start(spark: SparkSession) -> None:
+    def start(counts: dict[int, int], *, share: float, run_day: int) -> date:
+        rows = [(date(2024, 3, day),) for day, count in counts.items() for _ in range(count)]
+        frame = spark.createDataFrame(rows, "event_date date")
+        return holdout_start(frame, holdout_share=share, run_date=date(2024, 3, run_day))
+
+    assert start({1: 50, 2: 30, 3: 15, 4: 5}, share=0.2, run_day=9) == date(2024, 3, 3)  # exactly a fifth
+    assert start({1: 50, 2: 30, 3: 15, 4: 5}, share=0.21, run_day=9) == date(2024, 3, 2)
+    assert start({1: 10, 2: 10, 9: 90}, share=0.1, run_day=9) == date(2024, 3, 8)  # before the run date
+    assert start({8: 1, 9: 90}, share=0.1, run_day=9) == date(2024, 3, 9)  # but after the first day
+    assert start({1: 1, 2: 9}, share=0.1, run_day=1) == date(2024, 3, 1)  # later days do not count
+    with pytest.raises(SourceError, match="no engagements up to 2024-02-01"):
+        holdout_start(spark.createDataFrame([(FIRST,)], "event_date date"), holdout_share=0.1, run_date=date(2024, 2, 1))
+
+
+def test_no_engagements_give_no_pairs(spark: SparkSession) -> None:
+    empty = spark.createDataFrame([], StructType.fromDDL(ENGAGEMENTS.ddl))
+    daily = empty.transform(counter(TIME))
+    assert daily.columns == list(CO_ENGAGEMENT_DAILY.column_names)
+    popularity = empty.transform(count_popularity(**DATED))
+    assert daily.transform(aggregate_pairs(popularity, min_users=2, max_pairs_per_trigger=9, **DATED)).collect() == []
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(SettingsError, match="key of the user hashes is empty"):
+        counter(TIME, hash_key=b"")
+    with pytest.raises(SettingsError, match="first_day 2024-03-07 is after last_day"):
+        counter(TIME, first_day=date(2024, 3, 7))
+    with pytest.raises(SettingsError, match="half-lives before"):
+        count_popularity(**DATED | {"half_life_days": 0.01})
+
+
+def test_a_long_key_is_taken_whole() -> None:
+    long = os.urandom(100)
+    assert keyed_hash("u", key=long) != keyed_hash("u", key=long[:64])
+    assert keyed_hash("u", key=b"a") != keyed_hash("u", key=b"b")

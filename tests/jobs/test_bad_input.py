@@ -1,0 +1,165 @@
+"""Bad sources and settings: one clear error each, and nothing half-written."""
+
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from pyspark.sql import SparkSession
+
+from conf.errors import GateError, MachineError, MtmhError, SettingsError, SourceError
+from conf.settings import load_settings
+from conf.tables import ENGAGEMENTS, REJECTED_ROWS
+from jobs.ingest import ingest
+from jobs.progress import Display
+from jobs.session import check_java
+from jobs.stage import Night, make_night, run_stage
+from tests.worlds import BundleWorld, write_config
+
+NIGHT = date(2024, 3, 31)
+WORLD = BundleWorld(num_users=20, sessions_per_user=4)
+
+
+def _night(spark: SparkSession, config: Path) -> Night:
+    display = Display(seconds_per_line=3600)
+    return make_night(load_settings(str(config)), NIGHT, spark=spark, display=display, now=datetime(2024, 6, 1, tzinfo=UTC))
+
+
+def _source(folder: Path, **over: Any) -> dict[str, Any]:
+    events = {"path": str(folder / "events"), "columns": {"user_id": "who", "item_id": "what", "engaged_at": "at", "session_id": "basket"}}
+    items = {"path": str(folder / "items"), "columns": {"item_id": "sku", "title": "name"}}
+    return {"events": events | over.get("events", {}), "items": items | over.get("items", {})}
+
+
+@pytest.mark.parametrize(
+    ("over", "error", "says"),
+    [
+        ({"events": {"path": "nowhere/events"}}, SourceError, ["events table", "nowhere/events", "source.events.path"]),
+        ({"items": {"path": "nowhere/items"}}, SourceError, ["items table", "nowhere/items", "source.items.path"]),
+        (
+            {"events": {"columns": {"user_id": "who", "item_id": "sku", "engaged_at": "when"}}},
+            SourceError,
+            ["sku", "when", "have", "what", "source.events.columns"],
+        ),
+        ({"items": {"columns": {"item_id": "sku", "title": "caption"}}}, SourceError, ["caption", "have", "name", "source.items.columns"]),
+        (
+            {"events": {"columns": {"user_id": "who", "item_id": "what", "engaged_at": "flag"}}},
+            SourceError,
+            ["flag", "boolean", "engaged_at"],
+        ),
+    ],
+    ids=["missing events", "missing items", "missing event columns", "missing item column", "wrong type"],
+)
+def test_unusable_sources(spark: SparkSession, tmp_path: Path, over: dict[str, Any], error: type[MtmhError], says: list[str]) -> None:
+    WORLD.write(tmp_path)
+    WORLD.events().assign(flag=True).to_parquet(tmp_path / "events" / "part-0.parquet", index=False)
+    night = _night(spark, write_config(tmp_path, source=_source(tmp_path, **over)))
+    with pytest.raises(error) as raised:
+        run_stage(night, "ingest", ingest)
+    assert all(text in str(raised.value) for text in says), str(raised.value)
+    assert not night.lake.exists(ENGAGEMENTS)
+    assert night.ledger.records(run_id=night.run_id)[0].status == "failed"
+
+
+def test_unreadable_file(spark: SparkSession, tmp_path: Path) -> None:
+    WORLD.write(tmp_path)
+    (tmp_path / "events" / "part-0.parquet").write_bytes(b"not parquet at all")
+    night = _night(spark, write_config(tmp_path))
+    with pytest.raises(SourceError, match=r"cannot read the events table"):
+        run_stage(night, "ingest", ingest)
+
+
+def test_no_events_and_no_items(spark: SparkSession, tmp_path: Path) -> None:
+    WORLD.write(tmp_path)
+    config = write_config(tmp_path)
+    early = make_night(load_settings(str(config)), date(2020, 1, 1), spark=spark, display=Display(), now=datetime(2024, 6, 1, tzinfo=UTC))
+    with pytest.raises(GateError, match="num_engagements: found 0"):
+        run_stage(early, "ingest", ingest)
+    WORLD.items().head(0).to_parquet(tmp_path / "items" / "part-0.parquet", index=False)
+    with pytest.raises(GateError, match="num_items: found 0"):
+        run_stage(_night(spark, config), "ingest", ingest)
+
+
+def test_bad_rows_are_refused_with_their_reason_and_counted(spark: SparkSession, tmp_path: Path) -> None:
+    WORLD.write(tmp_path)
+    good = WORLD.events().assign(strength=1.0)
+    bad = [
+        ({"who": None}, "user_id"),
+        ({"what": ""}, "item_id"),
+        ({"what": "   "}, "item_id"),
+        ({"at": pd.NaT}, "engaged_at"),
+        ({"at": pd.Timestamp("2031-01-01", tz="UTC")}, "future"),
+        ({"strength": float("nan")}, "weight"),
+        ({"strength": float("inf")}, "weight"),
+        ({"strength": -1.0}, "weight"),
+        ({"strength": 0.0}, "weight"),
+    ]
+    rows = [good.iloc[0].to_dict() | over for over, _ in bad]
+    frame = pd.concat([good, pd.DataFrame(rows)], ignore_index=True)
+    frame["at"] = frame["at"].astype("datetime64[us, UTC]")
+    frame.to_parquet(tmp_path / "events" / "part-0.parquet", index=False)
+    columns = {"user_id": "who", "item_id": "what", "engaged_at": "at", "session_id": "basket", "weight": "strength"}
+    config = write_config(tmp_path, source=_source(tmp_path, events={"columns": columns}) | {"max_rejected_share": 0.5})
+    night = _night(spark, config)
+    record = run_stage(night, "ingest", ingest)
+    assert record.metrics["num_rejected_events"] == len(bad)
+    refused = night.lake.read(REJECTED_ROWS).collect()
+    assert sum(row["num_rows"] for row in refused) == len(bad)
+    for _, word in bad:
+        assert any(word in row["reason"] for row in refused), word
+    assert not any(user in row["row"] for row in refused for user in good["who"].unique())  # user ids are hashed
+
+
+def test_duplicate_items_with_different_content(spark: SparkSession, tmp_path: Path) -> None:
+    WORLD.write(tmp_path)
+    items = WORLD.items()
+    twin = items.head(1).assign(name="Something else")
+    pd.concat([items, items.tail(1), twin]).to_parquet(tmp_path / "items" / "part-0.parquet", index=False)
+    night = _night(spark, write_config(tmp_path))
+    record = run_stage(night, "ingest", ingest)
+    assert record.metrics["num_rejected_items"] == 1
+    assert record.metrics["num_items"] == len(items)
+    reasons = [row["reason"] for row in night.lake.read(REJECTED_ROWS).collect()]
+    assert reasons == ["duplicate item_id with different content"]
+
+
+def test_too_many_refused_rows_stop_the_night(spark: SparkSession, tmp_path: Path) -> None:
+    WORLD.write(tmp_path)
+    events = WORLD.events()
+    events.loc[events.index % 4 == 0, "who"] = None
+    events.to_parquet(tmp_path / "events" / "part-0.parquet", index=False)
+    with pytest.raises(GateError, match="rejected_events_share"):
+        run_stage(_night(spark, write_config(tmp_path)), "ingest", ingest)
+
+
+def test_lake_that_cannot_be_written(spark: SparkSession, tmp_path: Path) -> None:
+    WORLD.write(tmp_path)
+    (tmp_path / "file").touch()
+    config = write_config(tmp_path, lake={"root": str(tmp_path / "file" / "lake")})
+    with pytest.raises(MachineError, match=r"cannot write the lake at .*lake\.root"):
+        _night(spark, config)
+
+
+def test_settings_errors_are_reported_together(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as raised:
+        load_settings("demo", ["pairs.half_life_days=-1", "pairs.windw.kind=session", "retrieval.list_length=0", "training.seed=x"])
+    for text in ("4 fault(s)", "pairs.half_life_days", "pairs.windw", "retrieval.list_length", "training.seed"):
+        assert text in str(raised.value)
+    with pytest.raises(SettingsError, match=r"no configuration named 'nope'; have .*demo"):
+        load_settings("nope")
+    (tmp_path / "tabs.yaml").write_text("lake:\n\t- x")
+    with pytest.raises(SettingsError, match=r"tabs\.yaml is not valid YAML"):
+        load_settings(str(tmp_path / "tabs.yaml"))
+
+
+def test_java_missing_or_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MachineError, match=r"no java found.*apt-get install openjdk-17"):
+        check_java()
+    old = tmp_path / "java"
+    old.write_text("#!/bin/sh\necho 'openjdk version \"1.8.0_392\"' >&2\n")
+    old.chmod(0o755)
+    with pytest.raises(MachineError, match=r"1\.8\.0_392.*Java 17 or 21"):
+        check_java()

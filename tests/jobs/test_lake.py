@@ -1,0 +1,93 @@
+"""Tables: created with their comments, replaced in part, fenced when published, and readable outside Spark."""
+
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import duckdb
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+
+from conf.errors import PublishError, TableError
+from conf.settings import LakeSettings
+from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_NEIGHBORS, ITEM_POPULARITY, RUNS
+from jobs.lake import Lake, open_lake
+from jobs.ledger import Ledger, StageRecord
+from jobs.reader import open_table
+
+NOT_FOR_READERS_OUTSIDE_SPARK = {"deletionVectors", "columnMapping", "v2Checkpoint", "typeWidening"}
+
+
+@pytest.fixture
+def lake(spark: SparkSession, tmp_path: Path) -> Lake:
+    return open_lake(spark, LakeSettings(root=str(tmp_path / "lake")))
+
+
+def _popularity(lake: Lake, *items: tuple[str, float]) -> DataFrame:
+    day = date(2024, 1, 2)
+    rows = [(item, weight, day, 1, 0.0, day, 1, day, day, day) for item, weight in items]
+    return lake.spark.createDataFrame(rows, list(ITEM_POPULARITY.column_names))
+
+
+def test_replace_where_casts_and_keeps_the_rest(lake: Lake) -> None:
+    assert lake.replace(ITEM_POPULARITY, _popularity(lake, ("a", 1.0), ("b", 2.0))) == 1  # version 0 is the creation
+    assert lake.replace(ITEM_POPULARITY, _popularity(lake, ("b", 5.0)), where="item_id = 'b'") == 2
+    rows = {row["item_id"]: row["weight"] for row in lake.read(ITEM_POPULARITY).collect()}
+    assert rows == {"a": 1.0, "b": 5.0}
+    assert {row["item_id"]: row["weight"] for row in lake.read(ITEM_POPULARITY, 1).collect()} == {"a": 1.0, "b": 2.0}
+    with pytest.raises(TableError, match=r"missing columns \['as_of'\] for table item_popularity; have"):
+        lake.replace(ITEM_POPULARITY, _popularity(lake, ("c", 1.0)).drop("as_of"))
+
+
+def test_tables_carry_comments_and_no_feature_that_other_readers_lack(lake: Lake) -> None:
+    lake.create(ITEM_NEIGHBORS)
+    details = lake.spark.sql(f"DESCRIBE DETAIL delta.`{lake.path(ITEM_NEIGHBORS)}`").first()
+    assert details["description"] == ITEM_NEIGHBORS.comment
+    assert not NOT_FOR_READERS_OUTSIDE_SPARK & set(details["tableFeatures"] or [])
+    assert (details["minReaderVersion"], details["minWriterVersion"]) == (1, 2)
+
+
+def test_publication_is_fenced(lake: Lake) -> None:
+    first = lake.publish(ITEM_POPULARITY, _popularity(lake, ("a", 1.0)), expected=None, metadata={"run_id": "one"})
+    with pytest.raises(PublishError, match=f"item_popularity is at version {first}, this night expected None"):
+        lake.publish(ITEM_POPULARITY, _popularity(lake, ("b", 1.0)), expected=None, metadata={"run_id": "two"})
+    assert [row["item_id"] for row in lake.read(ITEM_POPULARITY).collect()] == ["a"]
+    assert lake.publish(ITEM_POPULARITY, _popularity(lake, ("b", 1.0)), expected=first, metadata={"run_id": "two"}) == first + 1
+
+
+def test_readers_outside_spark_see_only_the_current_rows(lake: Lake) -> None:
+    lake.replace(ITEM_POPULARITY, _popularity(lake, ("a", 1.0), ("b", 2.0)))
+    lake.replace(ITEM_POPULARITY, _popularity(lake, ("c", 3.0)))
+    table = open_table(lake.root, ITEM_POPULARITY)
+    assert table.to_pyarrow_dataset().to_table(columns=["item_id"]).to_pydict() == {"item_id": ["c"]}
+    assert duckdb.execute("SELECT item_id, weight FROM read_parquet(?)", [table.file_uris()]).fetchall() == [("c", 3.0)]
+    with pytest.raises(TableError, match=r"no table co_engagement_pairs under .*jobs\.nightly"):
+        open_table(lake.root, CO_ENGAGEMENT_PAIRS)
+    with pytest.raises(TableError, match="no table co_engagement_pairs"):
+        lake.read(CO_ENGAGEMENT_PAIRS)
+
+
+def test_the_ledger_finds_the_newest_success(lake: Lake) -> None:
+    ledger = Ledger(lake=lake)
+    assert ledger.last_success(stage="ingest") is None
+    for attempt, status in ((1, "succeeded"), (2, "succeeded"), (3, "failed")):
+        at = datetime(2024, 1, 2, attempt, tzinfo=UTC)
+        ledger.append(
+            StageRecord(
+                run_id="r",
+                run_date=date(2024, 1, 1),
+                stage="ingest",
+                attempt=attempt,
+                status=status,
+                started_at=at,
+                ended_at=at,
+                seconds=1.0,
+                input_versions={},
+                output_versions={"engagements": attempt},
+                fingerprint="f",
+                metrics={"num_items": 2.0},
+            )
+        )
+    found = ledger.last_success(stage="ingest", run_id="r")
+    assert found is not None
+    assert (found.attempt, found.output_versions, found.metrics) == (2, {"engagements": 2}, {"num_items": 2.0})
+    assert lake.version(RUNS) == 3

@@ -1,0 +1,220 @@
+"""One small night in the bundle world, run twice, read every way, judged, and stopped by a gate."""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pytest
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from conf.errors import GateError
+from conf.settings import load_settings
+from conf.tables import EVALUATION, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, TABLES, Table
+from features import store
+from jobs.evaluate import evaluate
+from jobs.export import export
+from jobs.ingest import ingest
+from jobs.ledger import StageRecord
+from jobs.nightly import STAGES, plan, run_night, summary
+from jobs.online import lists_served_at, open_feature_store
+from jobs.progress import Display
+from jobs.query import register_views
+from jobs.reader import neighbors_of, open_table
+from jobs.show import side_by_side
+from jobs.stage import Night, make_night, run_stage
+from tests.worlds import BundleWorld, write_config
+
+pytestmark = pytest.mark.night
+NIGHT = date(2024, 3, 31)
+NOW = datetime(2024, 6, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    world: BundleWorld
+    folder: Path
+    config: Path
+    night: Night
+    records: list[StageRecord]
+
+
+def _night(spark: SparkSession, config: Path, run_date: date, *assignments: str) -> Night:
+    return make_night(load_settings(str(config), assignments), run_date, spark=spark, display=Display(seconds_per_line=3600), now=NOW)
+
+
+@pytest.fixture(scope="module")
+def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The world after one night, with two torch processes."""
+    folder = tmp_path_factory.mktemp("night")
+    world = BundleWorld()
+    world.write(folder)
+    training = {"num_steps": 20, "batch_size": 64, "num_processes": 2}
+    config = write_config(folder, training=training)
+    night = _night(spark, config, NIGHT)
+    return Done(world=world, folder=folder, config=config, night=night, records=run_night(night))
+
+
+def _content(night: Night, table: Table) -> pd.DataFrame:
+    frame = night.lake.read(table).toPandas()
+    return frame.sort_values(list(table.key)).reset_index(drop=True)
+
+
+def _lists(done: Done, head: str) -> dict[str, list[dict[str, object]]]:
+    ids = done.world.items()["sku"].tolist()
+    return {item: neighbors for (item, name), neighbors in neighbors_of(done.night.lake.root, ids).items() if name == head}
+
+
+def test_every_stage_leaves_its_row_and_its_tables(done: Done) -> None:
+    assert [record.stage for record in done.records] == list(STAGES)
+    assert all(record.status == "succeeded" and record.attempt == 1 for record in done.records)
+    gated = {record.stage for record in done.records if record.gates and json.loads(record.gates)["results"]}
+    assert gated == set(STAGES) - {"evaluate"}  # nothing to judge on the first night
+    assert "no lists of 2024-03-24 to judge: nothing was evaluated" in done.records[-1].notes
+    for table in TABLES.values():
+        if table is EVALUATION:
+            continue
+        written = done.night.lake.read(table)
+        assert written.columns == list(table.column_names)
+        assert {field.name: field.metadata.get("comment") for field in written.schema} == {c.name: c.comment for c in table.columns}
+    assert summary(done.records).row_count == len(STAGES) + 1
+
+
+def test_lists_are_the_known_neighbors(done: Done) -> None:
+    engagement, relevance, merged = (_lists(done, head) for head in ("engagement", "relevance", "merged"))
+    assert len(merged) == done.world.num_bundles * done.world.num_categories
+    for item_id in merged:
+        bundle, category = done.world.bundle_of(item_id), done.world.category_of(item_id)
+        assert {neighbor["neighbor_id"] for neighbor in engagement[item_id][: len(bundle)]} == bundle
+        found = {neighbor["neighbor_id"] for neighbor in relevance[item_id][: len(category)]}
+        assert len(found & category) >= 0.8 * min(len(category), len(found))
+        assert bundle <= {neighbor["neighbor_id"] for neighbor in merged[item_id]}
+        assert item_id not in {neighbor["neighbor_id"] for neighbor in merged[item_id]}
+
+
+def test_reasons_say_what_is_true(done: Done) -> None:
+    for item_id, neighbors in _lists(done, "merged").items():
+        for neighbor in neighbors:
+            counted = neighbor["num_user_days"] > 0
+            assert counted == ("engaged together" in neighbor["reason"])
+            same = neighbor["neighbor_id"] in done.world.category_of(item_id)
+            assert same == ("section" in neighbor["reason"])
+
+
+def test_a_repeated_night_changes_nothing_and_says_so(done: Done) -> None:
+    versions = {name: done.night.lake.version(table) for name, table in TABLES.items() if table is not EVALUATION and name != "runs"}
+    again = _night(done.night.spark, done.config, NIGHT)
+    assert again.run_id == done.night.run_id
+    records = run_night(again)
+    assert [record.ended_at for record in records] == [record.ended_at for record in done.records]
+    assert versions == {name: again.lake.version(TABLES[name]) for name in versions}
+    assert len(again.ledger.records(run_id=again.run_id)) == len(STAGES)
+    assert plan(again).row_count == len(STAGES)
+
+
+def test_a_forced_night_writes_equal_tables_and_doubles_nothing(done: Done) -> None:
+    names = ("engagements", "co_engagement_pairs", "item_features", "relevance_examples", "item_neighbors_history", "item_neighbors")
+    before = {name: _content(done.night, TABLES[name]) for name in names}
+    run_night(done.night, force=True)
+    for name in names:
+        pd.testing.assert_frame_equal(before[name].map(_rounded), _content(done.night, TABLES[name]).map(_rounded), rtol=1e-6, obj=name)
+
+
+def _rounded(value: object) -> object:
+    """Floats inside arrays and structs to 1e-6, so that frames compare by content."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if hasattr(value, "asDict"):
+        return _rounded(value.asDict())
+    if hasattr(value, "tolist"):
+        return _rounded(value.tolist())
+    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
+
+
+def test_one_list_read_five_ways(done: Done) -> None:
+    item_id, root = done.world.item_id(3, 2), done.night.lake.root
+    by_delta_rs = [neighbor["neighbor_id"] for neighbor in neighbors_of(root, [item_id])[(item_id, "merged")]]
+    register_views(done.night.lake)
+    rows = done.night.spark.sql("SELECT item_id, rank, neighbor_id FROM item_neighbor_rows WHERE head = 'merged'")
+    by_sql = [row["neighbor_id"] for row in rows.where(F.col("item_id") == item_id).orderBy("rank").collect()]
+    files = open_table(root, ITEM_NEIGHBORS).file_uris()
+    query = "SELECT list_transform(neighbors, n -> n.neighbor_id) FROM read_parquet(?) WHERE item_id = ? AND head = 'merged'"
+    by_duckdb = duckdb.execute(query, [files, item_id]).fetchone()[0]
+    feature_store = open_feature_store(done.night)
+    by_feast = store.lookup_online(feature_store, [item_id, "unknown"], heads=["merged"], k=100)
+    export(root, str(done.folder / "lists.parquet"))
+    exported = pd.read_parquet(done.folder / "lists.parquet").query("item_id == @item_id and head == 'merged'").sort_values("rank")
+    assert by_delta_rs == by_sql == by_duckdb == by_feast[item_id]["merged"]["ids"] == exported["neighbor_id"].tolist()
+    assert exported["rank"].tolist() == list(range(1, len(exported) + 1))
+    assert by_feast["unknown"]["merged"]["ids"] == []
+    assert by_feast[item_id]["run_id"] == done.night.run_id
+    assert side_by_side(root, item_id, heads=["engagement", "relevance", "merged"], k=5).row_count == 5
+
+
+def test_offline_lists_are_served_from_their_publication_on(done: Done) -> None:
+    item_id = done.world.item_id(3, 2)
+    published = done.night.ledger.last_success(stage="publish_neighbors", run_id=done.night.run_id)
+    assert published is not None
+    moments = [
+        datetime(2024, 4, 1, tzinfo=UTC),
+        published.ended_at + timedelta(seconds=1),
+    ]  # the day after the night, but before publication
+    entities = done.night.spark.createDataFrame([(item_id, at) for at in moments], "item_id string, event_timestamp timestamp")
+    before, after = lists_served_at(done.night, entities).orderBy("event_timestamp").collect()
+    assert before["merged_ids"] is None
+    assert after["merged_ids"] == [neighbor["neighbor_id"] for neighbor in _lists(done, "merged")[item_id]]
+    assert (after["run_id"], after["as_of"]) == (done.night.run_id, "2024-03-31")
+
+
+def test_lists_are_judged_by_what_followed(done: Done) -> None:
+    later = _night(done.night.spark, done.config, NIGHT + timedelta(days=7))
+    run_stage(later, "ingest", ingest)
+    record = run_stage(later, "evaluate", evaluate)
+    rows = {(r["method"], r["head"], r["metric"]): r for r in later.lake.read(EVALUATION).collect()}
+    engagement, popularity = rows["mtmh", "engagement", "recall@5"], rows["popularity", "-", "recall@5"]
+    # every future partner is one of the four others of the bundle, and the first five hold all four
+    assert engagement["value"] == pytest.approx(1.0)
+    assert engagement["low"] <= engagement["value"] <= engagement["high"]
+    assert popularity["value"] < 0.5
+    assert record.metrics["num_triggers"] == engagement["num_triggers"] > 10
+    # judging has brought in later events: the night itself is still done, at the version it had pinned
+    assert all(r.ended_at <= record.ended_at for r in run_night(_night(done.night.spark, done.config, NIGHT)))
+    assert len(later.ledger.records(run_id=done.night.run_id, stage="ingest")) <= 2
+
+
+def test_a_failed_gate_keeps_the_published_table(done: Done) -> None:
+    before = done.night.lake.version(ITEM_NEIGHBORS)
+    bad = _night(done.night.spark, done.config, NIGHT, "retrieval.list_length=9", "gates.min_items=1000")
+    with pytest.raises(GateError, match=r"num_items: found 60, wanted .*1,?000"):
+        run_night(bad)
+    failed = bad.ledger.records(run_id=bad.run_id)
+    assert [(record.stage, record.status) for record in failed] == [("ingest", "failed")]
+    assert "GateError" in (failed[0].error or "")
+    assert json.loads(failed[0].gates or "{}")["stage"] == "ingest"
+    assert done.night.lake.version(ITEM_NEIGHBORS) == before
+
+
+def test_an_item_that_left_has_no_lists_and_an_older_night_goes_to_history_only(done: Done) -> None:
+    """Runs last: it changes the sources."""
+    gone = done.world.item_id(0, 0)
+    items = done.world.items()
+    items[items["sku"] != gone].to_parquet(done.folder / "items" / "part-0.parquet", index=False)
+    later = _night(done.night.spark, done.config, NIGHT + timedelta(days=1))
+    run_night(later)
+    offered = {
+        neighbor["neighbor_id"] for (_, _), found in neighbors_of(later.lake.root, items["sku"].tolist()).items() for neighbor in found
+    }
+    assert gone not in offered
+    online = store.lookup_online(open_feature_store(later), [gone], heads=["merged"], k=5)
+    assert online[gone]["merged"]["ids"] == []
+    assert online[gone]["run_id"] == later.run_id  # a tombstone of this night, not the list of the last one
+    published = later.lake.version(ITEM_NEIGHBORS)
+    older = _night(done.night.spark, done.config, NIGHT - timedelta(days=1))
+    run_night(older)
+    assert older.lake.version(ITEM_NEIGHBORS) == published
+    assert older.lake.read(ITEM_NEIGHBORS_HISTORY).where(f"run_id = '{older.run_id}'").count() > 0

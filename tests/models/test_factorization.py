@@ -1,0 +1,121 @@
+"""The start of the encoder, against dense linear algebra and known neighbors."""
+
+import numpy as np
+import pytest
+
+from models.data import History, TrainingData, sparse_rows
+from models.factorization import (
+    CoEngagement,
+    ScoreWeights,
+    calibrate,
+    factorize,
+    log_likelihood,
+    log_popularity,
+    recall,
+    sample_triggers,
+    spectrum,
+)
+from tests.models.small_world import SmallWorld, empty_history
+
+WEIGHTS = ScoreWeights(
+    user_level_weight=0.5, dimension=16, target_norm_exponent=0.5, popularity_weight=0.1, temperature=3.0, prior_users=1.0
+)
+
+
+def dense(history: History, b: float) -> np.ndarray:
+    """M in the open."""
+    x = history.user_items.toarray()
+    user = (x / np.maximum(x.sum(1, keepdims=True), 1)).T @ x
+    np.fill_diagonal(user, 0)
+    return history.pairs.toarray() + b * user * history.pairs.sum() / user.sum()
+
+
+def test_the_unformed_matrix_equals_the_dense_one(data: TrainingData) -> None:
+    matrix = CoEngagement(pairs=data.full.pairs, user_items=data.full.user_items, user_level_weight=0.5)
+    plain = dense(data.full, 0.5)
+    block = np.random.default_rng(0).standard_normal((data.num_items, 3)).astype(np.float32)
+    np.testing.assert_allclose(matrix.dot(block), plain @ block, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(matrix.dot_transposed(block), plain.T @ block, rtol=1e-3, atol=1e-3)
+    triggers, some = np.array([0, 7, 76], np.int32), np.array([7, 1, 30], np.int32)
+    np.testing.assert_allclose(matrix.rows(triggers), plain[triggers], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(matrix.rows(triggers, some), plain[np.ix_(triggers, some)], rtol=1e-4, atol=1e-5)
+
+
+def test_spectrum_is_the_singular_value_decomposition(data: TrainingData) -> None:
+    matrix = CoEngagement(pairs=data.full.pairs, user_items=data.full.user_items, user_level_weight=0.5)
+    plain = dense(data.full, 0.5)
+    row, column = (1 / np.sqrt(s + np.median(s[s > 0]) + 1) for s in (plain.sum(1), plain.sum(0)))
+    normalized = row[:, None] * plain * column
+    left, values, right = spectrum(matrix, dimension=10, seed=0)
+    np.testing.assert_allclose(values, np.linalg.svd(normalized, compute_uv=False)[:10], rtol=1e-3)
+    np.testing.assert_allclose(normalized @ right, left * values, atol=1e-3)
+    again = spectrum(matrix, dimension=10, seed=0)
+    assert all(np.array_equal(a, b) for a, b in zip((left, values, right), again, strict=True))
+
+
+def test_known_neighbors_come_first_and_cold_items_follow_their_content(world: SmallWorld, data: TrainingData) -> None:
+    made = factorize(data.full, data.content, weights=WEIGHTS, seed=0)
+    common = np.arange(20, dtype=np.int32)  # the four most popular bundles
+    scores = made.scores(common)
+    scores[np.arange(20), common] = -np.inf
+    for item, row in enumerate(scores):
+        assert set(np.argsort(-row)[: world.num_categories - 1].tolist()) == world.bundle_of(item)
+    new, empty = data.num_items - 1, data.num_items - 2
+    assert not made.known[[new, empty]].any()
+    assert not made.trigger[empty].any()
+    assert not made.target[empty].any()  # as a target it has nothing but floored popularity
+    assert np.linalg.norm(made.trigger[new]) < 0.9  # a prediction is less sure than a history
+    telling = np.eye(world.num_bundles, dtype=np.float32)[np.minimum(np.arange(data.num_items) // world.num_categories, 2)]
+    telling[new], telling[empty] = telling[7], 0  # content now tells the bundle, and the new item is one of bundle 1
+    made = factorize(data.full, telling, weights=WEIGHTS, seed=0)
+    found = np.argsort(-made.scores(np.array([new], np.int32))[0])[: world.num_categories]
+    assert set(found.tolist()) == world.bundle_of(7) | {7}
+    assert np.isfinite(made.scores(np.array([new, empty], np.int32))).all()
+
+
+@pytest.mark.parametrize("num_items", [2, 3])
+def test_tiny_and_empty_histories_stay_finite(num_items: int) -> None:
+    some = History(
+        pairs=sparse_rows([0], [1], [2.0], (num_items, num_items)),
+        user_items=sparse_rows([0, 0], [0, 1], [1, 1], (1, num_items)),
+        popularity=np.eye(num_items, dtype=np.float32)[0],
+    )
+    users_only = History(pairs=empty_history(num_items).pairs, user_items=some.user_items, popularity=some.popularity)
+    for history in (some, users_only, empty_history(num_items)):
+        made = factorize(history, np.zeros((num_items, 4), np.float32), weights=WEIGHTS, seed=0)
+        assert made.trigger.shape == made.target.shape
+        assert np.isfinite(made.scores(np.arange(num_items, dtype=np.int32))).all()
+
+
+def test_log_popularity_is_normalized_and_floored() -> None:
+    out = np.exp(log_popularity(np.array([0, 0.1, 4, 8], np.float32)))  # median of the seen 4, floor 2
+    np.testing.assert_allclose(out, np.array([2, 2, 4, 8]) / 16, rtol=1e-6)
+
+
+def test_recall_and_likelihood_against_plain_loops() -> None:
+    rng = np.random.default_rng(1)
+    scores = rng.standard_normal((4, 9)).astype(np.float32)
+    triggers = np.array([0, 3, 5, 8], np.int32)
+    truth = rng.integers(0, 3, (4, 9)).astype(np.float32)
+    truth[np.arange(4), triggers] = 0
+    wanted_recall, wanted_likelihood = [], []
+    for row, trigger in enumerate(triggers):
+        others = [j for j in range(9) if j != trigger]
+        top = sorted(others, key=lambda j: -scores[row, j])[:3]
+        wanted_recall.append(truth[row, top].sum() / truth[row].sum())
+        log_p = {j: scores[row, j] - np.log(np.exp(scores[row, others]).sum()) for j in others}
+        wanted_likelihood.append(sum(truth[row, j] * log_p[j] for j in others) / truth[row].sum())
+    cells = np.nonzero(truth)
+    sparse = sparse_rows(*cells, truth[cells], (4, 9))
+    assert recall(scores.copy(), triggers, sparse, 3) == pytest.approx(np.mean(wanted_recall))
+    assert log_likelihood(scores.copy(), triggers, sparse) == pytest.approx(np.mean(wanted_likelihood), rel=1e-5)
+
+
+def test_calibration_never_loses_recall_and_needs_a_holdout(data: TrainingData) -> None:
+    triggers = sample_triggers(data.holdout, maximum=60, seed=1)
+    assert len(triggers) >= 20
+    found = calibrate(data.fit, data.content, data.holdout, triggers, start=WEIGHTS, content_share=0.5, seed=0)
+    assert found.recall == max(entry["recall"] for entry in found.log)
+    assert 0 < found.content_share <= 1
+    without = calibrate(data.fit, data.content, data.holdout, triggers[:0], start=WEIGHTS, content_share=0.5, seed=0)
+    assert (without.weights, without.content_share, without.log) == (WEIGHTS, 0.5, [])

@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+
+from conf.errors import SettingsError
+from models.merge import CandidateSet, FillOrder, Policies, Policy, merge_candidates, read_policies
+from models.ranking import best_per_row, best_per_segment, ends
+
+
+def row(scope="default", kind="blend", value=0.0, popularity_exponent=0.0):
+    return {"scope": scope, "kind": kind, "value": value, "popularity_exponent": popularity_exponent}
+
+
+def candidates(*triggers):
+    """Each trigger: rows of (p, relevance, popularity, found by the relevance head)."""
+    columns = np.array([candidate for trigger in triggers for candidate in trigger], dtype=np.float32).reshape(-1, 4).T
+    return CandidateSet(
+        offsets=ends(np.array([len(trigger) for trigger in triggers])),
+        log_p=np.log(columns[0]),
+        relevance=columns[1],
+        log_popularity=np.log(columns[2]),
+        found_by_relevance=columns[3] > 0,
+    )
+
+
+def merged(candidate_set, *rows, coarsest=None, k):
+    """Per trigger: positions within its candidates, scores, filled."""
+    num_triggers = len(candidate_set.offsets) - 1
+    policies = Policies.for_triggers(read_policies(rows), coarsest or [None] * num_triggers)
+    out = merge_candidates(candidate_set, policies, k=k)
+    parts = [slice(*out.offsets[b : b + 2]) for b in range(num_triggers)]
+    return [
+        ((out.position[part] - candidate_set.offsets[b]).tolist(), out.score[part].tolist(), out.filled[part].tolist())
+        for b, part in enumerate(parts)
+    ]
+
+
+FOUR = [(0.4, 0.0, 0.4, 1), (0.3, -0.9, 0.4, 1), (0.2, 0.5, 0.1, 1), (0.1, 1.0, 0.1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("value", "exponent", "order", "scores"),
+    [
+        (0.0, 0.0, [0, 1, 2, 3], [0.4, 0.3, 0.2, 0.1]),  # probability alone
+        (0.5, 0.0, [3, 2, 0, 1], [0.6, 0.45, 0.4, 0.3]),  # a negative relevance costs nothing
+        # p / popularity = 1, .75, 2, 1, which sum to 4.75; 0 and 3 tie and fall by position
+        (0.0, 1.0, [2, 0, 3, 1], [2 / 4.75, 1 / 4.75, 1 / 4.75, 0.75 / 4.75]),
+    ],
+)
+def test_blend_by_hand(value, exponent, order, scores):
+    positions, found, filled = merged(candidates(FOUR), row(value=value, popularity_exponent=exponent), k=4)[0]
+    assert positions == order
+    assert found == pytest.approx(scores, rel=1e-5)
+    assert not any(filled)
+
+
+# engagement order 0..9; relevance order 9, 8, 7, ... of those that its head found
+TEN = [((10 - n) / 55, n / 10, 0.1, 1) for n in range(10)]
+
+
+def found_by_relevance(*which):
+    return [(p, r, pop, float(n in which)) for n, (p, r, pop, _) in enumerate(TEN)]
+
+
+@pytest.mark.parametrize(
+    ("trigger", "share", "k", "order", "filled"),
+    [
+        (TEN, 0.5, 6, [0, 9, 1, 8, 2, 7], []),  # every second position is relevance's
+        (TEN, 0.3, 7, [0, 1, 2, 9, 3, 4, 8], []),  # floor(.3 t): positions 4 and 7
+        (TEN, 0.0, 3, [0, 1, 2], []),
+        (TEN, 1.0, 3, [9, 8, 7], []),
+        # no repeats: 0 stands first for engagement and second for relevance; 2 moves up from position 5, and is no filling
+        (found_by_relevance(0, 9), 0.5, 4, [0, 9, 1, 2], []),
+        # relevance found one item only: 0, 1 and 2 hold engagement's positions 1, 3 and 5, so 3 and 4 come from beyond 6
+        (found_by_relevance(9), 0.5, 6, [0, 9, 1, 2, 3, 4], [3, 4]),
+        (found_by_relevance(), 1.0, 3, [0, 1, 2], [0, 1, 2]),  # relevance found nothing at all
+    ],
+)
+def test_quota_by_hand(trigger, share, k, order, filled):
+    positions, scores, flags = merged(candidates(trigger), row(kind="quota", value=share), k=k)[0]
+    assert positions == order
+    assert [position for position, flag in zip(positions, flags, strict=True) if flag] == filled
+    assert scores == pytest.approx([TEN[n][0] for n in order])  # the probability, whatever the order
+
+
+def test_policies_by_category_of_the_trigger():
+    rows = (row(), row("toys", "quota", 1.0), row("books", "blend", 0.5))
+    lists = merged(candidates(TEN, TEN, TEN, [], TEN), *rows, coarsest=[None, "toys", "books", "toys", "garden"], k=2)
+    assert [positions for positions, _, _ in lists] == [[0, 1], [9, 8], [9, 8], [], [0, 1]]
+    assert lists[1][1] == pytest.approx([1 / 55, 2 / 55])
+    assert lists[2][1] == pytest.approx([1 / 55 + 0.45, 2 / 55 + 0.4])  # as a quota of .5 it would be 0, 9
+
+
+def test_bad_policies_are_named_together():
+    rows = [row("toys", "mix"), row("books", "quota", 1.5), row("games", value=float("nan"), popularity_exponent=2), row("toys")]
+    with pytest.raises(SettingsError) as raised:
+        read_policies(rows)
+    for text in (
+        "row scope='toys': unknown kind 'mix'; wanted one of ['blend', 'quota']",
+        "row scope='books': value 1.5 of kind quota; wanted a number from 0 to 1",
+        "row scope='games': value nan",
+        "row scope='games': popularity_exponent 2",
+        "row scope='toys': found twice",
+        "no row of scope 'default'",
+    ):
+        assert text in str(raised.value)
+    assert read_policies([row(value=2)]) == {"default": Policy(kind="blend", value=2, popularity_exponent=0.0)}
+
+
+def test_fill_takes_the_category_then_the_popular():
+    # items 0..5; 3 is ineligible; categories a: 0, 1, 2, 3, b: 4, none: 5
+    order = FillOrder.build(
+        np.array([1, 2, 3, 9, 8, 7], np.float32), np.array([1, 1, 1, 0, 1, 1], np.bool_), np.array([0, 0, 0, 0, 1, -1], np.int32)
+    )
+
+    def fill(listed, **arguments):
+        items, num_category = order.fill(np.array(listed, np.int32), **arguments)
+        return items.tolist(), num_category
+
+    assert fill([], trigger=2, coarsest=0, k=4) == ([1, 0, 4, 5], 2)
+    assert fill([4], trigger=2, coarsest=0, k=2) == ([1], 1)
+    assert fill([1, 4], trigger=5, coarsest=-1, k=9) == ([2, 0], 0)  # all there is
+    assert fill([], trigger=0, coarsest=7, k=1) == ([4], 0)  # a category without eligible items
+
+
+def test_best_per_row_against_a_plain_sort():
+    rng = np.random.default_rng(1)
+    scores = rng.integers(-3, 4, (50, 40)).astype(np.float32) / 2  # many ties, both signs
+    scores[rng.random(scores.shape) < 0.3] = -np.inf
+    scores[rng.random(scores.shape) < 0.05] = -0.0
+    for k in (1, 7, 40, 99):
+        best = best_per_row(scores, k)
+        for found, values in zip(best, scores, strict=True):
+            wanted = [column for column in sorted(range(40), key=lambda c: (-values[c], c)) if values[column] > -np.inf][:k]
+            assert found[: len(wanted)].tolist() == wanted
+            assert (found[len(wanted) :] == -1).all()
+    position, offsets = best_per_segment(np.array([1, 3, 3, 2], np.float32), np.array([0, 0, 3, 4]), 2)
+    assert (position.tolist(), offsets.tolist()) == ([1, 2, 3], [0, 0, 2, 3])

@@ -1,0 +1,67 @@
+"""What the encoder is at its start, and what stays true however it is trained."""
+
+import numpy as np
+import pytest
+import torch
+
+from models.data import TrainingData
+from models.factorization import Factorization, factorize
+from models.mtmh import Mtmh
+from models.train import Workers, backward, build_model, fine_tune, make_batches
+from tests.models.small_world import make_spec
+from tests.models.test_factorization import WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def start(data: TrainingData) -> Factorization:
+    return factorize(data.full, data.content, weights=WEIGHTS, seed=0)
+
+
+@pytest.fixture
+def model(start: Factorization, data: TrainingData) -> Mtmh:
+    return build_model(start, data.content, make_spec(folder=None).model, 0.3, seed=0)  # type: ignore[arg-type]  # nothing is written
+
+
+def test_scores_at_the_start_are_the_calibrated_factorization(model: Mtmh, start: Factorization, data: TrainingData) -> None:
+    vectors = {name: (a.numpy(), b.numpy()) for name, (a, b) in model.vectors().items()}
+    trigger, target = vectors["engagement"]
+    known = np.flatnonzero(start.known)
+    np.testing.assert_allclose(trigger @ target.T, start.scores(np.arange(data.num_items, dtype=np.int32)), atol=1e-4)
+    trigger, target = vectors["relevance"]
+    both = np.hstack([0.3**0.5 * data.content, 0.7**0.5 * start.trigger])[known]
+    both /= np.linalg.norm(both, axis=1, keepdims=True)
+    np.testing.assert_allclose((trigger @ target.T)[np.ix_(known, known)], both @ both.T, atol=1e-4)
+    empty = data.num_items - 2
+    assert not target[empty].any()  # neither content nor history: the zero vector
+
+
+def test_popularity_never_enters_a_head_without_engagement(model: Mtmh, data: TrainingData, tmp_path) -> None:
+    spec = make_spec(tmp_path)
+    fine_tune(model, data, spec, Workers(), user_level_weight=0.5)
+    trigger, target = model.vectors()["relevance"]
+    assert not target[:, -1].any()
+    assert (trigger[:, -1] == 1).all()
+    norms = target[:, :-1].norm(dim=1)
+    assert torch.all((norms - 1).abs().lt(1e-4) | norms.lt(1e-4))
+    assert model.vectors()["engagement"][1][:, -1].unique().numel() > 5  # while the other head's bias differs by item
+
+
+def test_one_step_gives_every_parameter_a_gradient(model: Mtmh, data: TrainingData, tmp_path) -> None:
+    with torch.no_grad():
+        model.outer.weight.normal_(std=0.01)  # at exactly zero it keeps the first layer's gradient at zero for one step
+    batch = make_batches(data, make_spec(tmp_path), Workers(), user_level_weight=0.5).batch(0)
+    backward(model, batch, affinity_weight=1.0, compare=False)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_hidden_id_reads_content_alone(model: Mtmh, data: TrainingData) -> None:
+    items = torch.tensor([0, 5, 10])  # category 0 of three bundles: equal content
+    open_, hidden = model(items), model(items, torch.ones(3, dtype=torch.bool))
+    assert not torch.allclose(open_["engagement"][0][0], open_["engagement"][0][1])
+    torch.testing.assert_close(hidden["engagement"][0][0], hidden["engagement"][0][1])
+    new = torch.tensor([data.num_items - 1])  # no history: hidden or not is the same
+    torch.testing.assert_close(model(new)["engagement"][0], hidden["engagement"][0][:1])
+    torch.testing.assert_close(model(torch.arange(20))["relevance"][1][5], model(items)["relevance"][1][1])  # a batch does not matter

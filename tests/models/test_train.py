@@ -1,0 +1,111 @@
+"""A whole training: files, determinism, two workers against one, and how a failure is told."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.numpy import load_file
+
+from conf.errors import TrainingError
+from models.checkpoint import load_checkpoint
+from models.data import TrainingData
+from models.scorer import Scorer
+from models.train import TrainingSpec, Workers, run_rank, train
+from tests.models.small_world import SmallWorld, make_spec
+
+
+def read(folder: Path, name: str):
+    return json.loads((folder / name).read_text())
+
+
+def test_a_run_writes_what_the_night_needs(world: SmallWorld, data: TrainingData, tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "out", world.write(tmp_path / "lake"))
+    assert TrainingSpec.from_json(spec.to_json()) == spec
+    run_rank(spec.to_json())
+    out = Path(spec.folder)
+    assert read(out, "status/rank-0.json")["ok"]
+    assert read(out, "progress.json")["done"] == 12
+    metrics = read(out, "metrics.json")
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert metrics["engagement_mean_cosine"] < 0.9
+    assert metrics["final_loss"] < metrics["first_loss"]
+    steps = read(out, "history.json")["steps"]
+    assert len(steps) == 12
+    assert {"engagement/engagement", "engagement/relevance", "relevance/relevance", "relevance/affinity"} <= set(steps[0])
+    assert "cosine engagement/engagement relevance/relevance" in steps[10]
+    model, content = load_checkpoint(out / "checkpoint", vocabulary=data.vocabulary)
+    assert content["model_version"] == read(out, "history.json")["model_version"]
+    assert read(out, "notes.json")
+    Scorer.load(out / "scorer.json")
+    rows = ds.dataset(out / "embeddings").to_table().to_pylist()
+    assert [(row["head"], row["item_id"]) for row in rows] == [
+        (head, item) for head in ("engagement", "relevance") for item in world.item_ids
+    ]
+    vectors = model.vectors()["engagement"]
+    np.testing.assert_allclose(rows[7]["trigger_vector"], vectors[0][7].numpy(), rtol=1e-6)
+    np.testing.assert_allclose(rows[7]["target_vector"], vectors[1][7].numpy(), rtol=1e-6)
+
+
+def test_training_teaches_each_head_its_goal_and_repeats_exactly(world: SmallWorld, data: TrainingData, tmp_path: Path) -> None:
+    first, second = (make_spec(tmp_path / name) for name in "ab")
+    train(data, first, Workers())
+    train(data, second, Workers())
+    versions = [read(Path(spec.folder), "checkpoint/model.json")["model_version"] for spec in (first, second)]
+    assert versions[0] == versions[1]
+    model, _ = load_checkpoint(Path(first.folder) / "checkpoint", vocabulary=data.vocabulary)
+    wanted = {"engagement": world.bundle_of, "relevance": world.category_of}
+    for head, (trigger, target) in model.vectors().items():
+        scores = trigger[:20] @ target.T
+        scores[range(20), range(20)] = -torch.inf
+        near = scores.topk(4, dim=1).indices.tolist()
+        hits = np.mean([len(set(items) & wanted[head](i)) / 4 for i, items in enumerate(near)])
+        assert hits > 0.9, head
+
+
+def test_without_holdout_or_steps_the_factorization_stands(data: TrainingData, tmp_path: Path) -> None:
+    import dataclasses
+
+    quiet = dataclasses.replace(data, holdout=data.holdout * 0)
+    quiet.holdout.eliminate_zeros()
+    metrics = train(quiet, make_spec(tmp_path, num_steps=0), Workers())
+    assert metrics["num_steps"] == 0
+    assert "not calibrated" in read(tmp_path, "notes.json")[0]
+    assert Scorer.load(tmp_path / "scorer.json").hidden is None
+    with pytest.raises(TrainingError, match="holds 1 items"):
+        train(dataclasses.replace(data, item_ids=data.item_ids[:1]), make_spec(tmp_path), Workers())
+
+
+def _worker(rank: int, spec_json: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run_rank(spec_json)
+
+
+def test_two_workers_match_one(world: SmallWorld, tmp_path: Path) -> None:
+    tables = world.write(tmp_path / "lake")
+    sampled = {"full_softmax_max_items": 10, "num_sampled_items": 24, "num_steps": 6}  # sampled candidates and partners too
+    one, two = (make_spec(tmp_path / name, tables, **sampled) for name in ("one", "two"))
+    run_rank(one.to_json())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_worker, args=(two.to_json(), port), nprocs=2)
+    assert all(read(Path(two.folder), f"status/rank-{rank}.json")["ok"] for rank in (0, 1))
+    weights = [load_file(Path(spec.folder) / "checkpoint" / "model.safetensors") for spec in (one, two)]
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], value, atol=1e-4, err_msg=name)
+
+
+def test_a_failure_is_written_and_raised(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "out")
+    with pytest.raises(KeyError):
+        run_rank(spec.to_json())
+    status = read(tmp_path / "out", "status/rank-0.json")
+    assert not status["ok"]
+    assert "Traceback" in status["error"]
+    assert "item_features" in status["error"]
