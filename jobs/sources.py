@@ -1,7 +1,9 @@
 """Reading the user's own tables, with one clear error for each way in which that fails."""
 
 import os
+from typing import Any
 
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -23,12 +25,23 @@ def read_source(spark: SparkSession, source: SourceTable, *, name: str) -> DataF
     where = f"source.{name}.path is {source.path!r}, read as {source.format}"
     try:
         frame = spark.read.format(source.format).options(**options).load(source.path)
-    except PySparkException as error:
-        reason = str(error).splitlines()[0]
-        raise SourceError(f"cannot read the {name} table: {reason}\n{where}; check source.{name}.path and source.{name}.format") from error
+    except (PySparkException, Py4JJavaError) as error:  # the latter where a job that looks into the files fails
+        raise SourceError(
+            f"cannot read the {name} table: {_cause(error)}\n{where}; check source.{name}.path and source.{name}.format"
+        ) from error
     if not frame.columns:
         raise SourceError(f"the {name} table has no columns; {where}")
     return frame
+
+
+def _cause(error: PySparkException | Py4JJavaError) -> str:
+    """First line of what went wrong; of a failed job, what its innermost exception says."""
+    if isinstance(error, PySparkException):
+        return str(error).splitlines()[0]
+    cause: Any = error.java_exception
+    while cause.getCause() is not None:
+        cause = cause.getCause()
+    return str(cause.getMessage()).splitlines()[0]
 
 
 def take_users(frame: DataFrame, user_column: str, *, share: float) -> DataFrame:

@@ -66,7 +66,9 @@ def test_unreadable_file(spark: SparkSession, tmp_path: Path) -> None:
     WORLD.write(tmp_path)
     (tmp_path / "events" / "part-0.parquet").write_bytes(b"not parquet at all")
     night = _night(spark, write_config(tmp_path))
-    with pytest.raises(SourceError, match=r"cannot read the events table"):
+    with pytest.raises(
+        SourceError, match=r"cannot read the events table: .*part-0\.parquet is not a Parquet file.*\n.*source\.events\.path"
+    ):
         run_stage(night, "ingest", ingest)
 
 
