@@ -6,10 +6,11 @@ then `--set section.key=value`. Files inside the package are read through `impor
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -95,6 +96,22 @@ class ItemSource(SourceTable):
         "snapshot", description="snapshot: an item absent from the table has left the catalog; changes: the table holds only changed rows."
     )
     list_separator: str = Field("|", min_length=1, description="Splits list columns that arrive as text.")
+    text_pattern: str | None = Field(
+        None,
+        description="Regular expression whose first group is the part of `text` that is kept, e.g. to leave out tags that stand in it; "
+        "a text that does not match is kept whole.",
+    )
+
+    @field_validator("text_pattern")
+    @classmethod
+    def _one_group(cls, pattern: str | None) -> str | None:
+        try:
+            groups = 1 if pattern is None else re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        if groups != 1:
+            raise ValueError(f"wanted one group in parentheses, found {groups}")
+        return pattern
 
 
 class RelevanceColumns(Section):
@@ -157,8 +174,13 @@ class PairSettings(Section):
     )
     min_users_per_pair: int = Field(2, ge=1, le=64, description="Distinct users below which a pair never surfaces.")
     max_pairs_per_trigger: int = Field(2000, ge=1, description="Strongest pairs kept per trigger.")
+    swing_max_users: int = Field(60, ge=2, description="Users per trigger that count for the score swing; the rest is cut by hash.")
     holdout_share: float = Field(0.1, gt=0, lt=0.5, description="Last share of engagements on which scores are calibrated.")
     user_hash_key_env: str = Field("MTMH_USER_HASH_KEY", description="Environment variable with the key of the user hashes.")
+
+
+JudgeField = Annotated[str, Field(pattern=r"^(title|text|categories|categories\[[1-9]\d*:\]|tags|attributes|embedding|pair_relevance)$")]
+"""Something about items that can be withheld from training."""
 
 
 class FeatureSettings(Section):
@@ -169,8 +191,10 @@ class FeatureSettings(Section):
     fit_max_items: int = Field(200_000, ge=10, description="Items the content vector is fitted on, sampled by hash above.")
     title_weight: float = Field(1.0, ge=0, description="Weight of title and text terms against labels.")
     label_weight: float = Field(1.0, ge=0, description="Weight of category, tag and attribute terms.")
-    judge_fields: list[Literal["title", "text", "categories", "tags", "attributes", "embedding"]] = Field(
-        default_factory=list, description="Annotation columns withheld from vocabulary, vector, labels and training: a judge reads them."
+    judge_fields: list[JudgeField] = Field(
+        default_factory=list,
+        description="What is withheld from vocabulary, vector, labels and training, because a judge reads it: annotation columns, "
+        "`categories[2:]` for the category levels behind the second, or `pair_relevance`.",
     )
     num_content_examples: int = Field(20, ge=1, description="Nearest items in content per item that become relevance examples.")
     num_co_engaged_examples: int = Field(10, ge=0, description="Strongest co-engaged items per item that become relevance examples.")
@@ -273,8 +297,72 @@ class EvaluationSettings(Section):
     horizon_days: int = Field(14, ge=1, description="Days after the run date that count as the future.")
     max_triggers: int = Field(4_000, ge=1, description="Triggers judged, sampled by hash.")
     max_items_per_session: int = Field(60, ge=2, description="Items of one future session that are paired, sampled by hash.")
+    window: WindowSettings | None = Field(None, description="Which future co-engagements count as hits; null: as in `pairs.window`.")
     cutoffs: list[int] = Field(default_factory=lambda: [10, 100], min_length=1, description="The K of recall@K.")
     num_bootstrap: int = Field(500, ge=10, description="Bootstrap resamples behind an interval.")
+
+
+class JudgeSettings(Section):
+    """Who says how relevant a neighbor is. A judge that withholds nothing from training is same-source and never mixed with others."""
+
+    kind: Literal["taxonomy", "labels", "words", "graded"] = Field(
+        description="taxonomy: depth of the shared category path; labels: IDF cosine of tags; words: IDF cosine of title words; "
+        "graded: rows of pair_relevance."
+    )
+    withhold: list[JudgeField] = Field(
+        default_factory=list, description="What the model is not shown in a backtest, so that this judge is independent of it."
+    )
+    level_grades: list[float] = Field(
+        default_factory=lambda: [0.2, 0.6, 1.0], min_length=1, description="taxonomy: grade in [0,1] by shared levels, from one level on."
+    )
+    ignored_labels: list[str] = Field(default_factory=list, description="labels: regular expressions of tags that say nothing of content.")
+    sources: list[str] = Field(default_factory=list, description="graded: sources of pair_relevance that count; empty: all.")
+
+    @property
+    def independent(self) -> bool:
+        """Whether it knows something that the model is not shown."""
+        return bool(self.withhold)
+
+    @model_validator(mode="after")
+    def _reads_what_is_withheld(self) -> Self:
+        read = {"taxonomy": "categories", "labels": "tags", "words": "title", "graded": "pair_relevance"}[self.kind]
+        if self.withhold and not any(field.partition("[")[0] == read for field in self.withhold):
+            raise ValueError(f"a judge of kind {self.kind} reads {read}: withhold it too, or nothing, which makes it a same-source judge")
+        return self
+
+
+class BacktestSettings(Section):
+    """How a backtest splits time and who judges. Cuts are days: what is engaged after a cut is the future of that cut."""
+
+    slice_share: float = Field(0.1, gt=0, lt=0.4, description="Share of engagements in the last slice, and again in each one before it.")
+    num_validation_cuts: int = Field(1, ge=1, le=5, description="Slices before the last one, on which settings are chosen.")
+    judges: dict[str, JudgeSettings] = Field(
+        default_factory=lambda: {"title": JudgeSettings(kind="words")},
+        min_length=1,
+        description="Judges of relevance by name; what any of them withholds is hidden from training.",
+    )
+    blend_values: list[float] = Field(
+        default_factory=lambda: [0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0],
+        min_length=2,
+        description="Values of lambda that the merged list and the late blend are swept over.",
+    )
+    content_shares: list[float] = Field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0],
+        min_length=2,
+        description="Shares of content that rank fusion and quota are swept over, in [0,1].",
+    )
+    popularity_exponents: list[float] = Field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5],
+        description="Popularity discounts that the merged list is swept over, in [0,1].",
+    )
+    churn: bool = Field(False, description="Train the day before each cut too, to see how much the lists change from night to night.")
+    ease_max_items: int = Field(12_000, ge=1, description="Largest catalog that EASE, which inverts an items x items matrix, is run on.")
+    external_baselines: bool = Field(True, description="Run ALS (implicit) and item2vec (gensim) where these libraries are installed.")
+
+    @property
+    def judge_fields(self) -> list[str]:
+        """What training is not shown, over all judges."""
+        return sorted({field for judge in self.judges.values() for field in judge.withhold})
 
 
 class GateSettings(Section):
@@ -314,6 +402,7 @@ class Settings(Section):
     merge: list[PolicySettings] = Field(min_length=1, description="First content of merge_policy.")
     online: OnlineSettings = Field(description="Online store.")
     evaluation: EvaluationSettings = Field(description="Judging.")
+    backtest: BacktestSettings = Field(description="Judging on the past.")
     gates: GateSettings = Field(description="Thresholds.")
     spark: SparkSettings = Field(description="Session.")
 
@@ -331,7 +420,7 @@ class Settings(Section):
 
     def fingerprint(self) -> str:
         """Hash of every setting that can change a table; session, lake place and gates cannot."""
-        content = self.model_dump(mode="json", exclude={"spark", "lake", "gates", "online"})
+        content = self.model_dump(mode="json", exclude={"spark", "lake", "gates", "online", "backtest"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -150,6 +150,9 @@ CO_ENGAGEMENT_PAIRS = Table(
         _key("cosine", "double", "user-days(i,j) / sqrt(user-days(i) * user-days(j)), item user-days from item_popularity."),
         _key("jaccard", "double", "user-days(i,j) / (user-days(i) + user-days(j) - user-days(i,j)), capped at 1."),
         _key("lift", "double", "user-days(i,j) * total user-days / (user-days(i) * user-days(j))."),
+        _key("decayed_jaccard", "double", "Jaccard of weights: weight(i,j) / (weight(i) + weight(j) - weight(i,j)), capped at 1."),
+        _key("bm25", "double", "BM25 of num_user_days over the rows of this table, triggers as documents, targets as terms."),
+        _key("swing", "double", "Swing over swing_max_users users of i: user pairs with both items weigh more, the less else they share."),
         _key("as_of", "date", "The run date."),
     ),
 )

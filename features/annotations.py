@@ -56,7 +56,7 @@ def check_items(frame: DataFrame, *, source: ItemSource) -> DataFrame:
         "item_id": id_column(frame, source.columns.item_id, setting=f"{_SETTING}.item_id"),
         **_times(frame, source),
         "title": _text(frame, source.columns.title, "title"),
-        "text": _text(frame, source.columns.text, "text"),
+        "text": _kept(_text(frame, source.columns.text, "text"), source.text_pattern),
         "levels": _levels(frame, source),
         "labels": _labels(frame, source),
         "attributes": _attributes(frame, source),
@@ -208,6 +208,13 @@ def _times(frame: DataFrame, source: ItemSource) -> dict[str, Column]:
 
 def _text(frame: DataFrame, name: str | None, setting: str) -> Column:
     return F.lit(None).cast("string") if name is None else text_column(frame, name, setting=f"{_SETTING}.{setting}")
+
+
+def _kept(text: Column, pattern: str | None) -> Column:
+    """The part of a text that the pattern's group matches; the whole text where it does not."""
+    if pattern is None:
+        return text
+    return F.when(F.regexp_like(text, F.lit(pattern)), F.nullif(F.trim(F.regexp_extract(text, pattern, 1)), F.lit(""))).otherwise(text)
 
 
 def _list(frame: DataFrame, name: str, source: ItemSource, *, setting: str) -> Column:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from conf.settings import FeatureSettings
@@ -30,6 +30,7 @@ _CONTENT = ("title", "text", "categories", "tags", "tag_weights", "attributes")
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")  # scripts without spaces: a character is a term
 _NOISE = 1e-5  # length below which the reduced vector of a unit row is rounding error (float32), not content
 _SEED = 0
+_LEVELS = re.compile(r"categories\[(\d+):\]")
 _LENGTH = "length"  # key in the metadata of the column content_vector
 
 
@@ -49,10 +50,46 @@ class ContentModel:
 
 
 def withhold(frame: DataFrame, judge_fields: Sequence[str]) -> DataFrame:
-    """The frame with the judge's annotation columns nulled (tag weights go with tags), so that nothing downstream can read them."""
+    """The frame without what a judge reads, so that nothing downstream can: columns nulled (tag weights go with tags), paths cut.
+
+    Args:
+        frame: any of the columns of item_annotations.
+        judge_fields: column names, or `categories[2:]` for the category levels behind the second.
+    """
     fields = {*judge_fields, *(["tag_weights"] if "tags" in judge_fields else [])}
     types = {column.name: column.type for column in ITEM_ANNOTATIONS.columns}
-    return frame.withColumns({name: F.lit(None).cast(types[name]) for name in sorted(fields & set(frame.columns))})
+    nulled = {name: F.lit(None).cast(types[name]) for name in sorted(fields & set(frame.columns))}
+    kept_levels = [int(found.group(1)) for field in judge_fields if (found := _LEVELS.fullmatch(field))]
+    if kept_levels and "categories" in {*frame.columns} - nulled.keys():
+        nulled["categories"] = F.slice("categories", 1, min(kept_levels))
+    return frame.withColumns(nulled)
+
+
+def permute(annotations: DataFrame, judge_fields: Sequence[str]) -> DataFrame:
+    """The annotations with what a judge reads dealt out anew among the rows: a model that is not shown it must not notice.
+
+    Args:
+        annotations: rows of item_annotations.
+        judge_fields: as in `withhold`.
+    """
+    fields = sorted({*judge_fields, *(["tag_weights"] if "tags" in judge_fields else [])} & set(annotations.columns))
+    kept_levels = [int(found.group(1)) for field in judge_fields if (found := _LEVELS.fullmatch(field))]
+    cut = min(kept_levels) if kept_levels and "categories" not in fields else None
+    given = [*fields, *(["categories"] if cut is not None else [])]
+    donors = annotations.select(*(F.col(name).alias(f"_{name}") for name in given), _place("item_id", seed=_SEED + 1))
+    rows = annotations.withColumn("_place", _place("item_id", seed=_SEED)).join(donors, on="_place", how="inner")
+    changed = {name: F.col(f"_{name}") for name in fields}
+    if cut is not None:
+        tail = F.slice("_categories", cut + 1, 1_000)
+        whole = F.size("categories") >= cut  # a shorter path has no such levels to change
+        changed["categories"] = F.when(whole, F.concat(F.slice("categories", 1, cut), tail)).otherwise(F.col("categories"))
+    return rows.withColumns(changed).select(*annotations.columns)
+
+
+def _place(name: str, *, seed: int) -> Column:
+    """Position of a row in an order by hash."""
+    order = Window.orderBy(F.xxhash64(name, "event_timestamp", "created_timestamp", F.lit(seed)), name, "event_timestamp")
+    return F.row_number().over(order).alias("_place")
 
 
 def content_vectors(annotations: DataFrame, *, settings: FeatureSettings) -> DataFrame:
@@ -228,7 +265,7 @@ def _block(name: str, documents: list[Terms], model: ContentModel) -> Any:
 def _reduction(matrix: Any, num_dimensions: int) -> Floats:
     """Right singular vectors (V, D') of the rows, D' = min(D, V, N); the identity where it would only rotate."""
     from sklearn.utils.extmath import randomized_svd
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
+    from threadpoolctl import threadpool_limits
 
     if matrix.shape[1] <= num_dimensions:
         return np.eye(matrix.shape[1], dtype=np.float32)

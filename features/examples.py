@@ -90,6 +90,7 @@ def mine_examples(features: DataFrame, pairs: DataFrame, labels: DataFrame, *, s
         The columns of relevance_examples, one row per directed pair.
     """
     catalog = _read_catalog(withhold(features, settings.judge_fields))
+    labels = labels.where(F.lit("pair_relevance" not in settings.judge_fields))
     context = features.sparkSession.sparkContext
     shared, groups = context.broadcast(catalog), context.broadcast(group_content(catalog))
     index = features.select("item_id", F.col("item_index").alias("i"))

@@ -31,7 +31,7 @@ _MAX_KEY_BYTES = 64
 _CHUNK_ROWS = 500_000
 _BLOCK_PAIRS = 4_000_000
 _PASS_PAIRS = 16_000_000  # pairs held at once: some 0.5 GB with the arrays derived from them
-_OUTPUT_ROWS = 50_000
+OUTPUT_ROWS = 50_000
 _PACKED_ROWS = 500_000  # rows held before they are packed: some 50 MB in a task
 
 WINDOW_SCHEMA = "day int, user_hash bigint, items array<string>, starts array<int>, stops array<int>"
@@ -55,6 +55,7 @@ _DAILY_ARROW = pa.schema(
 )
 PACKED_SCHEMA = "bucket int, block binary"
 TOTAL_SCHEMA = "trigger_item_id string, target_item_id string, weight double, num_user_days bigint, fit_weight double, conditional double"
+PARTNER_SCHEMA = "item_id string, num_triggers bigint, num_user_days bigint"
 _TOTAL_ARROW = pa.schema(
     [
         ("trigger_item_id", pa.string()),
@@ -125,7 +126,7 @@ def keyed_hash(text: str, *, key: bytes) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8, key=key).digest(), "big", signed=True)
 
 
-def _ranges(starts: Ints, lengths: Ints) -> Ints:
+def ranges(starts: Ints, lengths: Ints) -> Ints:
     """The ranges [start, start + length) one after the other: `[5, 0], [2, 3]` gives `[5, 6, 0, 1, 2]`."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
@@ -148,7 +149,7 @@ def _run_lengths(starts: Ints, num_rows: int) -> Ints:
     return np.diff(np.append(starts, num_rows))
 
 
-def _encode(values: pa.Array | pa.ChunkedArray) -> tuple[Ints, pa.Array]:
+def encode(values: pa.Array | pa.ChunkedArray) -> tuple[Ints, pa.Array]:
     """Codes and the distinct values, both ascending in bytes as Spark sorts strings."""
     array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     encoded = array.dictionary_encode()
@@ -212,11 +213,11 @@ def make_windows(batches: Iterable[pa.RecordBatch], *, rule: WindowRule) -> Iter
 
 
 def _timeline(chunk: pa.Table, rule: WindowRule) -> _Timeline:
-    user, users = _encode(chunk["user_id"])
-    item, names = _encode(chunk["item_id"])
+    user, users = encode(chunk["user_id"])
+    item, names = encode(chunk["item_id"])
     time, day = _ints(chunk, "time"), _ints(chunk, "day")
     by_session = rule.kind == "session"
-    session, sessions = _encode(chunk["session_id"]) if by_session else (day, pa.array([], pa.string()))
+    session, sessions = encode(chunk["session_id"]) if by_session else (day, pa.array([], pa.string()))
     rows = _run_starts(user, session if by_session else user, time, item)  # one engagement per instant, whatever its actions
     timeline = _Timeline(
         users=users.to_pylist(),
@@ -245,7 +246,7 @@ def _by_target_day(timeline: _Timeline, rule: WindowRule) -> _Timeline:
     days = timeline.day[starts]
     wanted = (days >= rule.first_day) & (days <= rule.last_day)
     lengths = (stops - session_start)[wanted]
-    rows = _ranges(session_start[wanted], lengths)
+    rows = ranges(session_start[wanted], lengths)
     groups = np.arange(len(lengths), dtype=np.int64)
     return timeline.take(rows, group=np.repeat(groups, lengths), target_day=np.repeat(days[wanted], lengths))
 
@@ -352,13 +353,13 @@ def _window_batches(timeline: _Timeline, starts: Ints, stops: Ints, rule: Window
         [
             pa.array(days[first], pa.int32()),
             pa.array(hashes[timeline.user[first]]),
-            _lists(timeline.names.take(pa.array(timeline.item[_ranges(begin, end - begin)])), end - begin),
+            _lists(timeline.names.take(pa.array(timeline.item[ranges(begin, end - begin)])), end - begin),
             _lists(pa.array(starts[kept] - offset, pa.int32()), num_targets),
             _lists(pa.array(stops[kept] - offset, pa.int32()), num_targets),
         ],
         schema=_WINDOW_ARROW,
     )
-    yield from table.to_batches(max_chunksize=_OUTPUT_ROWS)
+    yield from table.to_batches(max_chunksize=OUTPUT_ROWS)
 
 
 def _lists(values: pa.Array, lengths: Ints) -> pa.ListArray:
@@ -400,7 +401,7 @@ def count_windows(
     """
     for table in _whole_runs(batches, ["day", "split"], min_rows=1):
         days, splits = _ints(table, "day"), _ints(table, "split")
-        for start, length in _runs(days, splits):
+        for start, length in equal_runs(days, splits):
             windows = _flatten(table.slice(start, length))
             num_passes = max(1, -(-int(windows.length.sum()) // pass_pairs // num_splits))
             buckets = _buckets(windows.names, num_splits * num_passes)
@@ -410,14 +411,15 @@ def count_windows(
                 yield from _daily_batches(windows, pair, user, symmetric=symmetric, min_users=min_users)
 
 
-def _runs(*columns: Ints) -> list[tuple[int, int]]:
+def equal_runs(*columns: Ints) -> list[tuple[int, int]]:
+    """First row and length of each run of equal rows."""
     starts = _run_starts(*columns)
     return list(zip(starts.tolist(), _run_lengths(starts, len(columns[0])).tolist(), strict=True))
 
 
 def _flatten(table: pa.Table) -> _DayWindows:
     slots, starts, stops = (table.column(name).combine_chunks() for name in ("items", "starts", "stops"))
-    codes, names = _encode(slots.flatten())
+    codes, names = encode(slots.flatten())
     hashes, user = np.unique(_ints(table, "user_hash"), return_inverse=True)
     num_slots, num_targets = (pc.list_value_length(lists).to_numpy().astype(np.int64) for lists in (slots, starts))
     end = np.cumsum(num_slots)
@@ -427,7 +429,7 @@ def _flatten(table: pa.Table) -> _DayWindows:
         names=names,
         hashes=hashes,
         items=codes,
-        target=codes[_ranges(end - num_targets, num_targets)],
+        target=codes[ranges(end - num_targets, num_targets)],
         user=np.repeat(user.astype(np.int64), num_targets),
         first=np.repeat(end - num_slots, num_targets) + first,
         length=stops.flatten().to_numpy().astype(np.int64) - first,
@@ -446,10 +448,10 @@ def _expand(windows: _DayWindows, mine: Mask | None, *, symmetric: bool) -> tupl
     num_items = len(windows.names)
     pairs, users = [], []
     block = np.cumsum(windows.length) // _BLOCK_PAIRS
-    for start, length in _runs(block):
+    for start, length in equal_runs(block):
         rows = slice(start, start + length)
         lengths = windows.length[rows]
-        trigger = windows.items[_ranges(windows.first[rows], lengths)]
+        trigger = windows.items[ranges(windows.first[rows], lengths)]
         target, user = np.repeat(windows.target[rows], lengths), np.repeat(windows.user[rows], lengths)
         if symmetric:
             trigger, target = np.minimum(trigger, target), np.maximum(trigger, target)
@@ -484,15 +486,15 @@ def _daily_batches(windows: _DayWindows, pair: Ints, user: Ints, *, symmetric: b
         order = np.argsort(np.concatenate([pairs, mirrored]))
         pairs = np.concatenate([pairs, mirrored])[order]
         starts, counts = np.tile(starts, 2)[order], np.tile(counts, 2)[order]
-    for begin in range(0, len(pairs), _OUTPUT_ROWS):
-        rows = slice(begin, begin + _OUTPUT_ROWS)
+    for begin in range(0, len(pairs), OUTPUT_ROWS):
+        rows = slice(begin, begin + OUTPUT_ROWS)
         kept = np.minimum(counts[rows], min_users)
         columns = [
             pa.array(np.full(len(kept), windows.day, dtype=np.int32)).cast(pa.date32()),
             windows.names.take(pa.array(pairs[rows] // num_items)),
             windows.names.take(pa.array(pairs[rows] % num_items)),
             pa.array(counts[rows]),
-            _lists(pa.array(windows.hashes[user[_ranges(starts[rows], kept)]]), kept),
+            _lists(pa.array(windows.hashes[user[ranges(starts[rows], kept)]]), kept),
         ]
         yield pa.RecordBatch.from_arrays(columns, schema=_DAILY_ARROW)
 
@@ -506,15 +508,14 @@ def pack_by_trigger(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> I
     An exchange then moves a thousand blocks and not tens of millions of rows, each of which Spark would serialize, compress and sort.
     """
     for chunk in _chunks(batches, min_rows=_PACKED_ROWS):
-        trigger, triggers = _encode(chunk["trigger_item_id"])
+        trigger, triggers = encode(chunk["trigger_item_id"])
         buckets = _buckets(triggers, num_buckets)
         bucket = np.zeros_like(trigger) if buckets is None else buckets[trigger]
         order = np.argsort(bucket, kind="stable")
         ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1))
         grouped = chunk.take(pa.array(order)).combine_chunks()
         for number in np.flatnonzero(np.diff(ends)).tolist():
-            block = _pack(grouped.slice(ends[number], ends[number + 1] - ends[number]))
-            yield pa.RecordBatch.from_arrays([pa.array([number], pa.int32()), pa.array([block], pa.binary())], names=["bucket", "block"])
+            yield _packed(number, grouped.slice(ends[number], ends[number + 1] - ends[number]))
 
 
 def _chunks(batches: Iterable[pa.RecordBatch], *, min_rows: int) -> Iterator[pa.Table]:
@@ -530,6 +531,11 @@ def _chunks(batches: Iterable[pa.RecordBatch], *, min_rows: int) -> Iterator[pa.
         yield pa.Table.from_batches(held)
 
 
+def _packed(bucket: int, rows: pa.Table) -> pa.RecordBatch:
+    block = pa.array([_pack(rows)], pa.binary())
+    return pa.RecordBatch.from_arrays([pa.array([bucket], pa.int32()), block], names=["bucket", "block"])
+
+
 def _pack(rows: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, rows.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
@@ -537,22 +543,52 @@ def _pack(rows: pa.Table) -> bytes:
     return bytes(sink.getvalue())
 
 
+def unpack(block: pa.BinaryScalar) -> pa.Table:
+    """The rows of one block."""
+    return pa.ipc.open_stream(block.as_buffer()).read_all()
+
+
 def total_pairs(batches: Iterable[pa.RecordBatch], *, rule: TotalRule) -> Iterator[pa.RecordBatch]:
-    """Totals of whole triggers: rows of TOTAL_SCHEMA, sorted by trigger and target.
+    """Totals of whole triggers: packed rows, sorted by trigger and target, in the bucket they came from.
+
+    They stay packed as they are read twice: the rows of all triggers have to be counted before one can be weighted by how rare it is.
 
     Args:
-        batches: blocks of `pack_by_trigger`: trigger_item_id, target_item_id, day, num_users, user_hashes; every row of a trigger is
-            among them.
+        batches: blocks of `pack_by_trigger`, all of one bucket: trigger_item_id, target_item_id, day, num_users, user_hashes; every
+            row of a trigger is among them.
         rule: decay, privacy minimum and cut.
+
+    Returns:
+        Blocks with the columns of TOTAL_SCHEMA.
     """
-    tables = [pa.ipc.open_stream(block.as_buffer()).read_all() for batch in batches for block in batch["block"]]
-    if tables:
-        yield from _totals(pa.concat_tables(tables), rule).to_batches(max_chunksize=_OUTPUT_ROWS)
+    blocks = [(bucket.as_py(), unpack(block)) for batch in batches for bucket, block in zip(batch["bucket"], batch["block"], strict=True)]
+    if not blocks:
+        return
+    totals = _totals(pa.concat_tables(table for _, table in blocks), rule)
+    for start in range(0, totals.num_rows, _PACKED_ROWS):
+        yield _packed(blocks[0][0], totals.slice(start, _PACKED_ROWS))
+
+
+def count_partners(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Parts to be summed by item, rows of PARTNER_SCHEMA: triggers paired with it, and user-days of its pairs as a trigger.
+
+    Args:
+        batches: blocks of `total_pairs`.
+    """
+    for batch in batches:
+        for block in batch["block"]:
+            pairs = unpack(block)
+            target, targets = encode(pairs["target_item_id"])
+            trigger, triggers = encode(pairs["trigger_item_id"])
+            num_triggers, days = np.bincount(target), np.zeros(len(triggers), dtype=np.int64)
+            np.add.at(days, trigger, _ints(pairs, "num_user_days"))
+            for ids, counts in ((targets, [num_triggers, 0 * num_triggers]), (triggers, [0 * days, days])):
+                yield pa.RecordBatch.from_arrays([ids, *map(pa.array, counts)], names=["item_id", "num_triggers", "num_user_days"])
 
 
 def _totals(table: pa.Table, rule: TotalRule) -> pa.Table:
-    trigger, triggers = _encode(table["trigger_item_id"])
-    target, targets = _encode(table["target_item_id"])
+    trigger, triggers = encode(table["trigger_item_id"])
+    target, targets = encode(table["target_item_id"])
     day, users = _ints(table, "day"), _ints(table, "num_users")
     pair = trigger * len(targets) + target
     order = _order(pair, day)  # days in order: the float sums come out the same whatever the order of rows
@@ -614,7 +650,7 @@ def _enough_users(starts: Ints, users: Ints, counted: Mask, hashes: _Hashes, ord
     rows = np.flatnonzero(open_[pair] & counted)
     length = hashes.length[order[rows]]
     owner = np.repeat(pair[rows], length)
-    values = hashes.values[_ranges(hashes.start[order[rows]], length)]
+    values = hashes.values[ranges(hashes.start[order[rows]], length)]
     by_pair = np.lexsort((values, owner))
     owner = owner[by_pair]
     distinct = owner[_run_starts(owner, values[by_pair])]
@@ -630,7 +666,7 @@ def _strongest(columns: dict[str, NDArray[Any]], triggers: pa.Array, targets: pa
     conditional = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
     order = np.lexsort((columns["target"], -weight, trigger))
     rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = _ranges(np.zeros_like(num_pairs), num_pairs)
+    rank[order] = ranges(np.zeros_like(num_pairs), num_pairs)
     rows = np.flatnonzero(rank < max_pairs)
     return pa.table(
         [

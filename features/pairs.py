@@ -6,6 +6,9 @@ users * 2^((d - landmark) / half_life_days), so that the weight as of any later 
 
 Only engagements are shuffled, never pairs: windows of a day go to the task of that day, which expands and counts them in numpy
 (`features.pair_kernels`). A self-join in Spark would shuffle every single co-engagement.
+
+Association scores of a pair are functions of the table's own rows and of item_popularity, but for swing, which looks at single users
+(`features.swing`).
 """
 
 from collections.abc import Callable
@@ -21,18 +24,26 @@ from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ITEM_POPULARITY
 from features.pair_kernels import (
     PACKED_SCHEMA,
-    TOTAL_SCHEMA,
+    PARTNER_SCHEMA,
     WINDOW_SCHEMA,
     TotalRule,
     WindowRule,
+    count_partners,
     count_windows,
     day_number,
     make_windows,
     pack_by_trigger,
     total_pairs,
 )
+from features.swing import SCORED_SCHEMA, UserItems, add_swing, index_user_items
 
 Transform = Callable[[DataFrame], DataFrame]
+
+BM25_K1 = 1.2
+"""How soon more co-engagement of a pair stops to add: the middle of the usual range (Robertson & Zaragoza 2009, section 3.5)."""
+
+BM25_B = 0.75
+"""How much triggers with many co-engagements are discounted, 0 (not) to 1 (in proportion); source as BM25_K1."""
 
 _SECONDS_PER_DAY = 86_400
 _MAX_EXPONENT = 500  # 2^1023 is the largest double: sums need room above a single day's factor
@@ -134,8 +145,24 @@ def cap_metrics(*, window: WindowSettings, max_items_per_user_day: int, first_da
     return transform
 
 
+def collect_user_items(engagements: DataFrame, *, run_date: date, hash_key: bytes, max_users: int) -> UserItems:
+    """Engagements to who ever engaged what up to the run date: what swing needs of single users.
+
+    It passes through the driver and then to each worker: 8 bytes per distinct user and item, and the ids.
+
+    Args:
+        engagements: the cleaned events.
+        run_date: later engagements are ignored.
+        hash_key: secret key of the user hashes.
+        max_users: users that count per trigger; those with the smallest keyed hashes.
+    """
+    engaged = engagements.where(F.col("event_date") <= F.lit(run_date)).select("user_id", "item_id").distinct()
+    return index_user_items(engaged.toArrow(), hash_key=hash_key, max_users=max_users)
+
+
 def aggregate_pairs(
     popularity: DataFrame,
+    user_items: UserItems,
     *,
     landmark: date,
     half_life_days: float,
@@ -151,7 +178,8 @@ def aggregate_pairs(
     trigger above that minimum, before the cut to `max_pairs_per_trigger` (heaviest first, ties by target id).
 
     Args:
-        popularity: item_popularity as of the same run date; the denominators.
+        popularity: item_popularity as of the same run date and landmark; the denominators.
+        user_items: who ever engaged what up to the same run date.
         landmark: day d0 of the weights.
         half_life_days: days after which a co-engagement counts half.
         holdout_from: days from here on do not enter fit_weight.
@@ -178,8 +206,12 @@ def aggregate_pairs(
             "trigger_item_id", "target_item_id", F.unix_date("event_date").alias("day"), "num_users", "user_hashes"
         )
         blocks = rows.mapInArrow(partial(pack_by_trigger, num_buckets=tasks), PACKED_SCHEMA)
-        totals = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(partial(total_pairs, rule=rule), TOTAL_SCHEMA)
-        associated = totals.transform(_with_associations(popularity))
+        totals = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(partial(total_pairs, rule=rule), PACKED_SCHEMA)
+        # an exchange of few big blocks that Spark reuses: without it each reader of the totals would add up all days again
+        counted = totals.repartitionById(tasks, F.col("bucket"))
+        shared = daily.sparkSession.sparkContext.broadcast(user_items)
+        scored = counted.mapInArrow(partial(add_swing, shared=shared), SCORED_SCHEMA)
+        associated = scored.transform(_with_associations(_item_totals(popularity, counted)))
         return _dated(associated, landmark, holdout_from, run_date).select(*CO_ENGAGEMENT_PAIRS.column_names)
 
     return transform
@@ -286,22 +318,63 @@ def _dealt_out(rule: WindowRule, tasks: int, num_splits: int) -> Transform:
     return transform
 
 
-def _with_associations(popularity: DataFrame) -> Transform:
-    """Add cosine, jaccard and lift; double arithmetic, as products of counts overflow a bigint under ANSI."""
+def _item_totals(popularity: DataFrame, counted: DataFrame) -> DataFrame:
+    """Per item: its own weight and user-days; the triggers it is paired with and, as a trigger, the user-days of its pairs."""
+    parts = counted.mapInArrow(count_partners, PARTNER_SCHEMA)
+    partners = parts.groupBy("item_id").agg(
+        F.sum("num_triggers").cast("double").alias("num_triggers"), F.sum("num_user_days").cast("double").alias("pair_days")
+    )
+    days = F.col("num_user_days").cast("double")
+    return popularity.select("item_id", "weight", days.alias("days")).join(partners, on="item_id", how="left")
 
-    def transform(totals: DataFrame) -> DataFrame:
-        days = F.col("num_user_days").cast("double")
-        triggers = popularity.select(F.col("item_id").alias("trigger_item_id"), days.alias("trigger_days"))
-        targets = popularity.select(F.col("item_id").alias("target_item_id"), days.alias("target_days"))
-        all_days = popularity.agg(F.sum("num_user_days").cast("double").alias("all_days"))
-        joined = totals.join(triggers, on="trigger_item_id", how="left").join(targets, on="target_item_id", how="left").crossJoin(all_days)
-        i, j = F.col("trigger_days"), F.col("target_days")
+
+def _with_associations(items: DataFrame) -> Transform:
+    """Add the association scores; double arithmetic, as products of counts overflow a bigint under ANSI.
+
+    Args:
+        items: item_id, weight, days, num_triggers, pair_days of every item.
+    """
+
+    def transform(pairs: DataFrame) -> DataFrame:
+        # hinted, as Spark cannot know that these are few and would shuffle and sort all pairs by trigger, then by target
+        triggers = F.broadcast(items.select(*_renamed("trigger", "item_id", "weight", "days", "pair_days")))
+        targets = F.broadcast(items.select(*_renamed("target", "item_id", "weight", "days", "num_triggers")))
+        everything = items.agg(
+            F.sum("days").alias("all_days"),
+            F.count_if(F.col("pair_days") > 0).cast("double").alias("num_all_triggers"),
+            F.avg(F.when(F.col("pair_days") > 0, F.col("pair_days"))).alias("mean_pair_days"),
+        )
+        joined = pairs.join(triggers, on="trigger_item_id", how="left").join(targets, on="target_item_id", how="left").crossJoin(everything)
+        days, i, j = F.col("num_user_days").cast("double"), F.col("trigger_days"), F.col("target_days")
         return joined.withColumns(
             {
                 "cosine": days / F.sqrt(i * j),
                 "jaccard": days / F.greatest(i + j - days, days),
                 "lift": days * F.col("all_days") / (i * j),
+                "decayed_jaccard": _decayed_jaccard(F.col("weight"), F.col("trigger_weight"), F.col("target_weight")),
+                "bm25": _bm25(days),
             }
         )
 
     return transform
+
+
+def _renamed(side: str, *names: str) -> list[Column]:
+    return [F.col(name).alias(f"{side}_{name}") for name in names]
+
+
+def _decayed_jaccard(both: Column, i: Column, j: Column) -> Column:
+    """Pairs and items share the landmark, so its factor cancels. Weights of days a thousand half-lives before it are 0: so is the score."""
+    either = F.greatest(i + j - both, both)
+    return F.when(either > 0, both / either).otherwise(0.0)
+
+
+def _bm25(count: Column) -> Column:
+    """Triggers as documents, targets as terms (Robertson & Zaragoza 2009, "The Probabilistic Relevance Framework: BM25 and Beyond").
+
+    The IDF is Lucene's: 1 is added inside the logarithm, as an item paired with over half of the triggers would get a negative one.
+    """
+    num_all, num = F.col("num_all_triggers"), F.col("target_num_triggers")
+    idf = F.log(1.0 + (num_all - num + 0.5) / (num + 0.5))
+    length = F.col("trigger_pair_days") / F.col("mean_pair_days")
+    return idf * count * (BM25_K1 + 1) / (count + BM25_K1 * (1 - BM25_B + BM25_B * length))

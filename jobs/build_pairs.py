@@ -35,10 +35,12 @@ def build_pairs(run: StageRun) -> None:
         "run_date": run.run_date,
     }
     run.replace(ITEM_POPULARITY, engagements.transform(pairs.count_popularity(**decay)))
-    daily = pairs.count_daily_pairs(min_users=settings.min_users_per_pair, hash_key=user_hash_key(settings)[0], **cap, **days)
+    hash_key = user_hash_key(settings)[0]
+    daily = pairs.count_daily_pairs(min_users=settings.min_users_per_pair, hash_key=hash_key, **cap, **days)
     run.replace(CO_ENGAGEMENT_DAILY, engagements.transform(daily), where=until, presorted=True)
     summed = pairs.aggregate_pairs(
         run.read_output(ITEM_POPULARITY),
+        pairs.collect_user_items(engagements, run_date=run.run_date, hash_key=hash_key, max_users=settings.swing_max_users),
         min_users=settings.min_users_per_pair,
         max_pairs_per_trigger=settings.max_pairs_per_trigger,
         **decay,

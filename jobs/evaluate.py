@@ -26,24 +26,21 @@ from conf.tables import (
     ITEM_POPULARITY,
     Table,
 )
-from features import pairs
+from jobs.judging import Future, Indices, future_pairs, index_future
 from jobs.ledger import StageRecord
 from jobs.stage import StageRun, stage_main
 from models import baselines, metrics
 
 STAGE = "evaluate"
-Indices = npt.NDArray[np.int32]
 Lists = dict[tuple[str, str], Indices]
 """(T, K) item indices by method and head, -1 behind the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What is judged: triggers (T,), their future partners (T, N), and the catalog the judged night knew (N items)."""
+    """What is judged, and (M,) user-days of each item before."""
 
-    item_ids: list[str]
-    triggers: Indices
-    future: sparse.csr_array
+    future: Future
     popularity: npt.NDArray[np.float64]
 
 
@@ -59,10 +56,10 @@ def evaluate(run: StageRun) -> None:
     for (method, head), lists in (_published(run, night, judged) | _baselines(run, night, judged)).items():
         rows += [(night.run_id, judged_date, method, head, *scored) for scored in _scores(run, judged, lists)]
     frame = run.night.spark.createDataFrame(
-        [(*row, len(judged.triggers), run.settings.evaluation.horizon_days) for row in rows], ", ".join(_ddl())
+        [(*row, len(judged.future.triggers), run.settings.evaluation.horizon_days) for row in rows], ", ".join(_ddl())
     )
     run.replace(EVALUATION, frame, where=f"run_id = '{night.run_id}'")
-    run.gate({"num_triggers": len(judged.triggers)} | {f"{row[2]}_{row[3]}_{row[4]}": row[6] for row in rows})
+    run.gate({"num_triggers": len(judged.future.triggers)} | {f"{row[2]}_{row[3]}_{row[4]}": row[6] for row in rows})
 
 
 def _ddl() -> list[str]:
@@ -70,42 +67,15 @@ def _ddl() -> list[str]:
 
 
 def _judged(run: StageRun, night: StageRecord) -> Judged:
-    """The future pairs of at most `max_triggers` triggers, sampled by hash."""
-    settings = run.settings
+    """The future pairs of at most `max_triggers` triggers, and what the judged night knew of their popularity."""
     first_day = night.run_date + timedelta(days=1)
-    engagements = run.read(ENGAGEMENTS).where(F.col("event_date") <= F.lit(run.run_date))
-    daily = pairs.count_daily_pairs(
-        window=settings.pairs.window,
-        max_items_per_user_day=settings.evaluation.max_items_per_session,
-        min_users=1,
-        hash_key=b"evaluate",
-        first_day=first_day,
-        last_day=run.run_date,
-    )
-    future = engagements.transform(daily).transform(pairs.future_pairs).cache()
-    sampled = future.select("trigger_item_id").distinct().orderBy(F.xxhash64("trigger_item_id")).limit(settings.evaluation.max_triggers)
-    table = future.join(sampled, "trigger_item_id", how="inner").toArrow()
-    future.unpersist()
-    return _indexed(run, night, table)
-
-
-def _indexed(run: StageRun, night: StageRecord, table: Any) -> Judged:
-    """Ids to indices of the judged night's items; items it did not know get indices behind them, so that they stay in the denominator."""
+    table = future_pairs(run.read(ENGAGEMENTS), settings=run.settings, first_day=first_day, last_day=run.run_date)
     features = _pinned(run, night, ITEM_FEATURES).select("item_id", "item_index").orderBy("item_index").toArrow()
-    known = features["item_id"].to_pylist()
-    triggers, targets = table["trigger_item_id"].to_pylist(), table["target_item_id"].to_pylist()
-    index = {item_id: position for position, item_id in enumerate(known)}
-    for item_id in sorted({*triggers, *targets} - index.keys()):
-        index[item_id] = len(index)
-    rows = np.array(sorted({index[item_id] for item_id in triggers}), np.int32)
-    row_of = {item: row for row, item in enumerate(rows.tolist())}
-    weight = table["num_user_days"].to_numpy().astype(np.float64)
-    cells = ([row_of[index[item_id]] for item_id in triggers], [index[item_id] for item_id in targets])
-    future = sparse.csr_array((weight, cells), shape=(len(rows), len(index)))
-    popularity = np.zeros(len(index))
+    future = index_future(table, features["item_id"].to_pylist())
+    popularity = np.zeros(len(future.item_ids))
     counted = _pinned(run, night, ITEM_POPULARITY).select("item_id", "num_user_days").toArrow()
-    popularity[[index[item_id] for item_id in counted["item_id"].to_pylist()]] = counted["num_user_days"].to_numpy()
-    return Judged(item_ids=list(index), triggers=rows, future=future, popularity=popularity)
+    popularity[future.positions(counted["item_id"])] = counted["num_user_days"].to_numpy()
+    return Judged(future=future, popularity=popularity)
 
 
 def _pinned(run: StageRun, night: StageRecord, table: Table) -> DataFrame:
@@ -120,14 +90,16 @@ def _published(run: StageRun, night: StageRecord, judged: Judged) -> Lists:
     """The (T, K) lists of every head of the judged night."""
     k = max(run.settings.evaluation.cutoffs)
     history = run.read(ITEM_NEIGHBORS_HISTORY).where(F.col("run_id") == F.lit(night.run_id))
-    wanted = run.night.spark.createDataFrame([(judged.item_ids[item],) for item in judged.triggers.tolist()], "item_id string")
+    wanted = run.night.spark.createDataFrame(
+        [(judged.future.item_ids[item],) for item in judged.future.triggers.tolist()], "item_id string"
+    )
     ids = F.slice(F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"]), 1, k).alias("ids")
     rows = history.join(F.broadcast(wanted), "item_id", how="left_semi").select("item_id", "head", ids).toArrow()
-    index = {item_id: position for position, item_id in enumerate(judged.item_ids)}
-    row_of = {judged.item_ids[item]: row for row, item in enumerate(judged.triggers.tolist())}
+    index = {item_id: position for position, item_id in enumerate(judged.future.item_ids)}
+    row_of = {judged.future.item_ids[item]: row for row, item in enumerate(judged.future.triggers.tolist())}
     lists: Lists = {}
     for item_id, head, neighbors in zip(rows["item_id"].to_pylist(), rows["head"].to_pylist(), rows["ids"].to_pylist(), strict=True):
-        found = lists.setdefault(("mtmh", head), np.full((len(judged.triggers), k), -1, np.int32))
+        found = lists.setdefault(("mtmh", head), np.full((len(judged.future.triggers), k), -1, np.int32))
         found[row_of[item_id], : len(neighbors)] = [index[neighbor] for neighbor in neighbors]
     return lists
 
@@ -139,10 +111,10 @@ def _baselines(run: StageRun, night: StageRecord, judged: Judged) -> Lists:
     eligible = features["eligible"].to_numpy()
     content = np.stack(features["content_vector"].to_numpy()).astype(np.float32)
     popularity = judged.popularity[: len(eligible)].astype(np.float32)
-    counts = _counts(run, night, judged.item_ids[: len(eligible)])
-    ranked = {"popularity": baselines.popularity_lists(judged.triggers, popularity=popularity, eligible=eligible, k=k)}
-    ranked["counts"] = baselines.count_lists(judged.triggers, counts=counts, popularity=popularity, eligible=eligible, k=k)
-    ranked["content"] = baselines.content_lists(judged.triggers, content=content, eligible=eligible, k=k)
+    counts = _counts(run, night, judged.future.item_ids[: len(eligible)])
+    ranked = {"popularity": baselines.popularity_lists(judged.future.triggers, popularity=popularity, eligible=eligible, k=k)}
+    ranked["counts"] = baselines.count_lists(judged.future.triggers, counts=counts, popularity=popularity, eligible=eligible, k=k)
+    ranked["content"] = baselines.content_lists(judged.future.triggers, content=content, eligible=eligible, k=k)
     return {(name, "-"): lists for name, lists in ranked.items()}
 
 
@@ -158,8 +130,8 @@ def _scores(run: StageRun, judged: Judged, lists: Indices) -> Iterator[tuple[str
     """(metric, slice, value, low, high) of one method's lists."""
     settings = run.settings.evaluation
     for k in settings.cutoffs:
-        plain = metrics.recall_at_k(lists, judged.future, k=k)
-        debiased = metrics.debiased_recall_at_k(lists, judged.future, judged.popularity, k=k)
+        plain = metrics.recall_at_k(lists, judged.future.partners, k=k)
+        debiased = metrics.debiased_recall_at_k(lists, judged.future.partners, judged.popularity, k=k)
         for name, values in ((f"recall@{k}", plain), (f"debiased_recall@{k}", debiased)):
             found = metrics.bootstrap(values, num_resamples=settings.num_bootstrap, seed=run.settings.training.seed)
             yield name, "all", found.value, found.low, found.high

@@ -23,7 +23,7 @@ STAGE = "ingest"
 def ingest(run: StageRun) -> None:
     """Read, check, write what is good, write what is refused, gate."""
     sources = run.settings.source
-    events = _checked_events(run)
+    events = checked_events(run)
     items = annotations.check_items(read_source(run.night.spark, sources.items, name="items"), source=sources.items).cache()
     run.replace(ENGAGEMENTS, engagements.accepted_events(events, source=sources.events), where=f"event_date <= '{run.run_date}'")
     run.replace(ITEM_ANNOTATIONS, _merged_annotations(run, items))
@@ -37,7 +37,8 @@ def ingest(run: StageRun) -> None:
     items.unpersist()
 
 
-def _checked_events(run: StageRun) -> DataFrame:
+def checked_events(run: StageRun) -> DataFrame:
+    """Every row of the events source, read and judged for this night: see `features.engagements.check_events`."""
     key, note = user_hash_key(run.settings.pairs)
     if note:
         run.note(note)

@@ -56,7 +56,10 @@ class Display:
     def _reading(self) -> tuple["_Watch", Reading] | None:
         watch = self._watches[-1] if self._watches else None
         reading = watch.read() if watch is not None else None
-        return (watch, reading) if watch is not None and reading is not None else None
+        if watch is None or reading is None:
+            return None
+        watch.measure(reading)
+        return watch, reading
 
     def _bar(self, end: threading.Event) -> None:
         columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[left]}"))
@@ -75,11 +78,18 @@ class Display:
                 self.say(f"  {watch.title}: " + ", ".join(filter(None, _rate(watch, done, total, unit))))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Watch:
     title: str
     read: Callable[[], Reading | None]
     started: float
+    unit: str = ""
+
+    def measure(self, reading: Reading) -> None:
+        """Work counted in another unit is another work: its rate starts anew."""
+        if self.unit and reading[2] != self.unit:
+            self.started = time.monotonic()
+        self.unit = reading[2]
 
 
 def _rate(watch: _Watch, done: float, total: float, unit: str) -> tuple[str, str]:

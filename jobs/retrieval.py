@@ -102,6 +102,14 @@ def retrieved_lists(run: StageRun, index: Path) -> DataFrame:
     return blocks.mapInArrow(partial(search_batches, index=str(index), policies=policies, settings=run.settings.retrieval), _LISTS_DDL)
 
 
+def counted_of(run: StageRun, triggers: npt.NDArray[np.int32]) -> Counted:
+    """The counted pairs of some (B,) trigger indices, in their order."""
+    wanted = run.night.spark.createDataFrame([(item, row) for row, item in enumerate(triggers.tolist())], "trigger_index int, row int")
+    rows = F.broadcast(wanted).join(_counted(run), "trigger_index", how="left").orderBy("row")
+    table = rows.select("target", "weight", "num_user_days").toArrow().combine_chunks()
+    return _counted_block(pa.RecordBatch.from_struct_array(table.to_struct_array().combine_chunks()))
+
+
 def _counted(run: StageRun) -> DataFrame:
     """trigger_index and parallel arrays target, weight (decayed to the run date) and num_user_days of its pairs."""
     pairs, indices = run.read(CO_ENGAGEMENT_PAIRS), run.read(ITEM_FEATURES).select("item_id", "item_index")

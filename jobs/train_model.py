@@ -108,7 +108,9 @@ def _progress(folder: Path) -> Callable[[], Reading | None]:
             content = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError):  # not there yet, or being written
             return None
-        return content["done"], content["total"], "steps"
+        if content["phase"] == "calibration":  # how many settings will be tried depends on what they reach
+            return content["done"], 0, "settings of the calibration tried"
+        return content["done"], content["total"], "training steps"
 
     return read
 

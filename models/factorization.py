@@ -302,8 +302,9 @@ _BLOCK = 250  # triggers scored at once: 68 MB of scores at 68 k items
 class Calibration:
     """Coordinate search of ScoreWeights against holdout recall; each setting is evaluated once."""
 
-    def __init__(self, *, holdout: Sparse, triggers: Ints) -> None:
+    def __init__(self, *, holdout: Sparse, triggers: Ints, watch: Callable[[int], None] | None = None) -> None:
         self.triggers = triggers
+        self._watch = watch
         self.truth: Sparse = holdout[triggers]
         self.log: list[dict[str, float]] = []
 
@@ -319,6 +320,8 @@ class Calibration:
         """Recall@100 of one setting, logged."""
         value = self.mean(spectral.factorization(weights), lambda s, t, truth: recall(s, t, truth, _CUTOFF))
         self.log.append({**dataclasses.asdict(weights), "recall": value})
+        if self._watch is not None:
+            self._watch(len(self.log))
         return value
 
     def improve(self, spectral: Spectral, weights: ScoreWeights, dimensions: Sequence[int]) -> tuple[ScoreWeights, float]:
@@ -365,7 +368,15 @@ class Calibrated:
 
 
 def calibrate(
-    history: History, content: Floats, holdout: Sparse, triggers: Ints, *, start: ScoreWeights, content_share: float, seed: int
+    history: History,
+    content: Floats,
+    holdout: Sparse,
+    triggers: Ints,
+    *,
+    start: ScoreWeights,
+    content_share: float,
+    seed: int,
+    watch: Callable[[int], None] | None = None,
 ) -> Calibrated:
     """Choose the weights on the holdout by coordinate search; without triggers the given ones stand.
 
@@ -377,6 +388,7 @@ def calibrate(
         start: weights to start from; its dimension is the largest one tried.
         content_share: likewise, of the relevance head.
         seed: of the range finder.
+        watch: told the number of settings tried, after each.
     """
 
     def spectral(user_level_weight: float) -> Spectral:
@@ -385,7 +397,7 @@ def calibrate(
     if not len(triggers):
         fit = spectral(start.user_level_weight).factorization(start)
         return Calibrated(weights=start, content_share=content_share, fit=fit, recall=float("nan"), log=[])
-    search = Calibration(holdout=holdout, triggers=triggers)
+    search = Calibration(holdout=holdout, triggers=triggers, watch=watch)
     tried = {b: spectral(b) for b in sorted({*_USER_LEVEL_WEIGHTS, start.user_level_weight})}
     trials = {b: search.recall(tried[b], dataclasses.replace(start, user_level_weight=b)) for b in tried}
     chosen = max(trials, key=trials.__getitem__)

@@ -78,7 +78,15 @@ class Policies:
     @classmethod
     def for_triggers(cls, policies: Mapping[str, Policy], coarsest: Sequence[str | None]) -> Self:
         """Choose by the (B,) triggers' coarsest categories; those without a row of their own, or without a category, take the default."""
-        chosen = [policies.get(name or DEFAULT_SCOPE, policies[DEFAULT_SCOPE]) for name in coarsest]
+        return cls._of([policies.get(name or DEFAULT_SCOPE, policies[DEFAULT_SCOPE]) for name in coarsest])
+
+    @classmethod
+    def same(cls, policy: Policy, num_triggers: int) -> Self:
+        """One policy for everybody."""
+        return cls._of([policy] * num_triggers)
+
+    @classmethod
+    def _of(cls, chosen: Sequence[Policy]) -> Self:
         return cls(
             kind=np.array([policy.kind for policy in chosen], dtype=np.str_),
             value=np.array([policy.value for policy in chosen], dtype=np.float32),
@@ -171,7 +179,7 @@ def _quota(candidates: CandidateSet, p: Floats, value: Floats, k: int) -> _Order
     slots = np.full((2, len(value), width + 1), np.inf, dtype=np.float32)  # one column more takes the -1 of short rows
     for share in np.unique(value):
         rows = np.flatnonzero(value == share)[:, None]
-        for side, columns, own in zip(slots, (by_p, by_relevance), _slots(float(share), by_p.shape[1]), strict=True):
+        for side, columns, own in zip(slots, (by_p, by_relevance), slots_of_share(float(share), by_p.shape[1]), strict=True):
             side[rows, columns[rows[:, 0]]] = own
     slots = slots[:, :, :-1]
     repeats = np.isfinite(slots).all(axis=0).sum(axis=1, keepdims=True)
@@ -180,7 +188,7 @@ def _quota(candidates: CandidateSet, p: Floats, value: Floats, k: int) -> _Order
     return _Order(key=-slot[inside], filled=(slot > k + repeats)[inside])
 
 
-def _slots(share: float, k: int) -> tuple[Floats, Floats]:
+def slots_of_share(share: float, k: int) -> tuple[Floats, Floats]:
     """(k,) positions from 1 of the engagement order's ranks and of the relevance order's: floor(t * share) of the first t."""
     positions = np.arange(1, 2 * k + 1)
     taken = np.floor(positions * share + 1e-6)  # 0.3 of 10 is 3, whatever the last bit of 0.3 says

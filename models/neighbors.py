@@ -28,7 +28,7 @@ from conf.errors import TrainingError
 from conf.settings import RetrievalSettings
 from models.data import Bools, Floats, Ints
 from models.factorization import log_popularity
-from models.merge import CandidateSet, FillOrder, Policies, merge_candidates
+from models.merge import CandidateSet, FillOrder, Policies, Policy, merge_candidates
 from models.ranking import Longs, best_per_segment, ends, segments
 from models.scorer import Scorer, candidate_features, log_softmax
 
@@ -372,10 +372,30 @@ class Retriever:
         heads = {name: _concatenate([part[name] for part in parts]) for name in (*self.heads, MERGED)}
         return NeighborLists(trigger=trigger, source_names=self.source_names, heads=heads)
 
+    def merge_under(self, trigger: Ints, counted: Counted, policies: Sequence[Policy], *, settings: RetrievalSettings) -> list[Neighbors]:
+        """Merged lists of B triggers under each of several policies: candidates are found and scored once for all of them.
+
+        Args:
+            trigger: (B,) item indices.
+            counted: all their counted pairs.
+            policies: each for all triggers.
+            settings: list length and candidates per source.
+        """
+        size = settings.block_size
+        parts: list[list[Neighbors]] = []
+        for start in range(0, max(len(trigger), 1), size):
+            block, pairs = trigger[start : start + size], counted.part(start, min(start + size, len(trigger)))
+            pool = self._scored(block, pairs, *self._candidates(block, pairs, settings))
+            candidates = self._candidate_set(pool, pairs)
+            rows = [Policies.same(policy, len(block)) for policy in policies]
+            parts.append([self._merged_lists(pool, candidates, pairs, row, settings.list_length) for row in rows])
+        return [_concatenate(part) for part in zip(*parts, strict=True)]
+
     def _block(self, trigger: Ints, counted: Counted, policies: Policies, settings: RetrievalSettings) -> dict[str, Neighbors]:
         pool = self._scored(trigger, counted, *self._candidates(trigger, counted, settings))
         lists = {name: self._head_lists(head, pool, settings.list_length) for name, head in self.heads.items()}
-        return lists | {MERGED: self._merged_lists(pool, counted, policies, settings.list_length)}
+        merged = self._merged_lists(pool, self._candidate_set(pool, counted), counted, policies, settings.list_length)
+        return lists | {MERGED: merged}
 
     def _bit(self, name: str) -> int:
         return self.source_names.index(name)
@@ -451,15 +471,16 @@ class Retriever:
         position, offsets = best_per_segment(score, pool.offsets, k)
         return pool.narrow(position, offsets, score[position], np.zeros(len(position), dtype=np.bool_), self.categories)
 
-    def _merged_lists(self, pool: _Pool, counted: Counted, policies: Policies, k: int) -> Neighbors:
-        log_p = self._log_p(pool, counted)
-        candidates = CandidateSet(
+    def _candidate_set(self, pool: _Pool, counted: Counted) -> CandidateSet:
+        return CandidateSet(
             offsets=pool.offsets,
-            log_p=log_p,
+            log_p=self._log_p(pool, counted),
             relevance=pool.scores[RELEVANCE],
             log_popularity=self.log_popularity[pool.item],
             found_by_relevance=(pool.sources >> self._bit(RELEVANCE) & 1).astype(np.bool_),
         )
+
+    def _merged_lists(self, pool: _Pool, candidates: CandidateSet, counted: Counted, policies: Policies, k: int) -> Neighbors:
         merged = merge_candidates(candidates, policies, k=k)
         lists = pool.narrow(merged.position, merged.offsets, merged.score, merged.filled, self.categories)
         return self._filled_up(lists, pool.trigger, counted, k)

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -264,7 +265,16 @@ def _plan(data: TrainingData, spec: TrainingSpec, progress: Progress | None) -> 
         temperature=_START_TEMPERATURE,
         prior_users=1.0,
     )
-    calibrated = calibrate(data.fit, data.content, data.holdout, usable, start=start, content_share=settings.content_share, seed=seed)
+    calibrated = calibrate(
+        data.fit,
+        data.content,
+        data.holdout,
+        usable,
+        start=start,
+        content_share=settings.content_share,
+        seed=seed,
+        watch=partial(progress.show, "calibration") if progress else None,
+    )
     scorer, reached = Scorer.mixture(), dict[str, float]()
     if len(usable):
         fit_model = build_model(calibrated.fit, data.content, settings, calibrated.content_share, seed=seed)

@@ -94,7 +94,7 @@ def rules_for(stage: str, context: GateContext) -> list[Rule]:
 
 
 def stages() -> list[str]:
-    """The stages that have a gate, in the order of a night."""
+    """The stages that have a gate: those of a night in its order, then those of a backtest."""
     return list(_SUITES)
 
 
@@ -272,6 +272,22 @@ def _evaluate(context: GateContext) -> list[Rule]:
     return [_at_least("num_triggers", 1, "trigger items that were judged", young, severity="warning")]
 
 
+def _backtest(context: GateContext) -> list[Rule]:
+    leak = "training saw what it must not: report it, and trust no number of this backtest"
+    return [
+        _at_least("num_triggers", 1, "trigger items that were judged", "widen evaluation.window or backtest.slice_share"),
+        _none("num_rows_after_cut", "rows of training tables that know days after the cut", leak),
+        _none("num_withheld_values", "values in item_features that a judge withholds", leak),
+        Rule(
+            metric="content_rel_ndcg",
+            maximum=0.98,
+            severity="warning",
+            meaning="RelNDCG@10 of the content list under the first judge",
+            remedy="the features nearly reproduce the judge: look for a copy of its column in a field that is not withheld",
+        ),
+    ]
+
+
 _SUITES: dict[str, Callable[[GateContext], list[Rule]]] = {
     "ingest": _ingest,
     "build_pairs": _build_pairs,
@@ -280,4 +296,6 @@ _SUITES: dict[str, Callable[[GateContext], list[Rule]]] = {
     "publish_neighbors": _publish_neighbors,
     "publish_online": _publish_online,
     "evaluate": _evaluate,
+    "backtest_validation": _backtest,
+    "backtest_final": _backtest,
 }

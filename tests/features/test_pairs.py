@@ -15,7 +15,16 @@ from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ENGAGEMENTS, ITEM_POPULARITY
 from features.pair_kernels import WINDOW_SCHEMA, _distinct, count_windows, keyed_hash
-from features.pairs import aggregate_pairs, cap_metrics, count_daily_pairs, count_popularity, future_pairs, holdout_start
+from features.pairs import (
+    aggregate_pairs,
+    cap_metrics,
+    collect_user_items,
+    count_daily_pairs,
+    count_popularity,
+    future_pairs,
+    holdout_start,
+)
+from features.swing import UserItems
 
 FIRST, LAST = date(2024, 3, 1), date(2024, 3, 6)
 KEY = b"key of the tests"
@@ -51,6 +60,10 @@ def to_spark(spark: SparkSession, frame: pd.DataFrame) -> DataFrame:
 def counter(window: WindowSettings, **over: object) -> Callable[[DataFrame], DataFrame]:
     given = {"max_items_per_user_day": 200, "min_users": 2, "hash_key": KEY, "first_day": FIRST, "last_day": LAST} | over
     return count_daily_pairs(window=window, **given)
+
+
+def who(frame: DataFrame, *, max_users: int = 60) -> UserItems:
+    return collect_user_items(frame, run_date=LAST, hash_key=KEY, max_users=max_users)
 
 
 def counted(frame: DataFrame) -> list[tuple[object, ...]]:
@@ -208,7 +221,8 @@ def test_totals_equal_duckdb_and_keep_the_privacy_minimum(spark: SparkSession, m
     frame = to_spark(spark, events)
     popularity = frame.transform(count_popularity(**DATED)).cache()
     daily = frame.transform(counter(SESSION, min_users=min_users)).cache()
-    totals = daily.transform(aggregate_pairs(popularity, min_users=min_users, max_pairs_per_trigger=100, **DATED))
+    user_items = who(frame)
+    totals = daily.transform(aggregate_pairs(popularity, user_items, min_users=min_users, max_pairs_per_trigger=100, **DATED))
     assert totals.columns == list(CO_ENGAGEMENT_PAIRS.column_names)
     measures = ["weight", "num_user_days", "fit_weight", "conditional", "cosine", "jaccard", "lift"]
     found = {(row.trigger_item_id, row.target_item_id): tuple(row[name] for name in measures) for row in totals.collect()}
@@ -221,7 +235,8 @@ def test_totals_equal_duckdb_and_keep_the_privacy_minimum(spark: SparkSession, m
     assert any(values[2] == 0 for values in expected.values())
 
     # the cut leaves the heaviest, ties by target id, whatever the partitions; conditional still is the share of all
-    cut = daily.repartition(5).transform(aggregate_pairs(popularity, min_users=min_users, max_pairs_per_trigger=3, num_tasks=1, **DATED))
+    few = aggregate_pairs(popularity, user_items, min_users=min_users, max_pairs_per_trigger=3, num_tasks=1, **DATED)
+    cut = daily.repartition(5).transform(few)
     kept = {(row.trigger_item_id, row.target_item_id): row.conditional for row in cut.collect()}
     strongest = sorted(expected, key=lambda pair: (pair[0], -expected[pair][0], pair[1]))
     wanted = [pair for n, pair in enumerate(strongest) if n < 3 or strongest[n - 3][0] != pair[0]]
@@ -273,7 +288,7 @@ def test_no_engagements_give_no_pairs(spark: SparkSession) -> None:
     daily = empty.transform(counter(TIME))
     assert daily.columns == list(CO_ENGAGEMENT_DAILY.column_names)
     popularity = empty.transform(count_popularity(**DATED))
-    assert daily.transform(aggregate_pairs(popularity, min_users=2, max_pairs_per_trigger=9, **DATED)).collect() == []
+    assert daily.transform(aggregate_pairs(popularity, who(empty), min_users=2, max_pairs_per_trigger=9, **DATED)).collect() == []
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

@@ -1,10 +1,37 @@
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
 
-from models.baselines import content_lists, count_lists, popularity_lists
+from models.baselines import (
+    CatalogTooLargeError,
+    Smooth,
+    SmoothSvd,
+    SmoothWeights,
+    content_lists,
+    count_lists,
+    ease_lists,
+    ease_weights,
+    engagement_lists,
+    hide,
+    pair_score_lists,
+    popularity_lists,
+    smooth_lists,
+    smooth_scores,
+    top_columns,
+    tune_ease,
+    tune_share,
+    tune_smooth,
+)
+from models.data import History
+from models.factorization import ScoreWeights, recall, sample_triggers
+from models.metrics import recall_at_k
+from models.ranking import best_per_row
+from tests.models.small_world import empty_history
 
 # six items, the last is ineligible
 POPULARITY = np.array([5, 1, 3, 3, 2, 9], np.float32)
@@ -72,3 +99,256 @@ def test_content_blocks_do_not_show(monkeypatch):
     assert (content_lists(triggers, content=content, eligible=eligible, k=5) == whole).all()
     cosine = np.where(eligible & ~np.eye(50, dtype=bool), content @ content.T, -np.inf)
     assert (whole == np.argsort(-cosine, axis=1, kind="stable")[:, :5]).all()
+
+
+# --- against plain loops, on worlds with ties, ineligible items, unknown triggers and lists longer than the catalog ---
+
+TRIGGERS = np.array([3, 0, 11, 5, 12, 40, 3], np.int32)  # 12 and 40 were not known yet
+WEIGHTS = SmoothWeights(user_level_weight=0.5, prior_weight=4.0, popularity_exponent=0.3)
+FACTORS = ScoreWeights(
+    user_level_weight=0.5, dimension=4, target_norm_exponent=0.5, popularity_weight=0.4, temperature=2.0, prior_users=0.0
+)
+
+
+@dataclass(frozen=True)
+class World:
+    history: History
+    eligible: np.ndarray
+
+
+def random_world(seed: int, num_items: int = 12, num_users: int = 9) -> World:
+    """Few different values, so that many tie; the last item has no history at all."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.integers(0, 3, (num_items, num_items)).astype(np.float32)
+    users = (rng.random((num_users, num_items)) < 0.3).astype(np.float32)
+    popularity = rng.integers(0, 4, num_items).astype(np.float32)
+    np.fill_diagonal(pairs, 0)
+    pairs[-1], pairs[:, -1], users[:, -1], popularity[-1] = 0, 0, 0, 0
+    history = History(pairs=csr_array(pairs), user_items=csr_array(users), popularity=popularity)
+    return World(history=history, eligible=rng.random(num_items) < 0.8)
+
+
+def slow_list(scores: Callable[[int], float | None], num_items: int, trigger: int, eligible: np.ndarray, k: int) -> list[int]:
+    """Best first, ties by index; None is not listed."""
+    found = [(-score, j) for j in range(num_items) if j != trigger and eligible[j] and (score := scores(j)) is not None]
+    return [j for _, j in sorted(found)[:k]]
+
+
+def slow_lists(score: Callable[[int, int], float | None], world: World, k: int, *, backfill: bool = False) -> list[list[int]]:
+    """TRIGGERS' lists, padded; `score(i, j)`."""
+    popularity, lists = world.history.popularity, []
+    for i in TRIGGERS.tolist():
+        found = slow_list(lambda j, i=i: score(i, j), len(popularity), i, world.eligible, k)
+        if backfill:
+            popular = slow_list(lambda j: float(popularity[j]), len(popularity), i, world.eligible, k)
+            found = (found + [j for j in popular if j not in found])[:k]
+        lists.append(found + [-1] * (k - len(found)))
+    return lists
+
+
+def slow_counts(history: History, b: float) -> np.ndarray:
+    """C + b C_user, cell by cell."""
+    pairs, x = history.pairs.toarray(), history.user_items.toarray()
+    n = len(pairs)
+    user = np.zeros((n, n))
+    for row in x:
+        for i in range(n):
+            for j in range(n):
+                user[i, j] += row[i] * row[j] / row.sum() if i != j and row[i] else 0
+    return pairs + b * user * pairs.sum() / user.sum()
+
+
+def slow_smooth(history: History, weights: SmoothWeights) -> np.ndarray:
+    """(N + 1, N): the last row is that of an unknown trigger."""
+    counts, popularity = slow_counts(history, weights.user_level_weight), history.popularity
+    floor = np.maximum(popularity, 0.5 * np.median(popularity[popularity > 0]))
+    p, floored = popularity / popularity.sum(), floor / floor.sum()
+    counts = np.vstack([counts, np.zeros(len(p))])
+    return (counts + weights.prior_weight * p) / floored**weights.popularity_exponent
+
+
+def row_of(i: int, num_items: int = 12) -> int:
+    return min(i, num_items)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("k", [1, 4, 30])
+@pytest.mark.parametrize("backfill", [False, True])
+def test_pair_scores_against_loops(seed, k, backfill):
+    world = random_world(seed)
+    cells = world.history.pairs.toarray()
+    plain = slow_lists(lambda i, j: (cells[i, j] or None) if i < 12 else None, world, k, backfill=backfill)
+    popularity = world.history.popularity
+    unsorted = world.history.pairs[:, ::-1][:, ::-1]
+    for scores in (world.history.pairs, csr_array(unsorted)):
+        lists = pair_score_lists(TRIGGERS, scores=scores, popularity=popularity, eligible=world.eligible, k=k, backfill=backfill)
+        assert lists.tolist() == plain
+    counted = count_lists(TRIGGERS, counts=world.history.pairs, popularity=popularity, eligible=world.eligible, k=k)
+    assert not backfill or counted.tolist() == plain
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_smooth_against_loops(seed, alpha):
+    world = random_world(seed)
+    weights = replace(WEIGHTS, popularity_exponent=alpha)
+    plain = slow_smooth(world.history, weights)
+    smooth = Smooth.of(world.history, weights)
+    scores = smooth_scores(TRIGGERS, matrix=smooth.matrix, popularity=world.history.popularity, weights=weights)
+    for row, i in zip(scores, TRIGGERS.tolist(), strict=True):
+        others = np.arange(12) != i
+        np.testing.assert_allclose(row[others], plain[row_of(i), others], rtol=1e-4)
+    for k in (3, 30):
+        lists = smooth_lists(TRIGGERS, history=world.history, weights=weights, eligible=world.eligible, k=k)
+        by_row = dict(zip(TRIGGERS.tolist(), scores.tolist(), strict=True))
+        assert lists.tolist() == slow_lists(lambda i, j, rows=by_row: rows[i][j], world, k)
+    p = smooth.scores(TRIGGERS)
+    wanted = np.where(np.arange(12) == TRIGGERS[:, None], 0, scores)
+    np.testing.assert_allclose(p, wanted / wanted.sum(axis=1, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_smooth_svd_against_loops(share):
+    world = random_world(1)
+    mixed = SmoothSvd.of(world.history, smooth=WEIGHTS, factors=FACTORS, share=share, seed=0)
+    made, smooth = mixed.factorization, slow_smooth(world.history, WEIGHTS)
+    found = mixed.scores(TRIGGERS)
+    assert found.dtype == np.float32
+    for row, i in zip(found, TRIGGERS.tolist(), strict=True):
+        trigger = made.trigger[i] if i < 12 else np.zeros(4)
+        others = [j for j in range(12) if j != i]
+        weight = {j: math.exp(2.0 * (trigger @ made.target[j] + 0.4 * made.log_popularity[j])) for j in others}
+        counted = {j: smooth[row_of(i), j] for j in others}
+        for j in others:
+            wanted = share * weight[j] / sum(weight.values()) + (1 - share) * counted[j] / sum(counted.values())
+            assert row[j] == pytest.approx(wanted, rel=1e-4, abs=1e-7)
+        assert row.sum() == pytest.approx(1, rel=1e-5)
+        assert i >= 12 or row[i] == 0
+    for k in (3, 30):
+        by_row = dict(zip(TRIGGERS.tolist(), found.tolist(), strict=True))
+        lists = engagement_lists(TRIGGERS, engagement=mixed, eligible=world.eligible, k=k)
+        assert lists.tolist() == slow_lists(lambda i, j, rows=by_row: rows[i][j], world, k)
+
+
+@pytest.mark.parametrize("num_items", [1, 3])
+def test_engagement_scores_of_an_empty_history_are_finite(num_items):
+    history = empty_history(num_items)
+    mixed = SmoothSvd.of(history, smooth=WEIGHTS, factors=FACTORS, share=0.5, seed=0)
+    assert np.isfinite(mixed.scores(np.array([0, num_items], np.int32))).all()
+    lists = engagement_lists(np.zeros(1, np.int32), engagement=mixed, eligible=np.ones(num_items, bool), k=4)
+    assert lists.tolist() == [[*range(1, num_items)] + [-1] * (5 - num_items)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("backfill", [False, True])
+def test_ease_against_the_formula(seed, backfill):
+    world = random_world(seed)
+    x = world.history.user_items.toarray().astype(float)
+    inverse = np.linalg.inv(x.T @ x + 2.0 * np.eye(12))
+    plain = np.eye(12) - inverse / np.diag(inverse)  # equation 8
+    weights = ease_weights(world.history.user_items, regularization=2.0)
+    assert weights.dtype == np.float32
+    np.testing.assert_allclose(weights, plain, atol=1e-6)
+    assert not np.diag(weights).any()
+    for k in (3, 30):
+        lists = ease_lists(TRIGGERS, weights=weights, popularity=world.history.popularity, eligible=world.eligible, k=k, backfill=backfill)
+        wanted = slow_lists(lambda i, j: float(weights[i, j]) if i < 12 and weights[i, j] > 0 else None, world, k, backfill=backfill)
+        assert lists.tolist() == wanted
+
+
+def test_ease_says_when_it_is_too_large():
+    world = random_world(0)
+    with pytest.raises(CatalogTooLargeError, match="found 12 items, wanted at most 11"):
+        ease_weights(world.history.user_items, regularization=1.0, max_items=11)
+    truth, triggers = csr_array(world.history.pairs[:3]), np.arange(3, dtype=np.int32)
+    with pytest.raises(CatalogTooLargeError):
+        tune_ease(world.history, truth, triggers, eligible=world.eligible, max_items=11)
+
+
+@pytest.mark.parametrize("values", ["ties", "normal", "none"])
+@pytest.mark.parametrize("k", [0, 1, 7, 39, 40, 60])
+def test_top_columns_is_best_per_row(values, k):
+    rng = np.random.default_rng(k)
+    scores = rng.standard_normal((9, 40)) if values == "normal" else rng.integers(-1, 2, (9, 40)) * 0.5
+    scores[rng.random((9, 40)) < (1.0 if values == "none" else 0.3)] = -np.inf
+    scores[0] = -np.inf
+    scores = scores.astype(np.float32)
+    assert top_columns(scores, k).tolist() == best_per_row(scores, k).tolist()
+    assert top_columns(scores[:0], k).shape == best_per_row(scores[:0], k).shape
+
+
+# --- tuning ---
+
+
+def drawn_truth(data):
+    """What followed in the last days, and for which triggers."""
+    triggers = sample_triggers(data.holdout, maximum=60, seed=1)
+    return csr_array(data.holdout[triggers]), triggers
+
+
+def test_smooth_tuning_reaches_the_best_of_its_path(data):
+    truth, triggers = drawn_truth(data)
+
+    def reached(weights):
+        smooth = Smooth.of(data.fit, weights)
+        return recall(hide(smooth.raw(triggers), triggers, data.eligible), triggers, truth, 3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.baselines._TUNED_AT", 3)  # a hundred is the whole catalog here
+        patch.setattr("models.baselines._CELLS_AT_ONCE", 700)
+        start = SmoothWeights(user_level_weight=0.0, prior_weight=1000.0, popularity_exponent=0.5)
+        best = tune_smooth(data.fit, truth, triggers, eligible=data.eligible, start=start)
+    assert reached(best) > reached(start)
+    for name, values in {"user_level_weight": (0, 0.3, 10), "prior_weight": (1, 30, 1000), "popularity_exponent": (0, 0.5)}.items():
+        for value in values:  # no single change of a coordinate is better
+            assert reached(replace(best, **{name: float(value)})) <= reached(best) + 1e-6
+
+
+def test_tuning_without_usable_triggers_keeps_the_start(data):
+    unknown = np.array([data.num_items, data.num_items + 5], np.int32)
+    truth = csr_array(data.holdout[np.array([0, 1])])
+    start = SmoothWeights(prior_weight=7.0)
+    assert tune_smooth(data.fit, truth, unknown, eligible=data.eligible, start=start) == start
+    assert tune_smooth(data.fit, truth, unknown, eligible=data.eligible) == SmoothWeights()
+    nothing = csr_array((2, data.num_items), dtype=np.float32)
+    assert tune_smooth(data.fit, nothing, np.array([0, 1], np.int32), eligible=data.eligible, start=start) == start
+    assert tune_ease(data.fit, truth, unknown, eligible=data.eligible, grid=(5.0, 1.0)) == 5.0
+
+
+def test_user_level_weight_is_tuned_without_any_pair(data):
+    truth, triggers = drawn_truth(data)
+    no_pairs = History(
+        pairs=csr_array((data.num_items, data.num_items), dtype=np.float32), user_items=data.fit.user_items, popularity=data.fit.popularity
+    )
+    best = tune_smooth(no_pairs, truth, triggers, eligible=data.eligible)
+    assert best.user_level_weight == SmoothWeights().user_level_weight, "it has no effect, so it does not move"
+
+
+def test_share_and_lambda_are_the_best_of_their_grids(data, monkeypatch):
+    monkeypatch.setattr("models.baselines._TUNED_AT", 3)
+    truth, triggers = drawn_truth(data)
+    shares, grid = (0.0, 0.5, 1.0), (0.1, 10.0, 1000.0)
+    mixes = {s: SmoothSvd.of(data.fit, smooth=WEIGHTS, factors=FACTORS, share=s, seed=0) for s in shares}
+    reached = {s: recall(hide(m.scores(triggers), triggers, data.eligible), triggers, truth, 3) for s, m in mixes.items()}
+    mixed = mixes[0.5]
+    found = tune_share(mixed.smooth, mixed.factorization, truth, triggers, eligible=data.eligible, shares=shares)
+    assert reached[found] == max(reached.values())
+    by_lambda = {}
+    for value in grid:
+        weights = ease_weights(data.fit.user_items, regularization=value)
+        popularity = data.fit.popularity
+        lists = ease_lists(triggers, weights=weights, popularity=popularity, eligible=data.eligible, k=3, backfill=True)
+        by_lambda[value] = recall_at_k(lists, truth, k=3).mean()
+    assert by_lambda[tune_ease(data.fit, truth, triggers, eligible=data.eligible, grid=grid)] == max(by_lambda.values())
+
+
+def test_blocks_do_not_show(monkeypatch):
+    world = random_world(2)
+    mixed = SmoothSvd.of(world.history, smooth=WEIGHTS, factors=FACTORS, share=0.5, seed=0)
+    made = {
+        "pairs": partial(pair_score_lists, scores=world.history.pairs, popularity=world.history.popularity, backfill=True),
+        "engagement": partial(engagement_lists, engagement=mixed),
+    }
+    whole = {name: lists(TRIGGERS, eligible=world.eligible, k=5).tolist() for name, lists in made.items()}
+    monkeypatch.setattr("models.baselines._CELLS_AT_ONCE", 20)
+    assert {name: lists(TRIGGERS, eligible=world.eligible, k=5).tolist() for name, lists in made.items()} == whole

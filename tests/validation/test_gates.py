@@ -67,6 +67,10 @@ CLEAN: dict[str, dict[str, float]] = {
     },
     "publish_online": {"num_items_written": 300, "num_items_expected": 300},
     "evaluate": {"num_triggers": 250},
+    **dict.fromkeys(
+        ("backtest_validation", "backtest_final"),
+        {"num_triggers": 250, "num_rows_after_cut": 0, "num_withheld_values": 0, "content_rel_ndcg": 0.7},
+    ),
 }
 
 
@@ -109,6 +113,8 @@ CRITICAL = [
     ("publish_neighbors", {"num_ineligible_neighbors": 1, "num_unordered": 1}, ["num_ineligible_neighbors", "num_unordered"]),
     ("publish_online", {"num_items_written": 299}, ["num_items_written"]),
     ("publish_online", {"num_items_written": math.nan, "num_items_expected": math.nan}, ["num_items_written", "num_items_expected"]),
+    ("backtest_validation", {"num_rows_after_cut": 3}, ["num_rows_after_cut"]),  # training saw the future
+    ("backtest_final", {"num_withheld_values": 1}, ["num_withheld_values"]),  # training saw what the judge reads
 ]
 
 
@@ -127,6 +133,7 @@ def test_warnings_come_back_in_the_report() -> None:
         ("train_model", {"engagement_min_norm": 0.0}),
         ("publish_neighbors", {"churn": 0.95}),
         ("evaluate", {"num_triggers": 0}),
+        ("backtest_final", {"content_rel_ndcg": 1.0}),  # a copy of the judge's column among the features
     ]
     for stage, fault in cases:
         report = run_gate(stage, CLEAN[stage] | fault, rules_for(stage, context(num_items=310)))

@@ -1,0 +1,176 @@
+"""`make backtest CONFIG=demo`: trains as of past days with the judges' fields withheld, and judges the lists by what happened since.
+
+The last share of engagements is the last slice, the one before it the validation slice, and so on. Settings (of the baselines, and which
+mix) are chosen on validation slices; the last one is read by `--final` only, and every report says how often that has been done.
+Everything lies in the lake's variant `backtest`, and nothing is published.
+
+In time, on the demo data: the last tenth of 2017's engagements is about the last five weeks, which makes the final cut; settings are
+chosen at the cut a tenth of the rest before it.
+"""
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from rich.console import Console
+
+from conf.errors import SettingsError, SourceError
+from conf.settings import Settings, load_settings
+from conf.tables import ENGAGEMENTS
+from features.pairs import holdout_start
+from jobs.arguments import add_config, report_errors
+from jobs.backtest_report import terminal_tables, write_html, write_json
+from jobs.backtest_results import Report
+from jobs.backtest_verdict import Verdict, make_report
+from jobs.ingest import checked_events, ingest
+from jobs.judge_cut import FINAL, VALIDATION, judge_cut
+from jobs.leaks import TRAINING, check_leaks
+from jobs.progress import Display
+from jobs.session import start_session
+from jobs.stage import Night, StageRun, make_night, run_stage
+from jobs.verdicts import choose
+from models.contest import Tuned
+
+REPORTS = Path("var/backtest")
+
+
+def backtest_settings(settings: Settings) -> Settings:
+    """The settings of a backtest: a lake variant of its own, and the judges' fields withheld from the model."""
+    variant = "-".join(filter(None, (settings.lake.variant, "backtest")))
+    withheld = sorted({*settings.features.judge_fields, *settings.backtest.judge_fields})
+    changes = {
+        "lake": settings.lake.model_copy(update={"variant": variant}),
+        "features": settings.features.model_copy(update={"judge_fields": withheld}),
+    }
+    return settings.model_copy(update=changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backtest:
+    """One backtest on a running session."""
+
+    settings: Settings
+    spark: SparkSession
+    display: Display
+    now: datetime
+
+    def night(self, run_date: date) -> Night:
+        """The night of a cut."""
+        return make_night(self.settings, run_date, spark=self.spark, display=self.display, now=self.now)
+
+    def run(self, *, final: bool) -> Report:
+        """Judge the validation slices, and the last one if `final`.
+
+        Raises:
+            SourceError: there is nothing to split.
+        """
+        started = time.monotonic()
+        *validation, last = self._cuts()
+        verdicts: list[Verdict] = []
+        tuned: Tuned | None = None
+        for cut, until in validation:
+            verdicts.append(self._judge(cut, until, stage=VALIDATION, tuned=None))
+            tuned = verdicts[-1].tuned
+        choice = choose([verdict.board for verdict in verdicts])
+        judged = self._judge(*last, stage=FINAL, tuned=tuned) if final else verdicts[-1]
+        return make_report(judged, choice, self.settings, minutes=(time.monotonic() - started) / 60)
+
+    def check_leaks(self) -> Mapping[str, int]:
+        """Train the first cut twice, the second time with the judges' fields permuted.
+
+        Raises:
+            GateError: something of them reaches the model.
+            SettingsError: no judge withholds anything, so there is nothing to leak.
+        """
+        fields = self.settings.features.judge_fields
+        if not fields:
+            raise SettingsError(f"no judge of {self.settings.name} withholds anything: there is nothing to leak; see backtest.judges")
+        return check_leaks(self._trained(self._cuts()[0][0]), fields)
+
+    def _cuts(self) -> list[tuple[date, date]]:
+        """(cut, last day of its slice), the last slice last."""
+        until = self._last_day()
+        whole = self.night(until)
+        run_stage(whole, "ingest", ingest)
+        engagements = StageRun(night=whole, stage="backtest").read(ENGAGEMENTS)
+        cuts: list[tuple[date, date]] = []
+        for _ in range(1 + self.settings.backtest.num_validation_cuts):
+            cut = self._cut(engagements, until)
+            cuts.insert(0, (cut, until))
+            until = cut
+        for cut, end in cuts:
+            self.display.say(f"slice {cut + timedelta(days=1)} to {end}, cut {cut}")
+        return cuts
+
+    def _cut(self, engagements: DataFrame, until: date) -> date:
+        share = self.settings.backtest.slice_share
+        cut = holdout_start(engagements, holdout_share=share, run_date=until) - timedelta(days=1)
+        if not engagements.where(F.col("event_date") <= F.lit(cut)).head(1):
+            raise SourceError(f"no engagements up to {cut}, so that nothing can be learned before the slice that ends on {until}; "
+                              "bring more days of history, or lower backtest.slice_share or backtest.num_validation_cuts")  # fmt: skip
+        return cut
+
+    def _last_day(self) -> date:
+        """The last day with an accepted engagement."""
+        today = self.now.date()
+        probe = StageRun(night=self.night(today), stage="backtest")
+        accepted = checked_events(probe).where(F.col("reason").isNull() & ~F.col("later"))
+        row = accepted.agg(F.max("event_date").alias("day")).first()
+        if row is None or row["day"] is None:
+            raise SourceError("no usable engagement in the events table; check source.events.columns and rejected rows")
+        day: date = row["day"]
+        return day
+
+    def _judge(self, cut: date, until: date, *, stage: str, tuned: Tuned | None) -> Verdict:
+        night = self._trained(cut)
+        before = self._trained(cut - timedelta(days=1)) if self.settings.backtest.churn else None
+        found: list[Verdict] = []
+        run_stage(night, stage, partial(judge_cut, until=until, tuned=tuned, before=before, found=found), force=True)
+        return found[0]
+
+    def _trained(self, cut: date) -> Night:
+        night = self.night(cut)
+        self.display.say(f"[bold]as of {cut}[/bold], run {night.run_id}, lake {night.lake.root}")
+        for name, function in TRAINING.items():
+            run_stage(night, name, function)
+        return night
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a backtest and write its report."""
+    parser = argparse.ArgumentParser(description="lists of past days, judged by what happened since")
+    add_config(parser, default="demo")
+    parser.add_argument("--check-leaks", action="store_true", help="train twice, judges' fields permuted: the model must not change")
+    parser.add_argument("--final", action="store_true", help="read the last slice too; every report says how often it was read")
+
+    def run() -> None:
+        values = parser.parse_args(argv)
+        settings = backtest_settings(load_settings(values.config, values.set))
+        console, display = Console(), Display()
+        spark = start_session(settings.spark, app_name=f"mtmh backtest {settings.name}")
+        backtest = Backtest(settings=settings, spark=spark, display=display, now=datetime.now(UTC))
+        if values.check_leaks:
+            compared = ", ".join(f"{count:,} rows of {name}" for name, count in backtest.check_leaks().items())
+            console.print(
+                f"no leak of {settings.features.judge_fields}: {compared} are the same with these fields permuted", highlight=False
+            )
+            return
+        report = backtest.run(final=values.final)
+        for table in terminal_tables(report):
+            console.print(table)
+        REPORTS.mkdir(parents=True, exist_ok=True)
+        write_json(report, REPORTS / f"{settings.name}.json")
+        write_html(report, REPORTS / f"{settings.name}.html")
+        console.print(f"report: {REPORTS / settings.name}.html, numbers: {REPORTS / settings.name}.json", highlight=False, soft_wrap=True)
+
+    report_errors(run)
+
+
+if __name__ == "__main__":
+    main()

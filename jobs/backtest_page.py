@@ -1,0 +1,161 @@
+"""A backtest as one HTML file that needs nothing else: words, picture and tables, for the screen, the dark and one or two printed pages."""
+
+import re
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from string import Template
+
+from jobs import backtest_tables as tables
+from jobs.backtest_picture import frontier_svg
+from jobs.backtest_results import Report
+from jobs.backtest_tables import Cell, Grid
+from jobs.backtest_words import summary_words
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2027; --soft: #656c78; --line: #dfe2e7;
+  --wins: #137a4b; --ties: #8a6100; --loses: #bb2a1f; --best: #eef3fb; }
+@media (prefers-color-scheme: dark) { :root { --page: #14161a; --card: #1d2026; --ink: #e6e8ec; --soft: #9aa2af; --line: #343943;
+  --wins: #4cc38a; --ties: #e0b04a; --loses: #ff7a6b; --best: #27303f; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 28px 20px 48px; }
+h1 { font-size: 25px; line-height: 1.25; margin: 0; }
+h2 { font-size: 17px; margin: 0 0 8px; }
+p { margin: 0 0 9px; max-width: 100ch; overflow-wrap: anywhere; }
+.sub, .interval, figcaption { color: var(--soft); }
+.sub { margin: 4px 0 16px; }
+.tally { display: flex; gap: 12px; margin: 0 0 16px; }
+.tally div { flex: 1; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; }
+.tally b { font-size: 24px; margin-right: 8px; font-variant-numeric: tabular-nums; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px; margin: 0 0 16px; }
+.wins { color: var(--wins); } .ties { color: var(--ties); } .loses { color: var(--loses); }
+td.wins, td.ties, td.loses { font-weight: 600; }
+figure { margin: 0; }
+figure svg { display: block; width: 100%; height: auto; background: #fff; border-radius: 6px; }
+figcaption { font-size: 13px; margin-top: 8px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 13px; line-height: 1.3; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 8px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+tbody tr:last-child td { border-bottom: 0; }
+.label { text-align: left; }
+.best { background: var(--best); font-weight: 600; }
+.interval { display: block; font-size: 11px; font-weight: 400; white-space: nowrap; }
+details { margin: 0 0 16px; } summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
+details section { margin: 8px 0; }
+@page { size: A4; margin: 11mm; }
+@media print {
+  :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #555; --line: #ccc;
+    --wins: #137a4b; --ties: #8a6100; --loses: #bb2a1f; --best: #eee; }
+  body { font-size: 9.5px; line-height: 1.35; } main { max-width: none; padding: 0; } h1 { font-size: 16px; } h2 { font-size: 11px; }
+  section { border: 0; padding: 0; margin: 0 0 8px; } .tally, .sub { margin-bottom: 6px; } .tally div { padding: 2px 8px; }
+  .tally b { font-size: 13px; } p { margin-bottom: 4px; max-width: none; } details { display: none; }
+  figure, tr { break-inside: avoid; } figure svg { max-height: 88mm; } h2 { break-after: avoid; }
+  table, figcaption { font-size: 8px; line-height: 1.15; } th, td { padding: 1px 4px; } .interval { font-size: 6.5px; }
+}
+"""
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body>
+<main>
+<h1>$title</h1>
+<p class="sub">$subtitle</p>
+$tally
+<section><h2>In words</h2>
+$words
+</section>
+<section><h2>Recall and relevance together</h2>
+<figure>
+<div role="img" aria-label="recall@100 and relevance@100 of every method, as in the tables below">
+$picture
+</div>
+<figcaption>Up and to the right is better. A line joins the mixes of a family in their order.
+Bars are 95 % bootstrap intervals over triggers. A single gray point is a method without a dial.</figcaption>
+</figure>
+</section>
+$tables
+<details><summary>All mixes, further measures, deciles, settings</summary>
+$more
+</details>
+</main>
+</body>
+</html>
+""")
+
+
+def write_html(report: Report, path: Path) -> None:
+    """Write the page to this file, in place of what was there; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_page(report), encoding="utf-8")
+
+
+def _page(report: Report) -> str:
+    shown = (tables.comparisons(report), tables.headline(report), tables.parts(report), tables.judges(report))
+    by_decile = (tables.deciles(report, side) for side in ("trigger", "target"))
+    more = (tables.mixes(report), tables.further(report), *by_decile, tables.chosen(report))
+    return _PAGE.substitute(
+        title=escape(report.title),
+        style=_STYLE,
+        subtitle=escape(_subtitle(report)),
+        tally=_tally(report),
+        words="\n".join(f"<p>{_prose(words)}</p>" for words in summary_words(report)),
+        picture=frontier_svg(report),
+        tables=_sections(shown),
+        more=_sections(more),
+    )
+
+
+def _subtitle(report: Report) -> str:
+    kind = f"final report, reading {report.num_reads}" if report.final else "validation report"
+    return f"{report.config} · cut {report.cut}, judged until {report.until} · {report.num_triggers:,} triggers · {kind}"
+
+
+def _prose(words: str) -> str:
+    """The lead of a paragraph in bold, and no line break inside a figure."""
+    text = escape(words, quote=False).replace(" %", "&nbsp;%")
+    text = re.sub(r"\[[−+.\d]+, [−+.\d]+\]", lambda found: found.group().replace(" ", "&nbsp;"), text)
+    return re.sub(r"^[^:.,]{1,40}:", lambda found: f"<b>{found.group()}</b>", text)
+
+
+def _tally(report: Report) -> str:
+    """How many comparisons are won, tied and lost, at a glance."""
+    verdicts: list[str] = [comparison.verdict for comparison in report.comparisons]
+    names = {"wins": "wins", "ties": "ties", "loses": "losses"}
+    boxes = [f'<div><b class="{verdict}">{verdicts.count(verdict)}</b>{name}</div>' for verdict, name in names.items()]
+    return f'<div class="tally">{"".join(boxes)}</div>' if verdicts else ""
+
+
+def _sections(grids: Iterable[Grid | None]) -> str:
+    return "\n".join(
+        f"<section><h2>{escape(grid.title[:1].upper() + grid.title[1:])}</h2>\n{_table(grid)}\n</section>" for grid in grids if grid
+    )
+
+
+def _table(grid: Grid) -> str:
+    head = "".join(f"<th{_class(grid, index)}>{_lines(heading)}</th>" for index, heading in enumerate(grid.columns))
+    body = "\n".join(
+        f"<tr>{''.join(_data(cell, _class(grid, index, cell.tone)) for index, cell in enumerate(cells))}</tr>" for cells in grid.rows
+    )
+    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _class(grid: Grid, index: int, tone: str = "") -> str:
+    names = " ".join(name for name in ("label" if index < grid.num_labels else "", tone) if name)
+    return f' class="{names}"' if names else ""
+
+
+def _data(cell: Cell, attributes: str) -> str:
+    interval = f'<span class="interval">{escape(cell.interval)}</span>' if cell.interval else ""
+    return f"<td{attributes}>{escape(cell.text)}{interval}</td>"
+
+
+def _lines(heading: str) -> str:
+    return escape(heading).replace("\n", "<br>")

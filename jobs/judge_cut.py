@@ -1,0 +1,220 @@
+"""One cut of a backtest, judged: MTMH's lists, every baseline and every swept family on one exam, to rows of `evaluation`.
+
+The lists are made by the very index and retriever that a night publishes from, for the judged triggers only. Whole-list measures
+(coverage, Gini) are therefore of these triggers' lists. Shapes: `T` judged triggers, `K` = 100 positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+
+import numpy as np
+from pyspark.sql import functions as F
+
+from conf.settings import RetrievalSettings, Settings
+from conf.tables import CO_ENGAGEMENT_PAIRS, EVALUATION, ITEM_EMBEDDINGS, ITEM_FEATURES, ITEM_POPULARITY
+from jobs.backtest_results import OURS, Row
+from jobs.backtest_verdict import Verdict, evaluation_rows
+from jobs.exam import CutData, read_cut
+from jobs.lake import only_row
+from jobs.retrieval import counted_of, index_items
+from jobs.stage import Night, StageRun
+from jobs.verdicts import RECALL, Board
+from models import metrics
+from models.contest import LIST_LENGTH, Tuned
+from models.data import Ints
+from models.merge import Policies, Policy, read_policies
+from models.metrics import Values
+from models.neighbors import MERGED, Counted, Neighbors, Retriever
+from models.ranking import Longs
+from models.scoreboard import Scored, measure, measure_axes
+
+VALIDATION, FINAL = "backtest_validation", "backtest_final"
+"""Stages of the ledger: its rows of the second say how often a last slice was read."""
+_BLEND, _DIAL = "mtmh_blend", "mtmh_dial"
+
+
+def judge_cut(run: StageRun, *, until: date, tuned: Tuned | None, before: Night | None, found: list[Verdict]) -> None:
+    """Judge the lists of a cut whose training stages are done; appends the verdict to `found`.
+
+    Args:
+        run: stage VALIDATION or FINAL of the cut's night.
+        until: last day of the slice.
+        tuned: weights of the baselines; None: choose them on this very slice.
+        before: the trained night of the day before, for the churn; None: it is not measured.
+        found: takes the result.
+    """
+    steps = _Steps()
+    with run.night.display.watch("judging", steps.read):
+        data = read_cut(run, until=until)
+        tuned = tuned or data.contest.tune(data.exam.future[:, : data.future.num_known], run.settings.backtest)
+        board = _board(run, data, tuned, before, steps)
+    earlier = run.night.ledger.records(stage=FINAL, run_date=run.run_date)
+    final = run.stage == FINAL
+    verdict = Verdict(
+        cut=run.run_date,
+        until=until,
+        final=final,
+        num_reads=len(earlier) + final,
+        board=board,
+        tuned=tuned,
+        notes=run.notes,
+    )
+    rows = evaluation_rows(verdict, run.settings)
+    _write(run, rows, until)
+    run.gate(_metrics(run, data, board))
+    found.append(verdict)
+
+
+@dataclass
+class _Steps:
+    """How far the judging is: methods measured so far."""
+
+    done: int = 0
+    total: int = 0
+
+    def read(self) -> tuple[float, float, str]:
+        return self.done, self.total, "methods"
+
+
+# --- boards ---
+
+
+def _board(run: StageRun, data: CutData, tuned: Tuned, before: Night | None, steps: _Steps) -> Board:
+    settings, exam = run.settings.backtest, data.exam
+    methods: dict[tuple[str, str], Scored] = {}
+    heads, swept = _our_lists(run, data)
+    for head, lists in heads.items():
+        methods[OURS, head] = _with_overlap(measure(lists, exam), lists, heads["engagement" if head != "engagement" else "relevance"])
+        steps.done += 1
+    if before is not None:
+        methods[OURS, MERGED].values["churn@10", "all"] = _churn(StageRun(night=before, stage=run.stage), data, heads[MERGED])
+    for name, lists in data.contest.baselines(tuned, settings, note=run.note):
+        methods[name, "-"] = measure(lists, exam)
+        steps.done += 1
+    swept |= data.contest.families(tuned, settings)
+    families = {}
+    for family, mixes in swept.items():
+        families[family] = {mix: measure_axes(lists, exam) for mix, lists in mixes.items()}
+        steps.done += len(mixes)
+    return Board(exam=exam, methods=methods, families=families)
+
+
+def _with_overlap(scored: Scored, lists: Ints, other: Ints) -> Scored:
+    """Adds how many of the first 10 it shares with the engagement list (the engagement list: with the relevance list)."""
+    scored.values["overlap@10", "all"] = metrics.overlap_at_k(lists, other, k=10)
+    return scored
+
+
+def _our_lists(run: StageRun, data: CutData) -> tuple[dict[str, Ints], dict[str, dict[str, Ints]]]:
+    """(T, K) lists of every head and of the merged list; and merged lists swept over lambda and over the popularity discount."""
+    settings = run.settings
+    retriever, counted, triggers = _opened(run, data)
+    policies, length = _policies(run), _list_settings(settings)
+    default = policies["default"]
+    scopes = Policies.for_triggers(policies, _coarsest(run, triggers))
+    found = retriever.retrieve(triggers, counted, scopes, settings=length)
+    num_rows, rows = len(data.future.triggers), np.flatnonzero(data.future.triggers < data.future.num_known)
+    heads = {head: _matrix(neighbors, num_rows, rows) for head, neighbors in found.heads.items()}
+    blends = {
+        f"{v:g}": Policy(kind="blend", value=v, popularity_exponent=default.popularity_exponent) for v in settings.backtest.blend_values
+    }
+    value = default.value if default.kind == "blend" else 0.0
+    dial = {f"{x:g}": Policy(kind="blend", value=value, popularity_exponent=x) for x in settings.backtest.popularity_exponents}
+    merged = retriever.merge_under(triggers, counted, [*blends.values(), *dial.values()], settings=length)
+    lists = [_matrix(neighbors, num_rows, rows) for neighbors in merged]
+    swept = {_BLEND: dict(zip(blends, lists, strict=False)), _DIAL: dict(zip(dial, lists[len(blends) :], strict=True))}
+    return heads, swept
+
+
+def _opened(run: StageRun, data: CutData) -> tuple[Retriever, Counted, Ints]:
+    """The night's index, and the counted pairs of the judged triggers that it knows."""
+    retriever = Retriever.open(index_items(run))
+    triggers = data.future.triggers[data.future.triggers < data.future.num_known]
+    return retriever, counted_of(run, triggers), triggers
+
+
+def _coarsest(run: StageRun, triggers: Ints) -> list[str | None]:
+    table = run.read(ITEM_FEATURES).select("item_index", F.get("categories", F.lit(0)).alias("coarsest")).orderBy("item_index").toArrow()
+    names = table["coarsest"].to_pylist()
+    return [names[item] for item in triggers.tolist()]
+
+
+def _matrix(neighbors: Neighbors, num_rows: int, rows: Longs) -> Ints:
+    """(T, K) item indices, -1 behind the end; row r of the neighbors goes to rows[r], other rows stay empty."""
+    inside = np.arange(LIST_LENGTH) < np.diff(neighbors.offsets)[:, None]
+    found = np.full(inside.shape, -1, np.int32)
+    found[inside] = neighbors.neighbor
+    lists = np.full((num_rows, LIST_LENGTH), -1, np.int32)
+    lists[rows] = found
+    return lists
+
+
+def _policies(run: StageRun) -> dict[str, Policy]:
+    return read_policies([policy.model_dump() for policy in run.settings.merge])
+
+
+def _list_settings(settings: Settings) -> RetrievalSettings:
+    return settings.retrieval.model_copy(update={"list_length": LIST_LENGTH})
+
+
+def _churn(before: StageRun, data: CutData, merged: Ints) -> Values:
+    """(T,) change of the merged list's first 10 against the night before; NaN for a trigger that one of the two did not know."""
+    retriever = Retriever.open(index_items(before))
+    place = data.future.positions(retriever.item_ids).astype(np.int32)  # of the earlier night's items in this one's index
+    back = np.full(len(data.future.item_ids), -1, np.int32)
+    back[place[place >= 0]] = np.flatnonzero(place >= 0)
+    both = np.flatnonzero((back[data.future.triggers] >= 0) & (data.future.triggers < data.future.num_known))
+    triggers = back[data.future.triggers[both]]
+    policies = Policies.for_triggers(_policies(before), _coarsest(before, triggers))
+    settings = _list_settings(before.settings)
+    found = retriever.retrieve(triggers, counted_of(before, triggers), policies, settings=settings).heads[MERGED]
+    lists = _matrix(found, len(triggers), np.arange(len(triggers)))
+    earlier = np.where(lists >= 0, place[lists], np.int32(-1))
+    churn = np.full(len(data.future.triggers), np.nan)
+    churn[both] = metrics.churn_at_k(earlier, merged[both], k=10)
+    return churn
+
+
+def _write(run: StageRun, rows: Sequence[Row], until: date) -> None:
+    days = (until - run.run_date).days
+    content = [
+        (run.night.run_id, run.run_date, r.method, r.head, r.metric, r.slice, r.value, r.low, r.high, r.num_triggers, days) for r in rows
+    ]
+    names = ", ".join(f"{column.name} {column.type}" for column in EVALUATION.columns)
+    run.replace(EVALUATION, run.night.spark.createDataFrame(content, names), where=f"run_id = '{run.night.run_id}'")
+
+
+def _metrics(run: StageRun, data: CutData, board: Board) -> dict[str, float]:
+    """For the gate: how much was judged, and whether anything of the judges or of the future got through to training."""
+    exam = data.exam
+    later = [
+        only_row(run.read(ITEM_POPULARITY).agg(F.count_if(F.col("last_engaged_date") > F.lit(run.run_date)).alias("n")))["n"],
+        *(
+            only_row(run.read(table).agg(F.count_if(F.col("as_of") > F.lit(run.run_date)).alias("n")))["n"]
+            for table in (CO_ENGAGEMENT_PAIRS, ITEM_FEATURES, ITEM_EMBEDDINGS)
+        ),
+    ]
+    metric, _ = exam.relevance_metric
+    content = board.methods["content", "-"].values[metric.replace("relevance@100", "rel_ndcg@10"), "all"]
+    reached = {head: float(np.nanmean(board.methods[OURS, head].values[RECALL])) for head in ("engagement", "merged")}
+    return {
+        "num_triggers": len(exam.triggers),
+        "num_rows_after_cut": sum(later),
+        "num_withheld_values": _num_withheld(run),
+        "content_rel_ndcg": float(np.nanmean(content)) if exam.independent and not np.isnan(content).all() else 0.0,
+        **{f"{head}_recall_at_100": value for head, value in reached.items()},
+    }
+
+
+def _num_withheld(run: StageRun) -> float:
+    """Values in item_features of columns that the judges withhold."""
+    features = run.read(ITEM_FEATURES)
+    counts = []
+    for field in run.settings.features.judge_fields:
+        name, _, level = field.partition("[")
+        if name not in features.columns:
+            continue  # text and embedding have no column there
+        seen = F.size(name) > int(level.partition(":")[0]) if level else F.col(name).isNotNull()
+        counts.append(F.count_if(seen).alias(field))
+    return float(sum(only_row(features.agg(*counts)).values())) if counts else 0.0

@@ -1,0 +1,165 @@
+"""What a backtest concludes: settings chosen on validation slices, and paired comparisons at exactly these settings.
+
+A list can buy relevance with recall and the other way round, so lists are compared where one axis is held: `at recall kept` is the most
+relevant mix whose validation recall is not below the best engagement-only baseline's, `at relevance kept` the mix of most recall whose
+validation relevance is not below that baseline's.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jobs.backtest_results import OURS, SWEPT, Comparison, Method, name_of
+from models import metrics
+from models.metrics import Estimate, Values
+from models.scoreboard import Exam, Key, Scored
+
+RECALL: Key = ("recall@100", "all")
+CONTENT: Method = ("content", "-")
+_BLEND = SWEPT[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """All methods on one cut, and per swept family its mixes in order."""
+
+    exam: Exam
+    methods: Mapping[Method, Scored]
+    families: Mapping[str, Mapping[str, Scored]]
+
+    @property
+    def engagement_only(self) -> list[Method]:
+        """Baselines that know nothing of content."""
+        return [method for method in self.methods if method[0] != OURS and method != CONTENT]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What validation chose: the baseline to beat, and per family a mix for each held axis (None: no mix holds it)."""
+
+    baseline: Method
+    at_recall: Mapping[str, str | None]
+    at_relevance: Mapping[str, str | None]
+
+    def described(self) -> dict[str, str]:
+        """For the report."""
+        chosen = {"best engagement-only baseline": name_of(self.baseline)}
+        for words, mixes in (("at recall kept", self.at_recall), ("at relevance kept", self.at_relevance)):
+            chosen |= {f"{family} {words}": mix or "no mix holds it" for family, mix in mixes.items()}
+        return chosen
+
+
+def choose(boards: Sequence[Board]) -> Choice:
+    """Choose on one or several validation slices, by the mean over them."""
+
+    def mean(scored: Sequence[Scored], key: Key) -> float:
+        return float(np.mean([np.nanmean(one.values[key]) for one in scored]))
+
+    relevance = boards[0].exam.relevance_metric
+    baseline = max(boards[0].engagement_only, key=lambda method: mean([board.methods[method] for board in boards], RECALL))
+    held = {key: mean([board.methods[baseline] for board in boards], key) for key in (RECALL, relevance)}
+
+    def best(family: str, kept: Key, wanted: Key) -> str | None:
+        points = {mix: [board.families[family][mix] for board in boards] for mix in boards[0].families[family]}
+        holding = [mix for mix, scored in points.items() if mean(scored, kept) >= held[kept]]
+        return max(holding, key=lambda mix: mean(points[mix], wanted), default=None)
+
+    families = list(boards[0].families)
+    return Choice(
+        baseline=baseline,
+        at_recall={family: best(family, RECALL, relevance) for family in families},
+        at_relevance={family: best(family, relevance, RECALL) for family in families},
+    )
+
+
+def compare(board: Board, choice: Choice, *, num_resamples: int, seed: int) -> list[Comparison]:
+    """Every comparison that the summary speaks of, ours against theirs over the same triggers."""
+    pairs = _Pairs(board=board, num_resamples=num_resamples, seed=seed)
+    return [*_against_baseline(pairs, choice), *_with_one_axis_held(pairs, choice), *_against_blends(pairs, choice)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pairs:
+    board: Board
+    num_resamples: int
+    seed: int
+
+    def scored(self, method: Method) -> Scored:
+        found = self.board.methods.get(method)
+        return found if found is not None else self.board.families[method[0]][method[1]]
+
+    def difference(self, name: str, key: Key, ours: Method, theirs: Method) -> Iterator[Comparison]:
+        """Nothing where one of the two was not measured so."""
+        mine, other = self.scored(ours).values.get(key), self.scored(theirs).values.get(key)
+        if mine is None or other is None:
+            return
+        found = metrics.paired_difference(mine, other, num_resamples=self.num_resamples, seed=self.seed)
+        both = ~np.isnan(mine) & ~np.isnan(other)
+        alone = float(other[both].mean()) if both.any() else float("nan")
+        yield self._comparison(name, key[0], name_of(ours), name_of(theirs), found, alone)
+
+    def area(self, name: str, theirs: str) -> Comparison:
+        mine, other = _axes(self.board, _BLEND), _axes(self.board, theirs)
+        found = metrics.paired_hypervolume(*mine, *other, num_resamples=self.num_resamples, seed=self.seed)
+        alone = metrics.bootstrap_hypervolume(*other, num_resamples=1, seed=self.seed)
+        return self._comparison(name, "hypervolume", _BLEND, theirs, found, alone.value)
+
+    def _comparison(self, name: str, what: str, ours: str, theirs: str, found: Estimate, alone: float) -> Comparison:
+        return Comparison(
+            name=name, what=what, ours=ours, theirs=theirs, value=found.value, low=found.low, high=found.high, baseline_value=alone
+        )
+
+
+def _axes(board: Board, family: str) -> tuple[Values, Values]:
+    """(T, P) recall and (T, P) relevance of a family's mixes."""
+    points = board.families[family].values()
+    recall, relevance = ([scored.values[key] for scored in points] for key in (RECALL, board.exam.relevance_metric))
+    return np.stack(recall, axis=1), np.stack(relevance, axis=1)
+
+
+def hypervolumes(board: Board, *, num_resamples: int, seed: int) -> dict[str, Estimate]:
+    """Area under each family's frontier."""
+    return {
+        family: metrics.bootstrap_hypervolume(*_axes(board, family), num_resamples=num_resamples, seed=seed) for family in board.families
+    }
+
+
+def _against_baseline(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
+    relevance = pairs.board.exam.relevance_metric
+    short = (relevance[0].replace("@100", "@10"), relevance[1])
+    for head in ("engagement", "merged"):
+        for key in (RECALL, ("debiased_recall@100", "all"), ("recall@10", "all"), relevance, short):
+            yield from pairs.difference(f"{head} list against the best baseline", key, (OURS, head), choice.baseline)
+    for part in ("new_pairs", "cold_triggers", "cold_targets"):
+        strongest = max([*pairs.board.engagement_only, CONTENT], key=lambda method: _mean(pairs.board, method, (RECALL[0], part)))
+        for head in ("engagement", "merged"):
+            name = f"{head} list on {part.replace('_', ' ')} against the baseline that is best there"
+            yield from pairs.difference(name, (RECALL[0], part), (OURS, head), strongest)
+
+
+def _mean(board: Board, method: Method, key: Key) -> float:
+    values = board.methods[method].values[key]
+    return float(np.nanmean(values)) if not np.isnan(values).all() else -1.0
+
+
+def _with_one_axis_held(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
+    """The headline of the method: relevance at no recall loss, recall at no relevance loss."""
+    relevance = pairs.board.exam.relevance_metric
+    held = (("relevance at recall kept", choice.at_recall, (relevance, RECALL)),
+            ("recall at relevance kept", choice.at_relevance, (RECALL, relevance)))  # fmt: skip
+    for name, mixes, keys in held:
+        if (mix := mixes[_BLEND]) is not None:
+            for key in keys:
+                yield from pairs.difference(name, key, (_BLEND, mix), choice.baseline)
+
+
+def _against_blends(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
+    for family in pairs.board.families:
+        if family.startswith(OURS):
+            continue
+        yield pairs.area("whole frontier", family)
+        ours, theirs = choice.at_recall[_BLEND], choice.at_recall[family]
+        if ours is not None and theirs is not None:
+            for key in (pairs.board.exam.relevance_metric, RECALL):
+                yield from pairs.difference("at recall kept against a blend", key, (_BLEND, ours), (family, theirs))

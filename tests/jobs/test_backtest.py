@@ -1,0 +1,138 @@
+"""The backtest against worlds with known answers: recall and relevance come out exactly, leaks are caught, shuffled time is chance.
+
+In the bundle world every future partner is one of the four others of the bundle, and the words of an item tell its category, which the judge
+reads and the model is not shown.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pyspark.sql import SparkSession
+
+from conf.errors import GateError, SettingsError
+from conf.settings import load_settings
+from conf.tables import EVALUATION, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
+from jobs.backtest import Backtest, backtest_settings
+from jobs.backtest_results import Report, Row
+from jobs.leaks import check_leaks
+from jobs.progress import Display
+from tests.worlds import BundleWorld, write_config
+
+pytestmark = pytest.mark.night
+NOW = datetime(2024, 6, 1, tzinfo=UTC)
+WORLD = BundleWorld(sessions_per_user=8)
+JUDGE = {"section": {"kind": "taxonomy", "level_grades": [1.0], "withhold": ["categories"]}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    backtest: Backtest
+    validation: Report
+    final: Report
+
+    def value(self, method: str, head: str, metric: str, part: str = "all") -> float:
+        return _row(self.final, method, head, metric, part).value
+
+
+def _backtest(spark: SparkSession, folder: Path, **backtest: object) -> Backtest:
+    quick = {"judges": JUDGE, "slice_share": 0.15, "blend_values": [0.0, 0.01, 1.0], "content_shares": [0.0, 0.5], **backtest}
+    config = write_config(folder, backtest=quick, model={"dimension": 16, "hidden_dimension": 16})
+    settings = backtest_settings(load_settings(str(config)))
+    return Backtest(settings=settings, spark=spark, display=Display(seconds_per_line=3600), now=NOW)
+
+
+def _row(report: Report, method: str, head: str, metric: str, part: str = "all") -> Row:
+    (found,) = (r for r in report.rows if (r.method, r.head, r.metric, r.slice) == (method, head, metric, part))
+    return found
+
+
+@pytest.fixture(scope="module")
+def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("backtest")
+    WORLD.write(folder)
+    backtest = _backtest(spark, folder)
+    return Done(backtest=backtest, validation=backtest.run(final=False), final=backtest.run(final=True))
+
+
+def test_recall_and_relevance_come_out_exactly(done: Done) -> None:
+    assert done.value("mtmh", "engagement", "recall@10") == pytest.approx(1.0)
+    assert done.value("counts", "-", "recall@10") == pytest.approx(1.0)
+    assert done.value("content", "-", "relevance@10") == pytest.approx(1.0)  # eleven others are in the category
+    assert done.value("content", "-", "rel_ndcg@10") == pytest.approx(1.0)
+    assert done.value("content", "-", "recall@10") == 0  # nobody of the category is in the bundle
+    assert done.value("content", "-", "coverage@10") == pytest.approx(11 / 12)  # of twelve equals, ten are shown: ties go to the first
+    # the first four of an engagement list are the bundle, all of other categories; at most six of ten can be relevant
+    assert done.value("mtmh", "engagement", "relevance@10") <= 0.6
+    everything = done.value("mtmh", "merged", "recall@100")
+    assert everything == pytest.approx(1.0)  # 59 other items fit into a list of 100
+
+
+def test_the_blend_reaches_both_ends(done: Done) -> None:
+    recall = {mix: r.value for mix, r, _ in done.final.families["mtmh_blend"]}
+    relevance = {mix: r.value for mix, _, r in done.final.families["mtmh_blend"]}
+    assert list(recall) == ["0", "0.01", "1"]
+    assert relevance["1"] >= relevance["0"]
+    assert {"mtmh_blend", "mtmh_dial", "late_blend", "rrf", "quota"} == set(done.final.families)
+
+
+def test_cuts_split_time_and_settings_come_from_validation(done: Done) -> None:
+    validation, final = done.validation, done.final
+    assert validation.cut < validation.until == final.cut < final.until
+    assert not validation.final
+    assert final.final
+    assert validation.num_reads == 0
+    assert final.num_reads == 1
+    assert final.chosen["smooth"] == validation.chosen["smooth"]
+    assert final.judges == {"section": "independent"}
+    assert final.unreachable_share == 0
+
+
+def test_every_further_look_at_the_last_slice_is_counted(done: Done) -> None:
+    again = done.backtest.run(final=True)
+    assert again.num_reads == 2
+    values = [np.array([row.value for row in report.rows]) for report in (again, done.final)]
+    np.testing.assert_allclose(*values, atol=1e-9)  # NaN where NaN was
+
+
+def test_it_lies_in_a_lake_of_its_own_and_publishes_nothing(done: Done) -> None:
+    lake = done.backtest.night(done.final.cut).lake
+    assert lake.root.endswith("/lake/backtest")
+    assert not lake.exists(ITEM_NEIGHBORS)
+    assert not lake.exists(ITEM_NEIGHBORS_HISTORY)
+    rows = lake.read(EVALUATION)
+    assert {(r["method"], r["head"]) for r in rows.select("method", "head").distinct().collect()} >= {
+        ("mtmh", "merged"),
+        ("smooth_svd", "-"),
+        ("swing", "-"),
+        ("late_blend", "0.01"),
+    }
+    assert rows.groupBy(*EVALUATION.key).count().where("count > 1").count() == 0
+
+
+def test_a_model_that_is_shown_the_judges_field_is_caught(done: Done) -> None:
+    trained = done.backtest.night(done.validation.cut)
+    compared = check_leaks(trained, ["categories"])  # withheld: permuting it changes nothing
+    assert compared["item_embeddings"] == 2 * len(WORLD.items())
+    with pytest.raises(GateError, match=r"permuting \['text'\].*content_vector.*trigger_vector"):
+        check_leaks(trained, ["text"])  # not withheld: the model reads it
+
+
+def test_without_an_independent_judge_there_is_nothing_to_leak(spark: SparkSession, tmp_path: Path) -> None:
+    WORLD.write(tmp_path)
+    with pytest.raises(SettingsError, match="no judge of own withholds anything"):
+        _backtest(spark, tmp_path, judges={"title": {"kind": "words"}}).check_leaks()
+
+
+def test_shuffled_time_is_chance(spark: SparkSession, tmp_path: Path) -> None:
+    WORLD.write(tmp_path)
+    events = WORLD.events()
+    shuffled = events[["at", "basket", "who"]].sample(frac=1, random_state=1).reset_index(drop=True)
+    pd.concat([events[["what"]], shuffled], axis=1).to_parquet(tmp_path / "events" / "part-0.parquet", index=False)
+    report = _backtest(spark, tmp_path, external_baselines=False).run(final=False)
+    chance = 10 / (len(WORLD.items()) - 1)
+    for method, head in (("mtmh", "engagement"), ("mtmh", "merged"), ("counts", "-"), ("smooth_svd", "-"), ("content", "-")):
+        assert _row(report, method, head, "recall@10").value == pytest.approx(chance, abs=0.06), method
