@@ -38,6 +38,7 @@ from jobs.verdicts import choose
 from models.contest import Tuned
 
 REPORTS = Path("var/backtest")
+_FILE_COLUMNS = 150
 
 
 def backtest_settings(settings: Settings) -> Settings:
@@ -142,6 +143,23 @@ class Backtest:
         return night
 
 
+def _console() -> Console:
+    """The terminal; a file has no width, and these tables need some."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_FILE_COLUMNS)
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the tables; write numbers and page below `var/backtest`."""
+    for table in terminal_tables(report):
+        console.print(table)
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    page, numbers = (REPORTS / f"{report.config}.{suffix}" for suffix in ("html", "json"))
+    write_json(report, numbers)
+    write_html(report, page)
+    console.print(f"report: {page}, numbers: {numbers}", highlight=False, soft_wrap=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a backtest and write its report."""
     parser = argparse.ArgumentParser(description="lists of past days, judged by what happened since")
@@ -152,22 +170,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     def run() -> None:
         values = parser.parse_args(argv)
         settings = backtest_settings(load_settings(values.config, values.set))
-        console, display = Console(), Display()
+        console, display = _console(), Display()
         spark = start_session(settings.spark, app_name=f"mtmh backtest {settings.name}")
         backtest = Backtest(settings=settings, spark=spark, display=display, now=datetime.now(UTC))
         if values.check_leaks:
             compared = ", ".join(f"{count:,} rows of {name}" for name, count in backtest.check_leaks().items())
-            console.print(
-                f"no leak of {settings.features.judge_fields}: {compared} are the same with these fields permuted", highlight=False
-            )
+            fields = ", ".join(settings.features.judge_fields)
+            console.print(f"no leak: with {fields} permuted, {compared} are the same", highlight=False, markup=False, soft_wrap=True)
             return
         report = backtest.run(final=values.final)
-        for table in terminal_tables(report):
-            console.print(table)
-        REPORTS.mkdir(parents=True, exist_ok=True)
-        write_json(report, REPORTS / f"{settings.name}.json")
-        write_html(report, REPORTS / f"{settings.name}.html")
-        console.print(f"report: {REPORTS / settings.name}.html, numbers: {REPORTS / settings.name}.json", highlight=False, soft_wrap=True)
+        show(report, console)
 
     report_errors(run)
 

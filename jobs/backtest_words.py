@@ -98,7 +98,9 @@ def _figure(report: Report, metric: str) -> str:
 
 
 def _value(row: Row) -> str:
-    return f"{number(row.value)} [{number(row.low)}, {number(row.high)}]"
+    """With its interval if it has one: coverage and Gini are of all lists at once."""
+    interval = f" [{number(row.low)}, {number(row.high)}]" if math.isfinite(row.low) else ""
+    return f"{number(row.value)}{interval}"
 
 
 def _judges(report: Report) -> str:
