@@ -84,12 +84,13 @@ class _Watch:
     read: Callable[[], Reading | None]
     started: float
     unit: str = ""
+    looked: float = 0.0
 
     def measure(self, reading: Reading) -> None:
-        """Work counted in another unit is another work: its rate starts anew."""
+        """Work counted in another unit is another work: its rate starts anew, from when the old one was last seen."""
         if self.unit and reading[2] != self.unit:
-            self.started = time.monotonic()
-        self.unit = reading[2]
+            self.started = self.looked
+        self.unit, self.looked = reading[2], time.monotonic()
 
 
 def _rate(watch: _Watch, done: float, total: float, unit: str) -> tuple[str, str]:

@@ -50,6 +50,16 @@ def catalog(spark: SparkSession, *overrides: Mapping[str, object]) -> DataFrame:
     return spark.createDataFrame([tuple((BASE | override).values()) for override in overrides], SCHEMA)
 
 
+def test_a_part_of_the_text_is_kept(spark: SparkSession) -> None:
+    source = ItemSource(path="items", columns=ItemColumns(item_id="sku", text="name"), text_pattern=r"(?s)^(.*?)(?: tags: .*)?$")
+    texts = ["A game by X. tags: horror,\nshort", "no tags here", " tags: only", None]
+    frame = spark.createDataFrame([(str(number), text) for number, text in enumerate(texts)], "sku string, name string")
+    found = {row["item_id"]: row["text"] for row in check_items(frame, source=source).collect()}
+    assert [found[str(number)] for number in range(4)] == ["A game by X.", "no tags here", "tags: only", None]
+    with pytest.raises(ValueError, match="wanted one group in parentheses, found 0"):
+        ItemSource(path="items", text_pattern="tags")
+
+
 def test_rows_of_a_catalog(spark: SparkSession) -> None:
     refused = {
         "": "item_id is null or empty",

@@ -80,6 +80,13 @@ def test_the_judges_fields_are_withheld(spark: SparkSession) -> None:
     assert (found["categories"], found["attributes"], found["in_catalog"]) == (["x"], {"k": "v"}, True)
 
 
+def test_category_levels_behind_a_given_one_are_withheld(spark: SparkSession) -> None:
+    rows = [known("a", categories=["x", "y", "z"]), known("b", categories=["x"])]
+    found = assembled(spark, rows, [], judge_fields=["categories[2:]"])
+    assert {i: row["categories"] for i, row in found.items()} == {"a": ["x", "y"], "b": ["x"]}
+    assert assembled(spark, rows, [], judge_fields=["categories[2:]", "categories"])["a"]["categories"] is None
+
+
 def test_a_catalog_without_items_leaves_engaged_items_numbered(spark: SparkSession) -> None:
     found = assembled(spark, [], [popular("b"), popular("a")])
     assert {i: (row["item_index"], row["content_vector"]) for i, row in found.items()} == {"a": (0, [0.0] * 4), "b": (1, [0.0] * 4)}

@@ -1,7 +1,7 @@
 """The backtest against worlds with known answers: recall and relevance come out exactly, leaks are caught, shuffled time is chance.
 
-In the bundle world every future partner is one of the four others of the bundle, and the words of an item tell its category, which the judge
-reads and the model is not shown.
+In the bundle world every future partner is one of the four others of the bundle, and the words of an item tell its category, which the
+judge reads and the model is not shown.
 """
 
 from dataclasses import dataclass

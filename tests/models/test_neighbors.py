@@ -267,6 +267,20 @@ def test_retrieval_contract(tmp_path, policy, settings):
 # --- corners ---
 
 
+def test_lists_under_several_policies_are_those_of_each(tmp_path):
+    world = World(seed=4)
+    retriever = world.open(tmp_path)
+    rows = [BLEND, QUOTA, BLEND | {"value": 0.0}]
+    policies = [read_policies([row])["default"] for row in rows]
+    trigger = np.arange(world.num_items, dtype=np.int32)
+    swept = retriever.merge_under(trigger, world.counted(trigger), policies, settings=SETTINGS)
+    for row, found in zip(rows, swept, strict=True):
+        alone = world.retrieve(retriever, row, SETTINGS).heads["merged"]
+        np.testing.assert_array_equal(found.neighbor, alone.neighbor)
+        np.testing.assert_array_equal(found.offsets, alone.offsets)
+        np.testing.assert_allclose(found.score, alone.score)
+
+
 def test_blank_items(tmp_path):
     world = World()
     # nothing is known of item 5; a trained encoder may give it any vector all the same. Of item 6 only its history is known.

@@ -67,10 +67,10 @@ CLEAN: dict[str, dict[str, float]] = {
     },
     "publish_online": {"num_items_written": 300, "num_items_expected": 300},
     "evaluate": {"num_triggers": 250},
-    **dict.fromkeys(
-        ("backtest_validation", "backtest_final"),
-        {"num_triggers": 250, "num_rows_after_cut": 0, "num_withheld_values": 0, "content_rel_ndcg": 0.7},
-    ),
+    **{
+        key: {"num_triggers": 250, "num_rows_after_cut": 0, "num_withheld_values": 0, "content_rel_ndcg": 0.7}
+        for key in ("backtest_validation", "backtest_final")
+    },
 }
 
 
