@@ -51,10 +51,11 @@ backtest: java env jars  ## judge lists of past days: CONFIG=demo, and ARGS=--fi
 test: java env jars  ## run the tests; ARGS="-k pairs" chooses some
 	$(PY) -m pytest $(ARGS)
 
-check: env  ## lint, formatting and types: what CI demands
+check: env  ## lint, formatting, types and import direction: what CI demands
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_house_rules.py -k "imports or modules"
 
 env: .venv/.ok  ## .venv with exactly the packages of requirements-dev.lock
 

@@ -13,11 +13,35 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from conf.errors import SettingsError
 
 Json = dict[str, Any]
+
+
+def _regular(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return pattern
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A number in [0,1]."""
+Pattern = Annotated[str, AfterValidator(_regular)]
+"""A regular expression."""
 
 
 class Section(BaseModel):
@@ -30,8 +54,21 @@ class LakeSettings(Section):
     """Where tables and artefacts live."""
 
     root: str = Field(description="Folder or URI of the lake; {config} stands for the overlay's name.")
+    artifacts: str | None = Field(
+        None,
+        description="Folder that all workers share, for checkpoints, indexes and the Feast registry; null: below root, if that is a path.",
+    )
     variant: str = Field("", pattern=r"^[A-Za-z0-9_-]*$", description="Namespace below root, for A/B lakes; empty for none.")
     keep_nights: int = Field(60, ge=1, description="Nights kept in item_neighbors_history.")
+
+    @model_validator(mode="after")
+    def _shared_folder(self) -> Self:
+        if "://" in (self.artifacts or self.root):
+            raise ValueError(
+                f"root {self.root} is a URI, but checkpoints, indexes and the Feast registry need a folder that all workers share: "
+                "set lake.artifacts to a mounted path"
+            )
+        return self
 
 
 class EventColumns(Section):
@@ -96,7 +133,7 @@ class ItemSource(SourceTable):
         "snapshot", description="snapshot: an item absent from the table has left the catalog; changes: the table holds only changed rows."
     )
     list_separator: str = Field("|", min_length=1, description="Splits list columns that arrive as text.")
-    text_pattern: str | None = Field(
+    text_pattern: Pattern | None = Field(
         None,
         description="Regular expression whose first group is the part of `text` that is kept, e.g. to leave out tags that stand in it; "
         "a text that does not match is kept whole.",
@@ -105,10 +142,7 @@ class ItemSource(SourceTable):
     @field_validator("text_pattern")
     @classmethod
     def _one_group(cls, pattern: str | None) -> str | None:
-        try:
-            groups = 1 if pattern is None else re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from error
+        groups = 1 if pattern is None else re.compile(pattern).groups
         if groups != 1:
             raise ValueError(f"wanted one group in parentheses, found {groups}")
         return pattern
@@ -298,7 +332,9 @@ class EvaluationSettings(Section):
     max_triggers: int = Field(4_000, ge=1, description="Triggers judged, sampled by hash.")
     max_items_per_session: int = Field(60, ge=2, description="Items of one future session that are paired, sampled by hash.")
     window: WindowSettings | None = Field(None, description="Which future co-engagements count as hits; null: as in `pairs.window`.")
-    cutoffs: list[int] = Field(default_factory=lambda: [10, 100], min_length=1, description="The K of recall@K.")
+    cutoffs: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=lambda: [10, 100], min_length=1, description="The K of recall@K, each >= 1."
+    )
     num_bootstrap: int = Field(500, ge=10, description="Bootstrap resamples behind an interval.")
 
 
@@ -312,10 +348,12 @@ class JudgeSettings(Section):
     withhold: list[JudgeField] = Field(
         default_factory=list, description="What the model is not shown in a backtest, so that this judge is independent of it."
     )
-    level_grades: list[float] = Field(
+    level_grades: list[Share] = Field(
         default_factory=lambda: [0.2, 0.6, 1.0], min_length=1, description="taxonomy: grade in [0,1] by shared levels, from one level on."
     )
-    ignored_labels: list[str] = Field(default_factory=list, description="labels: regular expressions of tags that say nothing of content.")
+    ignored_labels: list[Pattern] = Field(
+        default_factory=list, description="labels: regular expressions of tags that say nothing of content."
+    )
     sources: list[str] = Field(default_factory=list, description="graded: sources of pair_relevance that count; empty: all.")
 
     @property
@@ -341,17 +379,17 @@ class BacktestSettings(Section):
         min_length=1,
         description="Judges of relevance by name; what any of them withholds is hidden from training.",
     )
-    blend_values: list[float] = Field(
+    blend_values: list[Annotated[float, Field(ge=0)]] = Field(
         default_factory=lambda: [0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0],
         min_length=2,
-        description="Values of lambda that the merged list and the late blend are swept over.",
+        description="Values of lambda, each >= 0, that the merged list and the late blend are swept over.",
     )
-    content_shares: list[float] = Field(
+    content_shares: list[Share] = Field(
         default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0],
         min_length=2,
         description="Shares of content that rank fusion and quota are swept over, in [0,1].",
     )
-    popularity_exponents: list[float] = Field(
+    popularity_exponents: list[Share] = Field(
         default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5],
         description="Popularity discounts that the merged list is swept over, in [0,1].",
     )
@@ -413,6 +451,19 @@ class Settings(Section):
             raise ValueError(f"merge needs one policy per scope and one of scope default, found scopes {scopes}")
         return self
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _pairs_for_graded_judges(cls, content: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Looks at what is given, not at what was read: a fault elsewhere must not hide this one until the next try."""
+        faults = _graded_without_pairs(content)
+        try:
+            settings = handler(content)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(error.title, [*map(_fault_again, error.errors()), *faults]) from error
+        if faults:
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return settings
+
     @property
     def list_names(self) -> list[str]:
         """The lists an item has: one per head, then merged."""
@@ -422,6 +473,33 @@ class Settings(Section):
         """Hash of every setting that can change a table; session, lake place and gates cannot."""
         content = self.model_dump(mode="json", exclude={"spark", "lake", "gates", "online", "backtest"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _graded_without_pairs(content: Any) -> list[InitErrorDetails]:
+    """A fault for each judge of kind graded, if there is no source of graded pairs; what cannot be read is another check's fault."""
+    judges = _at(content, "backtest", "judges")
+    if _at(content, "source", "pair_relevance") is not None or not isinstance(judges, dict):
+        return []
+    message = "a judge of kind graded reads source.pair_relevance, which is not set; set its path, or choose another kind of judge"
+    return [
+        InitErrorDetails(
+            type=PydanticCustomError("no_pair_relevance", message), loc=("backtest", "judges", str(name), "kind"), input="graded"
+        )
+        for name, judge in judges.items()
+        if _at(judge, "kind") == "graded"
+    ]
+
+
+def _at(content: Any, *keys: str) -> Any:
+    """What lies below these keys, of mappings or of sections that are made already; None for nothing."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else getattr(content, key, None)
+    return content
+
+
+def _fault_again(fault: ErrorDetails) -> InitErrorDetails:
+    """A fault as it is raised, of one that was reported."""
+    return InitErrorDetails(type=fault["type"], loc=fault["loc"], input=fault["input"], ctx=fault.get("ctx", {}))
 
 
 def _merge(base: Json, over: Json) -> Json:

@@ -20,7 +20,11 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A Delta table. `key` identifies a row; `restricted` tables hold user-level state and are never exported."""
+    """A Delta table.
+
+    `key` identifies a row; `restricted` tables hold user-level state and are never exported; what a failed stage wrote is taken back,
+    except where it is `kept_on_failure`, to be looked at.
+    """
 
     name: str
     comment: str
@@ -28,6 +32,7 @@ class Table:
     columns: tuple[Column, ...]
     order_by: tuple[str, ...] = ()
     restricted: bool = False
+    kept_on_failure: bool = False
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -107,6 +112,7 @@ REJECTED_ROWS = Table(
     name="rejected_rows",
     comment="Source rows that ingest refused, and why; user ids are hashed.",
     key=("run_id", "source", "row"),
+    kept_on_failure=True,
     columns=(
         _key("run_id", "string", "The night that refused the row."),
         _key("source", "string", "events, items or pair_relevance."),
@@ -253,6 +259,7 @@ ITEM_NEIGHBORS_HISTORY = Table(
     comment="Every night's lists, published or not; gates run here.",
     key=("run_date", "run_id", "item_id", "head"),
     order_by=("head", "item_id"),
+    kept_on_failure=True,
     columns=_LIST_COLUMNS,
 )
 
@@ -296,6 +303,7 @@ RUNS = Table(
         _key("input_versions", "map<string,bigint>", "Delta version of each table read."),
         _key("output_versions", "map<string,bigint>", "Delta version of each table written."),
         _key("fingerprint", "string", "Hash of sources, settings and code."),
+        _key("settings_fingerprint", "string", "Hash of the settings alone: volumes are compared between nights of equal settings."),
         _key("metrics", "map<string,double>", "Numbers of the stage; gates ran on them."),
         _col("gates", "string", "Gate results as JSON."),
         _col("notes", "array<string>", "What a reader should know, e.g. catalog not point-in-time."),
@@ -313,7 +321,7 @@ EVALUATION = Table(
         _key("method", "string", "mtmh or a baseline."),
         _key("head", "string", "Head, or - for a baseline."),
         _key("metric", "string", "E.g. recall@100."),
-        _key("slice", "string", "all, or a part of the triggers."),
+        _key("slice", "string", "all, a part of the triggers or of their partners, or judge:<name>."),
         _key("value", "double", "The mean over triggers."),
         _key("low", "double", "Lower end of the 95 % bootstrap interval over triggers."),
         _key("high", "double", "Upper end."),

@@ -23,11 +23,13 @@ from rich.console import Console
 from conf.errors import SettingsError, SourceError
 from conf.settings import Settings, load_settings
 from conf.tables import ENGAGEMENTS
+from features.engagements import accepted_events
 from features.pairs import holdout_start
 from jobs.arguments import add_config, report_errors
 from jobs.backtest_report import terminal_tables, write_html, write_json
 from jobs.backtest_results import Report
 from jobs.backtest_verdict import Verdict, make_report
+from jobs.demo_source import lay_source
 from jobs.ingest import checked_events, ingest
 from jobs.judge_cut import FINAL, VALIDATION, judge_cut
 from jobs.leaks import TRAINING, check_leaks
@@ -76,10 +78,10 @@ class Backtest:
         verdicts: list[Verdict] = []
         tuned: Tuned | None = None
         for cut, until in validation:
-            verdicts.append(self._judge(cut, until, stage=VALIDATION, tuned=None))
+            verdicts.append(self._judge(cut, until, stage=VALIDATION, last_cut=last[0], tuned=None))
             tuned = verdicts[-1].tuned
         choice = choose([verdict.board for verdict in verdicts])
-        judged = self._judge(*last, stage=FINAL, tuned=tuned) if final else verdicts[-1]
+        judged = self._judge(*last, stage=FINAL, last_cut=last[0], tuned=tuned) if final else verdicts[-1]
         return make_report(judged, choice, self.settings, minutes=(time.monotonic() - started) / 60)
 
     def check_leaks(self) -> Mapping[str, int]:
@@ -121,18 +123,19 @@ class Backtest:
         """The last day with an accepted engagement."""
         today = self.now.date()
         probe = StageRun(night=self.night(today), stage="backtest")
-        accepted = checked_events(probe).where(F.col("reason").isNull() & ~F.col("later"))
+        accepted = accepted_events(checked_events(probe), source=self.settings.source.events)
         row = accepted.agg(F.max("event_date").alias("day")).first()
         if row is None or row["day"] is None:
             raise SourceError("no usable engagement in the events table; check source.events.columns and rejected rows")
         day: date = row["day"]
         return day
 
-    def _judge(self, cut: date, until: date, *, stage: str, tuned: Tuned | None) -> Verdict:
+    def _judge(self, cut: date, until: date, *, stage: str, last_cut: date, tuned: Tuned | None) -> Verdict:
         night = self._trained(cut)
         before = self._trained(cut - timedelta(days=1)) if self.settings.backtest.churn else None
         found: list[Verdict] = []
-        run_stage(night, stage, partial(judge_cut, until=until, tuned=tuned, before=before, found=found), force=True)
+        judge = partial(judge_cut, until=until, last_cut=last_cut, tuned=tuned, before=before, found=found)
+        run_stage(night, stage, judge, force=True)
         return found[0]
 
     def _trained(self, cut: date) -> Night:
@@ -154,9 +157,11 @@ def show(report: Report, console: Console) -> None:
     for table in terminal_tables(report):
         console.print(table)
     REPORTS.mkdir(parents=True, exist_ok=True)
-    page, numbers = (REPORTS / f"{report.config}.{suffix}" for suffix in ("html", "json"))
-    write_json(report, numbers)
-    write_html(report, page)
+    names = [report.config, *([f"{report.config}-final"] if report.final else [])]  # which a later validation report leaves alone
+    for name in names:
+        write_json(report, REPORTS / f"{name}.json")
+        write_html(report, REPORTS / f"{name}.html")
+    page, numbers = (REPORTS / f"{names[-1]}.{suffix}" for suffix in ("html", "json"))
     console.print(f"report: {page}, numbers: {numbers}", highlight=False, soft_wrap=True)
 
 
@@ -171,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         values = parser.parse_args(argv)
         settings = backtest_settings(load_settings(values.config, values.set))
         console, display = _console(), Display()
+        if settings.name == "demo":
+            lay_source(Path(settings.source.events.path).parent)
         spark = start_session(settings.spark, app_name=f"mtmh backtest {settings.name}")
         backtest = Backtest(settings=settings, spark=spark, display=display, now=datetime.now(UTC))
         if values.check_leaks:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from jobs.backtest_results import LOWER_IS_BETTER, Comparison, Method, Report, Row, name_of, number, percent
+from jobs.backtest_results import INDEPENDENT, LOWER_IS_BETTER, Comparison, Method, Report, Row, name_of, number, percent
 
 _NUM_BASELINES_BY_DECILE = 4
 _PARTS = ("all", "new_pairs", "cold_triggers", "cold_targets")
@@ -20,7 +20,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A titled table; the first `num_labels` columns are words, the others numbers. A heading may have two lines."""
+    """A titled table; the first `num_labels` columns are words, the others numbers. A heading may have several lines."""
 
     title: str
     columns: Sequence[str]
@@ -65,11 +65,10 @@ def judges(report: Report) -> Grid | None:
     """Relevance judge by judge, each named with its kind; a single judge is the headline already."""
     if len(report.judges) < 2:
         return None
-    metrics = [f"{prefix}relevance@{k}" for prefix in ("", "same_source_") for k in (100, 10)]
     columns = [
-        (metric, f"judge:{name}", f"{name}\n{kind} @{metric.partition('@')[2]}")
+        (f"{'' if kind == INDEPENDENT else 'same_source_'}relevance@{k}", f"judge:{name}", f"{name}\n{kind}\nrelevance@{k}")
         for name, kind in report.judges.items()
-        for metric in metrics
+        for k in (100, 10)
     ]
     return _grid(report, "relevance judge by judge", columns, [*report.our_heads, *report.baselines])
 

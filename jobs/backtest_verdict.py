@@ -23,13 +23,13 @@ class Verdict:
     num_reads: int
     board: Board
     tuned: Tuned
+    rows: Sequence[Row]
     notes: Sequence[str]
 
 
-def evaluation_rows(verdict: Verdict, settings: Settings) -> list[Row]:
+def evaluation_rows(board: Board, settings: Settings) -> list[Row]:
     """Every measure of every method, with its interval."""
     draw: dict[str, Any] = {"num_resamples": settings.evaluation.num_bootstrap, "seed": settings.training.seed}
-    board = verdict.board
     rows = [row for method, scored in board.methods.items() for row in _rows(method, scored, draw)]
     rows += [row for family, mixes in board.families.items() for mix, scored in mixes.items() for row in _rows((family, mix), scored, draw)]
     rows += [_row((family, "-"), ("hypervolume", "all"), area) for family, area in hypervolumes(board, **draw).items()]
@@ -57,7 +57,7 @@ def _row(method: tuple[str, str], key: Key, found: Estimate) -> Row:
 def make_report(verdict: Verdict, choice: Choice, settings: Settings, *, minutes: float) -> Report:
     """What a reader is told of a judged cut, at settings that validation chose."""
     draw: dict[str, Any] = {"num_resamples": settings.evaluation.num_bootstrap, "seed": settings.training.seed}
-    exam, rows = verdict.board.exam, evaluation_rows(verdict, settings)
+    exam, rows = verdict.board.exam, verdict.rows
     return Report(
         config=settings.name,
         title=f"Backtest of {settings.name}",

@@ -105,15 +105,25 @@ def _value(row: Row) -> str:
 
 def _judges(report: Report) -> str:
     independent, same_source = (" and ".join(report.judges_of(kind)) for kind in (INDEPENDENT, SAME_SOURCE))
-    aside = f" The same-source judge, {same_source}, is reported apart and never mixed in." if same_source else ""
+    apart = f"judges, {same_source}, are" if len(report.judges_of(SAME_SOURCE)) > 1 else f"judge, {same_source}, is"
+    aside = f" The same-source {apart} reported apart and never mixed in." if same_source else ""
     if independent:
-        return f"Relevance is judged by {independent}, independent of the lists: they were made without what this judge reads.{aside}"
+        several = len(report.judges_of(INDEPENDENT)) > 1
+        reads = "these judges read" if several else "this judge reads"
+        words = f"Relevance is judged by {independent}, independent of the lists: they were made without what {reads}."
+        return words + _leading(report, INDEPENDENT) + aside
     if same_source:
         return (
             f"No independent judge: relevance is judged by {same_source}, from the same source that the lists were made from. It says no "
-            f"more than overlap with that source, and is named same_source for that."
+            f"more than overlap with that source, and is named same_source for that.{_leading(report, SAME_SOURCE)}"
         )
     return "No independent judge, and no other: relevance was not judged, and this report says nothing about it."
+
+
+def _leading(report: Report, kind: str) -> str:
+    """Whose figures are shown where there is room for one judge only."""
+    names = report.judges_of(kind)
+    return f" Where no judge is named, relevance is that of {names[0]}; a table shows it judge by judge." if len(names) > 1 else ""
 
 
 def _reads(report: Report) -> str:

@@ -79,13 +79,12 @@ def _show_lists(console: Console, night: Night) -> None:
 def _show_scores(console: Console, night: Night) -> None:
     rows = night.lake.read(EVALUATION).where((F.col("run_id") == night.run_id) & (F.col("slice") == "all")).collect()
     days, triggers = rows[0]["horizon_days"], rows[0]["num_triggers"]
-    names = sorted({row["metric"] for row in rows})
-    table = RichTable(
-        "method", "list", *names, title=f"judged on the {days} days after {night.run_date}, {triggers:,} triggers", title_justify="left"
-    )
+    names = ("recall@100", "recall@10", "debiased_recall@100", "debiased_recall@10")
+    title = f"judged on the {days} days after {night.run_date}, {triggers:,} triggers (± half of a 95 % interval)"
+    table = RichTable("method", "list", *(name.replace("_", "\n") for name in names), title=title, title_justify="left")
     lists = list(dict.fromkeys((row["method"], row["head"]) for row in rows))
     cells = {
-        (row["method"], row["head"], row["metric"]): f"{row['value']:.3f}\n[dim]{row['low']:.3f}–{row['high']:.3f}[/dim]" for row in rows
+        (row["method"], row["head"], row["metric"]): f"{row['value']:.3f} [dim]±{(row['high'] - row['low']) / 2:.3f}[/dim]" for row in rows
     }
     for method, head in lists:
         table.add_row(method, head, *(cells.get((method, head, name), "") for name in names))

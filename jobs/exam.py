@@ -18,7 +18,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from scipy.sparse import csr_array
 
-from conf.errors import SourceError
+from conf.errors import SettingsError, SourceError
 from conf.settings import JudgeSettings
 from conf.tables import (
     CO_ENGAGEMENT_DAILY,
@@ -85,6 +85,7 @@ def read_cut(run: StageRun, *, until: date) -> CutData:
         associations=_associations(run, future),
         daily=_daily_counts(run, future),
         sequences=_sequences(run, future),
+        sequences_are_sessions=run.settings.pairs.window.kind == "session",
         factors=_factors(run),
         triggers=future.triggers,
     )
@@ -170,28 +171,38 @@ def _sequences(run: StageRun, future: Future) -> list[list[int]]:
 
 
 def _judges(run: StageRun, known: TrainingData, *, until: date) -> dict[str, Judge]:
-    settings = run.settings.backtest.judges
     described = annotations_as_of(run.read(ITEM_ANNOTATIONS), run_date=until).where(~F.col("deleted"))
-    table = described.select("item_id", "title", "categories", "tags", "tag_weights").toArrow()
+    table = described.select("item_id", "title", "categories", "tags").toArrow()
     place = {item_id: row for row, item_id in enumerate(table["item_id"].to_pylist())}
     rows = [place.get(item_id) for item_id in known.item_ids.tolist()]
-    columns = {name: _aligned(table[name].to_pylist(), rows) for name in ("title", "categories", "tags", "tag_weights")}
-    return {name: _judge(run, judge, columns, known) for name, judge in settings.items()}
+    columns = {name: _aligned(table[name].to_pylist(), rows) for name in ("title", "categories", "tags")}
+    return {name: _judge(run, name, columns, known) for name in run.settings.backtest.judges}
 
 
 def _aligned(values: Sequence[Any], rows: Sequence[int | None]) -> list[Any]:
     return [None if row is None else values[row] for row in rows]
 
 
-def _judge(run: StageRun, settings: JudgeSettings, columns: Mapping[str, list[Any]], known: TrainingData) -> Judge:
+def _judge(run: StageRun, name: str, columns: Mapping[str, list[Any]], known: TrainingData) -> Judge:
+    settings = run.settings.backtest.judges[name]
     if settings.kind == "taxonomy":
-        return TaxonomyJudge(codes=category_codes(columns["categories"]), level_grades=settings.level_grades)
+        return _taxonomy_judge(name, settings, columns["categories"])
     if settings.kind == "labels":
         documents = [None if tags is None else dict.fromkeys(tags, 1.0) for tags in columns["tags"]]
         return LabelJudge.from_documents(documents, ignored=settings.ignored_labels, weighted=False)
     if settings.kind == "words":
         return LabelJudge.from_documents(word_documents(columns["title"]))
     return _pair_judge(run, settings, known)
+
+
+def _taxonomy_judge(name: str, settings: JudgeSettings, categories: Sequence[Sequence[str] | None]) -> Judge:
+    codes, grades = category_codes(categories), settings.level_grades
+    if codes.shape[1] > len(grades):
+        raise SettingsError(
+            f"found category paths of {codes.shape[1]} levels, and {len(grades)} grades {grades} in backtest.judges.{name}.level_grades; "
+            "wanted a grade for each level: add grades there, or map fewer levels in source.items.columns.categories"
+        )
+    return TaxonomyJudge(codes=codes, level_grades=grades)
 
 
 def _pair_judge(run: StageRun, settings: JudgeSettings, known: TrainingData) -> Judge:

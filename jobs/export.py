@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -37,18 +38,20 @@ def neighbor_rows(batch: pa.RecordBatch) -> pa.Table:
 
 
 def _batches(root: str) -> Iterator[pa.RecordBatch]:
-    dataset = open_table(root, ITEM_NEIGHBORS).to_pyarrow_dataset()
-    yield from dataset.to_batches(columns=["item_id", "head", "neighbors"], batch_size=16_384)
+    dataset = open_table(root, ITEM_NEIGHBORS).to_pyarrow_dataset()  # before anything is written: it may not be there
+    return iter(dataset.to_batches(columns=["item_id", "head", "neighbors"], batch_size=16_384))
 
 
 def export(root: str, out: str) -> int:
-    """Write all lists and return the number of rows; memory holds one batch."""
-    num_rows = 0
-    with pq.ParquetWriter(out, _SCHEMA) as writer:
-        for batch in _batches(root):
+    """Write all lists and return the number of rows; memory holds one batch, and an earlier file stays until the new one is whole."""
+    num_rows, batches = 0, _batches(root)
+    partial = Path(f"{out}.partial")
+    with pq.ParquetWriter(partial, _SCHEMA) as writer:
+        for batch in batches:
             rows = neighbor_rows(batch)
             writer.write_table(rows)
             num_rows += rows.num_rows
+    partial.replace(out)
     return num_rows
 
 

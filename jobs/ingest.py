@@ -10,30 +10,31 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from conf.settings import SourceSettings
-from conf.tables import ENGAGEMENTS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, Table
+from conf.tables import ENGAGEMENTS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS
 from features import annotations, engagements
 from features.sources import rejected_rows
 from jobs.lake import only_row
-from jobs.sources import read_source, take_users, user_hash_key
+from jobs.sources import read_source, reading_sources, take_users, user_hash_key
 from jobs.stage import StageRun, stage_main
 
 STAGE = "ingest"
 
 
 def ingest(run: StageRun) -> None:
-    """Read, check, write what is good, write what is refused, gate."""
+    """Read and check all sources, write what is good and what is refused, gate."""
     sources = run.settings.source
-    events = checked_events(run)
-    items = annotations.check_items(read_source(run.night.spark, sources.items, name="items"), source=sources.items).cache()
-    run.replace(ENGAGEMENTS, engagements.accepted_events(events, source=sources.events), where=f"event_date <= '{run.run_date}'")
-    run.replace(ITEM_ANNOTATIONS, _merged_annotations(run, items))
-    rejected = [
-        rejected_rows(events, run_id=run.night.run_id, source="events"),
-        rejected_rows(items, run_id=run.night.run_id, source="items"),
-    ]
-    rejected += _ingest_labels(run, sources)
-    run.replace(REJECTED_ROWS, _union(rejected), where=f"run_id = '{run.night.run_id}'")
-    run.gate(_event_metrics(run, events) | _item_metrics(run, items) | {"num_duplicate_keys": _num_duplicate_keys(run)})
+    with reading_sources(sources):
+        events = checked_events(run)
+        items = annotations.check_items(read_source(run.night.spark, sources.items, name="items"), source=sources.items).cache()
+        labels = _checked_labels(run, sources)
+        run.replace(ENGAGEMENTS, engagements.accepted_events(events, source=sources.events), where=f"event_date <= '{run.run_date}'")
+        run.replace(ITEM_ANNOTATIONS, _merged_annotations(run, items))
+        run.replace(PAIR_RELEVANCE, _accepted_labels(run, labels))
+        checked = {"events": events, "items": items, **({} if labels is None else {"pair_relevance": labels})}
+        refused = [rejected_rows(frame, run_id=run.night.run_id, source=name) for name, frame in checked.items()]
+        run.replace(REJECTED_ROWS, _union(refused), where=f"run_id = '{run.night.run_id}'")
+        metrics = _event_metrics(run, events) | _item_metrics(run, items)
+    run.gate(metrics | {"num_duplicate_keys": _num_duplicate_keys(run)})
     items.unpersist()
 
 
@@ -53,23 +54,23 @@ def _merged_annotations(run: StageRun, items: DataFrame) -> DataFrame:
     point_in_time = source.columns.event_timestamp is not None
     if not point_in_time:
         run.note("catalog not point-in-time: it has no time column, so every night sees today's catalog")
-    existing = lake.read(ITEM_ANNOTATIONS) if lake.exists(ITEM_ANNOTATIONS) else None
+    good = run.night.last_good_version(ITEM_ANNOTATIONS)  # not the latest one: a night that failed its gate may have written that
+    existing = None if good is None else lake.read(ITEM_ANNOTATIONS, good)
     incoming = annotations.accepted_items(items)
     return annotations.merge_annotations(existing, incoming, mode=source.mode, run_date=run.run_date, point_in_time=point_in_time)
 
 
-def _ingest_labels(run: StageRun, sources: SourceSettings) -> list[DataFrame]:
+def _checked_labels(run: StageRun, sources: SourceSettings) -> DataFrame | None:
     if sources.pair_relevance is None:
-        run.replace(PAIR_RELEVANCE, _empty(run, PAIR_RELEVANCE))
-        return []
+        return None
     frame = read_source(run.night.spark, sources.pair_relevance, name="pair_relevance")
-    checked = annotations.check_pair_relevance(frame, source=sources.pair_relevance, now=run.night.now)
-    run.replace(PAIR_RELEVANCE, checked.where(F.col("reason").isNull()).select(*PAIR_RELEVANCE.column_names))
-    return [rejected_rows(checked, run_id=run.night.run_id, source="pair_relevance")]
+    return annotations.check_pair_relevance(frame, source=sources.pair_relevance, now=run.night.now)
 
 
-def _empty(run: StageRun, table: Table) -> DataFrame:
-    return run.night.spark.createDataFrame([], table.ddl)
+def _accepted_labels(run: StageRun, checked: DataFrame | None) -> DataFrame:
+    if checked is None:
+        return run.night.spark.createDataFrame([], PAIR_RELEVANCE.ddl)
+    return checked.where(F.col("reason").isNull()).select(*PAIR_RELEVANCE.column_names)
 
 
 def _union(frames: Sequence[DataFrame]) -> DataFrame:

@@ -12,10 +12,10 @@ import numpy as np
 from pyspark.sql import functions as F
 
 from conf.settings import RetrievalSettings, Settings
-from conf.tables import CO_ENGAGEMENT_PAIRS, EVALUATION, ITEM_EMBEDDINGS, ITEM_FEATURES, ITEM_POPULARITY
+from conf.tables import EVALUATION, ITEM_FEATURES, ITEM_POPULARITY
 from jobs.backtest_results import OURS, Row
 from jobs.backtest_verdict import Verdict, evaluation_rows
-from jobs.exam import CutData, read_cut
+from jobs.exam import ASSOCIATIONS, CutData, read_cut
 from jobs.lake import only_row
 from jobs.retrieval import counted_of, index_items
 from jobs.stage import Night, StageRun
@@ -31,26 +31,30 @@ from models.scoreboard import Scored, measure, measure_axes
 
 VALIDATION, FINAL = "backtest_validation", "backtest_final"
 """Stages of the ledger: its rows of the second say how often a last slice was read."""
+_NUM_BASELINES = 8 + 2 * len(ASSOCIATIONS)
 _BLEND, _DIAL = "mtmh_blend", "mtmh_dial"
 
 
-def judge_cut(run: StageRun, *, until: date, tuned: Tuned | None, before: Night | None, found: list[Verdict]) -> None:
+def judge_cut(run: StageRun, *, until: date, last_cut: date, tuned: Tuned | None, before: Night | None, found: list[Verdict]) -> None:
     """Judge the lists of a cut whose training stages are done; appends the verdict to `found`.
 
     Args:
         run: stage VALIDATION or FINAL of the cut's night.
         until: last day of the slice.
+        last_cut: cut of the last slice, whose readings are counted.
         tuned: weights of the baselines; None: choose them on this very slice.
         before: the trained night of the day before, for the churn; None: it is not measured.
         found: takes the result.
     """
-    steps = _Steps()
+    steps = _Steps(total=_num_methods(run))
     with run.night.display.watch("judging", steps.read):
         data = read_cut(run, until=until)
         tuned = tuned or data.contest.tune(data.exam.future[:, : data.future.num_known], run.settings.backtest)
+        _note_reach(run, data)
         board = _board(run, data, tuned, before, steps)
-    earlier = run.night.ledger.records(stage=FINAL, run_date=run.run_date)
+    earlier = run.night.ledger.records(stage=FINAL, run_date=last_cut)
     final = run.stage == FINAL
+    rows = evaluation_rows(board, run.settings)
     verdict = Verdict(
         cut=run.run_date,
         until=until,
@@ -58,9 +62,9 @@ def judge_cut(run: StageRun, *, until: date, tuned: Tuned | None, before: Night 
         num_reads=len(earlier) + final,
         board=board,
         tuned=tuned,
+        rows=rows,
         notes=run.notes,
     )
-    rows = evaluation_rows(verdict, run.settings)
     _write(run, rows, until)
     run.gate(_metrics(run, data, board))
     found.append(verdict)
@@ -68,13 +72,27 @@ def judge_cut(run: StageRun, *, until: date, tuned: Tuned | None, before: Night 
 
 @dataclass
 class _Steps:
-    """How far the judging is: methods measured so far."""
+    """How far the judging is: lists measured so far, of those there may be (a method that cannot run here is fewer)."""
 
+    total: int
     done: int = 0
-    total: int = 0
 
     def read(self) -> tuple[float, float, str]:
-        return self.done, self.total, "methods"
+        return self.done, self.total, "lists"
+
+
+def _note_reach(run: StageRun, data: CutData) -> None:
+    """How much of the future no counting method can find; the share of unknown items alone says little where the catalog has no times."""
+    weight = np.asarray(data.exam.future.sum(axis=0), np.float64).ravel()
+    never = weight[data.exam.popularity == 0].sum() / max(float(weight.sum()), 1e-12)
+    times = "" if run.settings.source.items.columns.event_timestamp else " (the catalog has no times: items that came later are in it)"
+    run.note(f"{never:.1%} of the future weight lies on items that nobody had engaged with before the cut{times}")
+
+
+def _num_methods(run: StageRun) -> int:
+    settings = run.settings.backtest
+    ours = len(run.settings.list_names) + len(settings.blend_values) + len(settings.popularity_exponents)
+    return ours + _NUM_BASELINES + len(settings.blend_values) + 2 * len(settings.content_shares)
 
 
 # --- boards ---
@@ -170,7 +188,8 @@ def _churn(before: StageRun, data: CutData, merged: Ints) -> Values:
     settings = _list_settings(before.settings)
     found = retriever.retrieve(triggers, counted_of(before, triggers), policies, settings=settings).heads[MERGED]
     lists = _matrix(found, len(triggers), np.arange(len(triggers)))
-    earlier = np.where(lists >= 0, place[lists], np.int32(-1))
+    gone = np.int32(len(data.future.item_ids)) + lists  # an item that has left since is another item than any of today
+    earlier = np.where(lists >= 0, np.where(place[lists] >= 0, place[lists], gone), np.int32(-1))
     churn = np.full(len(data.future.triggers), np.nan)
     churn[both] = metrics.churn_at_k(earlier, merged[both], k=10)
     return churn
@@ -188,21 +207,15 @@ def _write(run: StageRun, rows: Sequence[Row], until: date) -> None:
 def _metrics(run: StageRun, data: CutData, board: Board) -> dict[str, float]:
     """For the gate: how much was judged, and whether anything of the judges or of the future got through to training."""
     exam = data.exam
-    later = [
-        only_row(run.read(ITEM_POPULARITY).agg(F.count_if(F.col("last_engaged_date") > F.lit(run.run_date)).alias("n")))["n"],
-        *(
-            only_row(run.read(table).agg(F.count_if(F.col("as_of") > F.lit(run.run_date)).alias("n")))["n"]
-            for table in (CO_ENGAGEMENT_PAIRS, ITEM_FEATURES, ITEM_EMBEDDINGS)
-        ),
-    ]
+    after = F.count_if(F.col("last_engaged_date") > F.lit(run.run_date)).alias("n")
     metric, _ = exam.relevance_metric
     content = board.methods["content", "-"].values[metric.replace("relevance@100", "rel_ndcg@10"), "all"]
     reached = {head: float(np.nanmean(board.methods[OURS, head].values[RECALL])) for head in ("engagement", "merged")}
     return {
         "num_triggers": len(exam.triggers),
-        "num_rows_after_cut": sum(later),
+        "num_rows_after_cut": only_row(run.read(ITEM_POPULARITY).agg(after))["n"],
         "num_withheld_values": _num_withheld(run),
-        "content_rel_ndcg": float(np.nanmean(content)) if exam.independent and not np.isnan(content).all() else 0.0,
+        "content_rel_ndcg": float(np.nanmean(content)) if any(exam.independent.values()) and not np.isnan(content).all() else 0.0,
         **{f"{head}_recall_at_100": value for head, value in reached.items()},
     }
 

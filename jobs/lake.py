@@ -83,6 +83,12 @@ class Lake:
         writer.option("userMetadata", json.dumps(dict(metadata or {}))).save(self.path(table))
         return self.version(table)
 
+    def restore(self, table: Table, version: int) -> None:
+        """Make an earlier version the latest one, by a commit of its own; without Spark, whose session may be what has failed."""
+        latest = open_table(self.root, table)
+        if latest.version() > version:  # a write without any row to replace or add may have made no commit
+            latest.restore(version)
+
     def append(self, table: Table, frame: DataFrame) -> int:
         """Add rows in one commit, and return the new version."""
         self.create(table)
@@ -106,6 +112,12 @@ class Lake:
                 "Nothing was written; run the night again if its lists are still wanted."
             )
         return self.replace(table, frame, metadata=metadata)
+
+
+def shared_folder(settings: LakeSettings) -> Path:
+    """Where files that are not tables lie: below `lake.artifacts`, or below the lake itself."""
+    root = settings.root if settings.artifacts is None else settings.artifacts
+    return Path(lake_root(settings.model_copy(update={"root": root})))
 
 
 def open_lake(spark: SparkSession, settings: LakeSettings) -> Lake:

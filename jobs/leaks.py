@@ -1,7 +1,8 @@
 """Whether anything of the judges reaches the model: everything is trained again with the withheld fields dealt out anew among the items.
 
 A backtest withholds what its judges read. If it does so everywhere, permuting these fields leaves every content vector, every relevance
-example and every embedding as it is.
+example and every embedding as it is. The second lake also holds no engagement after the cut, so that equal vectors mean as well that
+nothing of the future reached the first model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ def check_leaks(trained: Night, fields: Sequence[str]) -> Mapping[str, int]:
     lake = trained.settings.lake
     settings = trained.settings.model_copy(update={"lake": lake.model_copy(update={"variant": f"{lake.variant}-permuted".lstrip("-")})})
     night = make_night(settings, trained.run_date, spark=trained.spark, display=trained.display, now=trained.now)
-    run_stage(night, "ingest", ingest)
+    run_stage(night, "ingest", ingest, force=True)  # from the sources: a second check must not start from permuted fields
     run_stage(night, "permute_judges", partial(_permute, fields=fields), force=True)
     for name, stage in TRAINING.items():
         run_stage(night, name, stage, force=True)
@@ -61,7 +62,7 @@ def check_leaks(trained: Night, fields: Sequence[str]) -> Mapping[str, int]:
 def _permute(run: StageRun, *, fields: Sequence[str]) -> None:
     run.replace(ITEM_ANNOTATIONS, permute(run.read(ITEM_ANNOTATIONS), fields))
     if "pair_relevance" in fields:
-        run.replace(PAIR_RELEVANCE, run.read(PAIR_RELEVANCE).withColumn("grade", 1 - F.col("grade")))
+        run.replace(PAIR_RELEVANCE, run.read(PAIR_RELEVANCE).withColumn("grade", (1 - F.col("grade")) / 2))
 
 
 def _differences(one: Night, other: Night, table: Table, columns: Sequence[str]) -> tuple[int, int]:

@@ -10,7 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
+from deltalake.exceptions import DeltaError
+from py4j.protocol import Py4JJavaError
 
+from conf.errors import SourceError
 from conf.settings import Settings, SourceTable
 from conf.tables import RUNS
 from jobs.lake import Lake
@@ -34,6 +37,7 @@ class StageRecord:
     input_versions: dict[str, int]
     output_versions: dict[str, int]
     fingerprint: str
+    settings_fingerprint: str
     metrics: dict[str, float]
     gates: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -81,23 +85,31 @@ def code_fingerprint() -> str:
 
 
 def source_state(lake: Lake, source: SourceTable) -> str:
-    """What identifies a source's content: its Delta version, or name, size and time of every file below its path."""
-    if source.format == "delta":
-        return f"{source.path}@{DeltaTable(source.path).version()}" if DeltaTable.is_deltatable(source.path) else ""
+    """What identifies a source's content: its Delta version, or name, size and time of every file below its path (or paths: a glob).
+
+    Raises:
+        SourceError: the path cannot be listed.
+    """
+    try:
+        if source.format == "delta":
+            return f"{source.path}@{DeltaTable(source.path).version()}" if DeltaTable.is_deltatable(source.path) else ""
+        return "\n".join(sorted(_listing(lake, source.path)))
+    except (Py4JJavaError, DeltaError, OSError) as error:
+        reason = str(error.java_exception) if isinstance(error, Py4JJavaError) else str(error)
+        advice = "check the path, its permissions, and that the jars of its scheme are there"
+        raise SourceError(f"cannot list {source.path}: {reason.splitlines()[0]}; {advice}") from error
+
+
+def _listing(lake: Lake, path: str) -> Iterable[str]:
     jvm: Any = lake.spark._jvm  # Hadoop's file system: the one listing that works for every URI Spark can read
-    path = jvm.org.apache.hadoop.fs.Path(source.path)
-    file_system = path.getFileSystem(lake.spark._jsparkSession.sessionState().newHadoopConf())
-    return "\n".join(sorted(_listing(file_system, path)))
-
-
-def _listing(file_system: Any, path: Any) -> Iterable[str]:
-    if not file_system.exists(path):
-        return
-    files = file_system.listFiles(path, True)
-    while files.hasNext():
-        status = files.next()
-        if not status.getPath().getName().startswith(("_", ".")):
-            yield f"{status.getPath()} {status.getLen()} {status.getModificationTime()}"
+    root = jvm.org.apache.hadoop.fs.Path(path)
+    file_system = root.getFileSystem(lake.spark._jsparkSession.sessionState().newHadoopConf())
+    for match in file_system.globStatus(root) or ():
+        files = file_system.listFiles(match.getPath(), True)
+        while files.hasNext():
+            status = files.next()
+            if not status.getPath().getName().startswith(("_", ".")):
+                yield f"{status.getPath()} {status.getLen()} {status.getModificationTime()}"
 
 
 def night_fingerprint(settings: Settings, states: Iterable[str], extra: Mapping[str, str]) -> str:

@@ -14,6 +14,7 @@ from jobs.publish_neighbors import publish_neighbors
 from jobs.publish_online import publish_online
 from jobs.stage import Night, Stage, finished, open_night, run_stage
 from jobs.train_model import train_model
+from validation.suites import format_number
 
 STAGES: Mapping[str, Stage] = {
     "ingest": ingest,
@@ -60,7 +61,7 @@ def summary(records: Sequence[StageRecord]) -> RichTable:
     """A table of a night's stages: time and main volumes."""
     table = RichTable("stage", "seconds", "volumes", title="the night", title_justify="left")
     for record in records:
-        shown = [f"{name} {record.metrics[name]:,.6g}" for name in _SHOWN[record.stage] if name in record.metrics]
+        shown = [f"{name} {format_number(record.metrics[name])}" for name in _SHOWN[record.stage] if name in record.metrics]
         table.add_row(record.stage, f"{record.seconds:,.0f}", ", ".join(shown))
     table.add_row("total", f"{sum(record.seconds for record in records):,.0f}", "")
     return table

@@ -7,9 +7,10 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from conf.errors import MachineError
-from conf.settings import OnlineSettings
+from conf.settings import LakeSettings, OnlineSettings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
+from jobs.lake import shared_folder
 from jobs.stage import Night
 
 
@@ -30,15 +31,17 @@ def redis_connection(online: OnlineSettings) -> str | None:
     return connection
 
 
-def feature_store_folder(lake_root: str) -> str:
+def feature_store_folder(lake: LakeSettings) -> str:
     """Folder of the Feast registry and of the sqlite online store."""
-    return f"{lake_root}/_feast"
+    return str(shared_folder(lake) / "_feast")
 
 
 def open_feature_store(night: Night) -> Any:
     """The night's Feast store with all definitions applied."""
     online = night.settings.online
-    feature_store = store.open_store(folder=feature_store_folder(night.lake.root), online=online, redis_connection=redis_connection(online))
+    feature_store = store.open_store(
+        folder=feature_store_folder(night.settings.lake), online=online, redis_connection=redis_connection(online)
+    )
     store.apply_definitions(feature_store, heads=night.settings.list_names)
     return feature_store
 

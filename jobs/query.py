@@ -3,6 +3,9 @@
 import argparse
 from collections.abc import Sequence
 
+from pyspark.errors import PySparkException
+
+from conf.errors import TableError
 from conf.settings import load_settings
 from conf.tables import ITEM_NEIGHBORS, TABLES
 from jobs.arguments import add_config, report_errors
@@ -37,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = load_settings(values.config, values.set)
         spark = start_session(settings.spark, app_name="mtmh query")
         register_views(open_lake(spark, settings.lake))
-        spark.sql(values.sql).show(values.rows, truncate=80)
+        try:
+            spark.sql(values.sql).show(values.rows, truncate=80)
+        except PySparkException as error:
+            views = ", ".join(sorted(row["viewName"] for row in spark.sql("SHOW VIEWS").collect()))
+            raise TableError(f"cannot run the statement: {str(error).splitlines()[0]}\nviews: {views}") from error
 
     report_errors(run)
 

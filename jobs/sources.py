@@ -1,6 +1,8 @@
 """Reading the user's own tables, with one clear error for each way in which that fails."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
@@ -9,7 +11,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from conf.errors import SourceError
-from conf.settings import PairSettings, SourceTable
+from conf.settings import PairSettings, SourceSettings, SourceTable
 
 _UNKEYED = b"mtmh"
 _HASH_SLOTS = 1_000_000
@@ -34,6 +36,27 @@ def read_source(spark: SparkSession, source: SourceTable, *, name: str) -> DataF
     return frame
 
 
+@contextmanager
+def reading_sources(sources: SourceSettings) -> Iterator[None]:
+    """Turn the failure of a job that meets an unreadable file of a user's table into an error that names it.
+
+    Raises:
+        SourceError: a file cannot be read. Spark reads lazily, so that only a later job may notice.
+    """
+    try:
+        yield
+    except (PySparkException, Py4JJavaError) as error:
+        if "FAILED_READ_FILE" not in str(error):
+            raise
+        paths = {name: table.path for name, table in _tables(sources).items()}
+        raise SourceError(f"cannot read a file of your tables: {_cause(error)}\nreading {paths}; repair or remove the file") from error
+
+
+def _tables(sources: SourceSettings) -> dict[str, SourceTable]:
+    tables = {"events": sources.events, "items": sources.items, "pair_relevance": sources.pair_relevance}
+    return {name: table for name, table in tables.items() if table is not None}
+
+
 def _cause(error: PySparkException | Py4JJavaError) -> str:
     """First line of what went wrong; of a failed job, what its innermost exception says."""
     if isinstance(error, PySparkException):
@@ -46,7 +69,7 @@ def _cause(error: PySparkException | Py4JJavaError) -> str:
 
 def take_users(frame: DataFrame, user_column: str, *, share: float) -> DataFrame:
     """The rows of a share of the users, chosen by hash, so that every night takes the same ones."""
-    if share == 1 or user_column not in frame.columns:  # a missing column is reported with all others by the check that follows
+    if share == 1 or user_column.lower() not in map(str.lower, frame.columns):  # a missing column is reported by the check that follows
         return frame
     return frame.where(F.pmod(F.xxhash64(F.col(f"`{user_column}`").cast("string")), F.lit(_HASH_SLOTS)) < int(share * _HASH_SLOTS))
 

@@ -16,7 +16,7 @@ from conf.errors import TableError
 from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, TABLES, Table
 from jobs.arguments import Arguments, parse, report_errors
-from jobs.lake import Lake, open_lake
+from jobs.lake import Lake, open_lake, shared_folder
 from jobs.ledger import Ledger, StageRecord, night_fingerprint, source_state
 from jobs.progress import Display, spark_tasks
 from jobs.session import start_session
@@ -57,17 +57,20 @@ class Night:
         """
         if table.name in _SHARED:
             return self.lake.version(table)
-        written = [record for record in self.ledger.records(status="succeeded") if table.name in record.output_versions]
-        own = [record for record in written if record.run_id == self.run_id]
-        if not written:
+        written = [record for record in self.ledger.records(status="succeeded", run_id=self.run_id) if table.name in record.output_versions]
+        version = written[-1].output_versions[table.name] if written else self.last_good_version(table)
+        if version is None:
             raise TableError(f"no run has written {table.name} yet; run the stage before, or `python -m jobs.nightly`")
-        return (own or written)[-1].output_versions[table.name]
+        return version
+
+    def last_good_version(self, table: Table) -> int | None:
+        """The version that the newest good run wrote; None if there is none."""
+        written = [record for record in self.ledger.records(status="succeeded") if table.name in record.output_versions]
+        return written[-1].output_versions[table.name] if written else None
 
     def artifacts(self, name: str) -> Path:
         """A folder for files of this night that are not tables: checkpoints, indexes."""
-        if "://" in self.lake.root:
-            raise TableError(f"artefacts need a folder that all workers share, found lake.root {self.lake.root}; mount it as a path")
-        folder = Path(self.lake.root) / "_artifacts" / self.run_id / name
+        folder = shared_folder(self.settings.lake) / "_artifacts" / self.run_id / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -83,6 +86,7 @@ class StageRun:
     metrics: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     report: GateReport | None = None
+    _before: dict[str, int | None] = field(default_factory=dict)
 
     @property
     def settings(self) -> Settings:
@@ -110,8 +114,19 @@ class StageRun:
     def replace(self, table: Table, frame: DataFrame, *, where: str | None = None, presorted: bool = False) -> None:
         """Replace rows of a table in one commit, after a check of the frame's columns and types; see `Lake.replace`."""
         check_schema(frame.dtypes, table)
+        lake = self.night.lake
+        self._before.setdefault(table.name, lake.version(table) if lake.exists(table) else None)
         metadata = {"run_id": self.night.run_id, "stage": self.stage}
-        self.outputs[table.name] = self.night.lake.replace(table, frame, where=where, presorted=presorted, metadata=metadata)
+        self.outputs[table.name] = lake.replace(table, frame, where=where, presorted=presorted, metadata=metadata)
+
+    def take_back(self) -> None:
+        """Restore what this stage has written, after it failed: readers of the latest version then see the last good one.
+
+        No night ever reads what a failed stage wrote, so that a restore that fails, too, does no harm to later ones.
+        """
+        for name, version in self._before.items():
+            if not TABLES[name].kept_on_failure and self.night.lake.exists(TABLES[name]):
+                self.night.lake.restore(TABLES[name], version or 0)  # version 0 is the table as created, without a row
 
     def note(self, text: str) -> None:
         """Tell the reader of `runs`, and of the terminal, something worth knowing."""
@@ -127,7 +142,8 @@ class StageRun:
         """
         self.metrics.update({name: float(value) for name, value in metrics.items()})
         earlier = self.night.ledger.records(stage=self.stage, status="succeeded")
-        past = [record.metrics for record in earlier if record.run_date < self.run_date]
+        alike = self.settings.fingerprint()  # a slice of the users, or another window, has volumes of its own
+        past = [record.metrics for record in earlier if record.run_date < self.run_date and record.settings_fingerprint == alike]
         rules = rules_for(self.stage, GateContext(gates=self.settings.gates, source=self.settings.source, past=past, values=dict(context)))
         self.report = check_metrics(self.stage, self.metrics, rules)
         for warning in self.report.warnings:
@@ -188,6 +204,10 @@ def run_stage(night: Night, stage: str, function: Stage, *, force: bool = False)
         with night.display.watch(stage, spark_tasks(night.spark)):
             function(run)
     except BaseException as error:
+        try:
+            run.take_back()
+        except Exception as trouble:
+            run.note(f"could not take back what the stage wrote; later nights do not read it: {str(trouble).splitlines()[0]}")
         night.ledger.append(_record(run, started, time.monotonic() - clock, error))
         raise
     record = _record(run, started, time.monotonic() - clock, None)
@@ -211,6 +231,7 @@ def _record(run: StageRun, started: datetime, seconds: float, error: BaseExcepti
         input_versions=run.inputs,
         output_versions=run.outputs,
         fingerprint=night.fingerprint,
+        settings_fingerprint=night.settings.fingerprint(),
         metrics=run.metrics,
         gates=run.report.to_json() if run.report is not None else None,
         notes=run.notes,

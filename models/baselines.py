@@ -21,7 +21,7 @@ from scipy.sparse import csr_array
 
 from conf.errors import MachineError
 from models.data import Bools, Floats, History, Ints, Sparse
-from models.factorization import CoEngagement, Factorization, ScoreWeights, factorize, log_popularity, recall
+from models.factorization import CoEngagement, Factorization, log_popularity, recall
 from models.metrics import recall_at_k
 from models.ranking import Longs, best_per_row, best_per_segment, ends, pad, segments
 
@@ -201,7 +201,7 @@ class SmoothWeights:
 
 
 _SMOOTH_GRID: dict[str, Sequence[float]] = {
-    "user_level_weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
+    "user_level_weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
     "prior_weight": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
     "popularity_exponent": (0.0, 0.05, 0.1, 0.2, 0.3, 0.5),
 }
@@ -349,12 +349,6 @@ class SmoothSvd:
     factorization: Factorization
     share: float
 
-    @classmethod
-    def of(cls, history: History, *, smooth: SmoothWeights, factors: ScoreWeights, share: float, seed: int) -> Self:
-        """Of one history; `prior_users` of `factors` is without effect, as there is no content to predict from."""
-        factorization = factorize(history, np.zeros((history.num_items, 0), dtype=np.float32), weights=factors, seed=seed)
-        return cls(smooth=Smooth.of(history, smooth), factorization=factorization, share=share)
-
     def scores(self, triggers: Ints) -> Floats:
         """(B, N) p(j given i)."""
         if self.share == 0:
@@ -411,6 +405,7 @@ def tune_share(
 
 # --- EASE ---
 
+_EASE_STEP, _MAX_EASE_REGULARIZATION = 3.0, 100_000.0
 MAX_EASE_ITEMS = 12_000  # N^3 operations and about 16 N^2 bytes: 8.6 k items took 50 s on two busy cores, 12 k take 2.3 GB
 
 
@@ -468,12 +463,15 @@ def tune_ease(
 ) -> float:
     """The lambda with the best recall@100 of back-filled lists, the first of equals.
 
+    Where the largest of the grid is the best, three times that is tried too, and so on up to 100,000 as long as recall gains: only a
+    catalog that asks for it pays for the further inversions.
+
     Args:
         history: before the holdout.
         truth: (T, N) what followed each trigger.
         triggers: (T,) item indices, drawn from as in tune_smooth.
         eligible: (N,) may be listed.
-        grid: lambdas to choose from.
+        grid: lambdas to choose from; not empty.
         max_items: largest N.
         seed: of the draw.
 
@@ -481,13 +479,21 @@ def tune_ease(
         CatalogTooLargeError: N is larger than `max_items`.
     """
     some = _tuning_rows(triggers, truth, history.num_items, seed)
-    reached = dict.fromkeys(grid, 0.0)
-    for regularization in grid if len(some) else ():
+    if not len(some):
+        return grid[0]
+
+    def recall_of(regularization: float) -> float:
         weights = ease_weights(history.user_items, regularization=regularization, max_items=max_items)
         popularity = history.popularity
         lists = ease_lists(triggers[some], weights=weights, popularity=popularity, eligible=eligible, k=_TUNED_AT, backfill=True)
-        reached[regularization] = float(recall_at_k(lists, truth[some], k=_TUNED_AT).mean())
-    return max(reached, key=reached.__getitem__)
+        return float(recall_at_k(lists, truth[some], k=_TUNED_AT).mean())
+
+    reached = {regularization: recall_of(regularization) for regularization in grid}
+    best = max(reached, key=reached.__getitem__)
+    while best == max(reached) and (further := _EASE_STEP * best) <= _MAX_EASE_REGULARIZATION:
+        reached[further] = recall_of(further)
+        best = max(reached, key=reached.__getitem__)  # without a gain it stays, and is no longer the largest
+    return best
 
 
 def _gram(user_items: Sparse) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

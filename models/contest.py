@@ -8,6 +8,7 @@ Shapes: `T` judged triggers, `N` items known at the cut, `D` days.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from models import baselines, external
 from models.baselines import Smooth, SmoothSvd, SmoothWeights
 from models.blends import Mixes, blend_lists
 from models.data import Floats, Ints, Sparse, TrainingData
-from models.factorization import ScoreWeights, factorize, recall
+from models.factorization import Factorization, ScoreWeights, factorize, recall
 
 LIST_LENGTH = 100
 _HALF_LIVES = (7.0, 14.0, 30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1e9)
 _SEED = 0
+_WINDOW, _MAX_WINDOW = 5, 60  # positions; the time of item2vec grows with it, and no more items of a session are judged either
 _FAMILIES = {"late_blend": "late_blend", "reciprocal_rank_fusion": "rrf", "quota": "quota"}
 
 
@@ -42,7 +44,7 @@ class DailyCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What validation chose for the baselines; `ease` is None where the catalog is too large for it."""
+    """What validation chose for the baselines, of use on any later cut; `ease` is None where the catalog was too large for it."""
 
     half_life_days: float
     smooth: SmoothWeights
@@ -66,6 +68,7 @@ class Contest:
         associations: (N, N) per association column, filled at the rows of the triggers.
         daily: users per day and item.
         sequences: item indices in order of time, per session or user.
+        sequences_are_sessions: whether it is per session.
         factors: weights of the factorization that the night calibrated on its own holdout.
         triggers: (T,) item indices.
     """
@@ -74,6 +77,7 @@ class Contest:
     associations: Mapping[str, csr_array]
     daily: DailyCounts
     sequences: Sequence[Sequence[int]]
+    sequences_are_sessions: bool
     factors: ScoreWeights
     triggers: Ints
 
@@ -81,8 +85,8 @@ class Contest:
         """Choose the baselines' weights on (T, N) future weight: plain recall@100 decides."""
         known, history, triggers = self.known, self.known.full, self.triggers
         smooth = baselines.tune_smooth(history, truth, triggers, eligible=known.eligible, seed=_SEED)
-        factorization = factorize(history, _no_content(known), weights=self.factors, seed=_SEED)
-        share = baselines.tune_share(Smooth.of(history, smooth), factorization, truth, triggers, eligible=known.eligible, seed=_SEED)
+        counted = Smooth.of(history, smooth)
+        share = baselines.tune_share(counted, self._factorization, truth, triggers, eligible=known.eligible, seed=_SEED)
         return Tuned(half_life_days=self._half_life(truth), smooth=smooth, share=share, ease=self._ease_lambda(truth, settings))
 
     def baselines(self, tuned: Tuned, settings: BacktestSettings, *, note: Callable[[str], None]) -> Iterator[tuple[str, Ints]]:
@@ -99,13 +103,22 @@ class Contest:
                 found = baselines.pair_score_lists(triggers, scores=scores, popularity=popularity, backfill=backfill, **common)
                 yield name + suffix, found
         yield "content", baselines.content_lists(triggers, content=known.content, **common)
-        yield from self._ease(tuned, popularity)
+        yield from self._ease(tuned, settings, popularity, note)
         if settings.external_baselines:
             yield from self._external(note)
 
     def engagement(self, tuned: Tuned) -> SmoothSvd:
         """The best engagement-only scores, which the blends start from."""
-        return SmoothSvd.of(self.known.full, smooth=tuned.smooth, factors=self.factors, share=tuned.share, seed=_SEED)
+        return SmoothSvd(smooth=Smooth.of(self.known.full, tuned.smooth), factorization=self._factorization, share=tuned.share)
+
+    @cached_property
+    def _factorization(self) -> Factorization:
+        """Made once, as the tuning, the baselines and the families all start from it.
+
+        Without content, and so `prior_users` of `factors` is without effect: there is nothing to predict from.
+        """
+        no_content = np.zeros((self.known.num_items, 0), dtype=np.float32)
+        return factorize(self.known.full, no_content, weights=self.factors, seed=_SEED)
 
     def families(self, tuned: Tuned, settings: BacktestSettings) -> dict[str, dict[str, Ints]]:
         """Family -> mix -> (T, 100) lists of the blends of the best engagement-only scores with content."""
@@ -140,26 +153,50 @@ class Contest:
             self.known.full, truth, self.triggers, eligible=self.known.eligible, max_items=settings.ease_max_items, seed=_SEED
         )
 
-    def _ease(self, tuned: Tuned, popularity: Floats) -> Iterator[tuple[str, Ints]]:
-        if tuned.ease is None:
+    def _ease(
+        self, tuned: Tuned, settings: BacktestSettings, popularity: Floats, note: Callable[[str], None]
+    ) -> Iterator[tuple[str, Ints]]:
+        """The catalog is looked at again: it grows from the cut that lambda was chosen on to this one."""
+        found, allowed = self.known.num_items, settings.ease_max_items
+        if found > allowed:
+            note(f"EASE is left out: found {found:,} items, allowed are {allowed:,}; raise backtest.ease_max_items to run it")
             return
-        weights = baselines.ease_weights(self.known.full.user_items, regularization=tuned.ease, max_items=self.known.num_items)
+        if tuned.ease is None:
+            note(
+                "EASE is left out: found no lambda, as the cut where that is chosen had more items than allowed, "
+                f"{allowed:,}; raise backtest.ease_max_items to run it"
+            )
+            return
+        weights = baselines.ease_weights(self.known.full.user_items, regularization=tuned.ease, max_items=allowed)
         lists = baselines.ease_lists(
             self.triggers, weights=weights, popularity=popularity, eligible=self.known.eligible, k=LIST_LENGTH, backfill=True
         )
         yield "ease", lists
 
     def _external(self, note: Callable[[str], None]) -> Iterator[tuple[str, Ints]]:
-        known, triggers = self.known, self.triggers
-        try:
-            yield "als", external.als_lists(triggers, user_items=known.full.user_items, eligible=known.eligible, k=LIST_LENGTH, seed=_SEED)
-            yield (
-                "item2vec",
-                external.item2vec_lists(triggers, sequences=self.sequences, eligible=known.eligible, k=LIST_LENGTH, seed=_SEED),
-            )
-        except MachineError as error:
-            note(str(error))
+        """Each library for itself: where one is missing, the other one still runs."""
+        for name, lists_of in {"als": self._als, "item2vec": self._item2vec}.items():
+            try:
+                lists = lists_of()
+            except MachineError as error:
+                note(str(error))
+                continue
+            yield name, lists
 
+    def _als(self) -> Ints:
+        known = self.known
+        return external.als_lists(self.triggers, user_items=known.full.user_items, eligible=known.eligible, k=LIST_LENGTH, seed=_SEED)
 
-def _no_content(known: TrainingData) -> Floats:
-    return np.zeros((known.num_items, 0), dtype=np.float32)
+    def _item2vec(self) -> Ints:
+        """With a window over the whole session, up to 60 items: what lies in a basket is often engaged at one time and then ordered by
+        id, so that any two of its items are as near as any other two. A user's items have an order, and keep the usual window.
+        """
+        longest = max(map(len, self.sequences), default=1)
+        return external.item2vec_lists(
+            self.triggers,
+            sequences=self.sequences,
+            eligible=self.known.eligible,
+            k=LIST_LENGTH,
+            window=min(longest, _MAX_WINDOW) if self.sequences_are_sessions else _WINDOW,
+            seed=_SEED,
+        )

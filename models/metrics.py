@@ -245,20 +245,6 @@ def _weights_of(lists: Items, partners: csr_array) -> Values:
 # --- slices: the part of the future that a question is about ---
 
 
-def only_pairs(future: csr_array, keep: csr_array) -> csr_array:
-    """The co-engagements of pairs that `keep` has.
-
-    Args:
-        future: (T, N') weights.
-        keep: (T, N) for the same triggers; what counts is where it is not 0. N and N' may differ, item j is item j.
-
-    Returns:
-        (T, N') without explicit zeros.
-    """
-    partners = _canonical(future)
-    return _kept(partners, _held(partners, keep))
-
-
 def new_pairs(future: csr_array, known: csr_array) -> csr_array:
     """The co-engagements of pairs that `known` does not have: what cannot be found by remembering.
 

@@ -4,12 +4,14 @@ Values stay per trigger until the end, so that an interval resamples triggers an
 plain (a partner weighs its user-days) and debiased (divided by the root of its popularity), over all partners and over slices:
 
     new_pairs            partners never engaged together with the trigger before the cut, in either direction
-    cold_targets         partners with fewer than 5 user-days before the cut; cold_triggers: likewise the trigger
+    cold_targets         partners with fewer than 5 user-days before the cut
+    cold_triggers        triggers with fewer than 5 user-days before the cut
     trigger_decile_1..10 tenths of the judged triggers by popularity, 1 the least popular
     target_decile_1..10  tenths of the future weight by popularity of the partner, 1 the least popular
 
 Relevance is reported under `relevance@K` and `rel_ndcg@K` for a judge that is independent of the model, under `same_source_relevance@K` and
-`same_source_rel_ndcg@K` for one that is not; the first judge of either kind has the slice `all`, a further one `judge:<name>`.
+`same_source_rel_ndcg@K` for one that is not. The first judge of either kind has the slice `all`; where there are several judges, of
+whatever kind, each one of them has `judge:<name>` too, so that all can be read side by side.
 
 Shapes: `T` triggers, `K` positions, `N` items known at the cut, `M` >= `N` with those that came later, `P` settings of a family.
 """
@@ -31,9 +33,11 @@ Key = tuple[str, str]
 """A metric and a slice."""
 
 COLD_USER_DAYS = 5
+"""An item with fewer user-days before the cut is cold."""
 _LONG, _SHORT = 100, 10
 _CUTOFFS = (10, 50, 100)
 _DECILES = 10
+_SAME_SOURCE = "same_source_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +103,14 @@ class Exam:
         return metrics.tail_items(self.popularity[: len(self.eligible)])
 
     @cached_property
-    def judge_keys(self) -> dict[str, tuple[str, str]]:
-        """Per judge the prefix of its metrics and its slice."""
-        keys, taken = {}, set()
+    def judge_keys(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """Per judge the prefix of its metrics and the slices that they stand under."""
+        keys: dict[str, tuple[str, tuple[str, ...]]] = {}
+        taken = set()
         for name in self.judges:
-            prefix = "" if self.independent[name] else "same_source_"
-            keys[name] = (prefix, f"judge:{name}" if prefix in taken else "all")
+            prefix = "" if self.independent[name] else _SAME_SOURCE
+            first = () if prefix in taken else ("all",)
+            keys[name] = (prefix, (*first, f"judge:{name}") if len(self.judges) > 1 else first)
             taken.add(prefix)
         return keys
 
@@ -122,8 +128,8 @@ class Exam:
     @property
     def relevance_metric(self) -> Key:
         """The metric that a frontier's second axis shows: of the first independent judge, else of the first."""
-        names = sorted(self.judge_keys.values())
-        return (f"{names[0][0]}relevance@{_LONG}", "all")
+        prefix = "" if any(self.independent[name] for name in self.judges) else _SAME_SOURCE
+        return (f"{prefix}relevance@{_LONG}", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +168,7 @@ def measure(lists: Ints, exam: Exam) -> Scored:
     for name in exam.judges:
         values |= _relevances(lists, exam, name, cutoffs=(_SHORT, _LONG))
         judged = judged_lists(exam.judges[name], exam.triggers, lists[:, :_SHORT])
-        prefix, slice_ = exam.judge_keys[name]
-        values[f"{prefix}rel_ndcg@{_SHORT}", slice_] = metrics.rel_ndcg_at_k(judged, exam.ideals[name])
+        values |= _under_keys(exam, name, f"rel_ndcg@{_SHORT}", metrics.rel_ndcg_at_k(judged, exam.ideals[name]))
     ratios = {(f"micro_recall@{k}", "all"): metrics.micro_recall_at_k(lists, exam.future, k=k) for k in _CUTOFFS}
     whole = {}
     for k in (_SHORT, _LONG):
@@ -198,9 +203,17 @@ def _recalls(lists: Ints, exam: Exam) -> dict[Key, Values]:
 
 
 def _relevances(lists: Ints, exam: Exam, name: str, *, cutoffs: tuple[int, ...]) -> dict[Key, Values]:
-    prefix, slice_ = exam.judge_keys[name]
     judged = judged_lists(exam.judges[name], exam.triggers, lists)
-    return {(f"{prefix}relevance@{k}", slice_): metrics.relevance_at_k(lists, judged, k=k) for k in cutoffs}
+    values: dict[Key, Values] = {}
+    for k in cutoffs:
+        values |= _under_keys(exam, name, f"relevance@{k}", metrics.relevance_at_k(lists, judged, k=k))
+    return values
+
+
+def _under_keys(exam: Exam, name: str, measure: str, values: Values) -> dict[Key, Values]:
+    """(T,) values of one judge, under every key that they are reported by."""
+    prefix, slices = exam.judge_keys[name]
+    return {(f"{prefix}{measure}", slice_): values for slice_ in slices}
 
 
 def _shape_of_lists(lists: Ints, exam: Exam) -> dict[Key, Values]:

@@ -235,7 +235,10 @@ def _publish_neighbors(context: GateContext) -> list[Rule]:
     gates = context.gates
     defect = "a defect of publish_neighbors: report it"
     few = "raise the retrieval.num_candidates_* settings, or lower"
-    churned = "compare the lists with `python -m jobs.show`; roll back if they got worse, or raise gates.max_churn"
+    churned = (
+        "compare the lists with `python -m jobs.show`; if they got worse, publish an earlier night with "
+        "`python -m jobs.nightly --run-date ... --publish`; if the change is wanted, raise gates.max_churn"
+    )
     return [
         _at_least("num_items", 1, "items with a merged list", "look at the eligibility of the items"),
         _share("coverage", gates.min_list_coverage, 1, "share of catalog items with a merged list", f"{few} gates.min_list_coverage"),

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping
 from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from jobs import backtest_tables as tables
 from jobs.backtest_report import Comparison, Report, Row, frontier_svg, summary_words, terminal_tables, write_html, write_json
+from models.judges import TaxonomyJudge
+from models.scoreboard import measure
+from tests.models.test_scoreboard import CODES, LISTS, exam
 
 FAMILIES = ("mtmh_blend", "late_blend", "rrf", "quota")
 MIXES = ("0", "0.01", "0.03", "0.1", "0.3", "1")
@@ -48,14 +53,12 @@ def comparison(low: float, high: float, **over: Any) -> Comparison:
     return Comparison(**(base | {"value": (low + high) / 2, "low": low, "high": high, "baseline_value": 0.1} | over))
 
 
-def measured(method: str, head: str, recall: float, relevance: float, prefix: str) -> list[Row]:
+def measured(method: str, head: str, recall: float, relevance: float, judges: Mapping[str, str]) -> list[Row]:
     values = {
         "recall@100": recall,
         "debiased_recall@100": 0.6 * recall,
         "recall@50": 0.7 * recall,
         "recall@10": 0.3 * recall,
-        f"{prefix}relevance@100": relevance,
-        f"{prefix}relevance@10": min(1.3 * relevance, 0.95),
         "coverage@10": 0.5 * relevance,
         "gini@10": 0.999 - relevance,
         "diversity@10": 0.5,
@@ -66,8 +69,20 @@ def measured(method: str, head: str, recall: float, relevance: float, prefix: st
     return [
         *(row(metric, value, **kind) for metric, value in values.items()),
         *(row("recall@100", recall * (0.5 + 0.03 * index), slice=name, num_triggers=900, **kind) for index, name in enumerate(slices)),
-        row(f"{prefix}relevance@100", relevance, slice="judge:taxonomy", **kind),
+        *(row(metric, value, slice=part, **kind) for metric, part, value in judged(relevance, judges)),
     ]
+
+
+def judged(relevance: float, judges: Mapping[str, str]) -> Iterator[tuple[str, str, float]]:
+    """Metric, slice and value as `measure` names them; each judge is a little stricter than the one before."""
+    taken = set()
+    for place, (name, kind) in enumerate(judges.items()):
+        prefix = "" if kind == "independent" else "same_source_"
+        first = [] if kind in taken else ["all"]
+        taken.add(kind)
+        value = relevance * (1 - 0.1 * place)
+        for metric, share in {"relevance@100": value, "relevance@10": min(1.3 * value, 0.95), "rel_ndcg@10": min(1.2 * value, 0.9)}.items():
+            yield from ((prefix + metric, part, share) for part in [*first, *([f"judge:{name}"] if len(judges) > 1 else [])])
 
 
 def family(name: str, prefix: str, place: int) -> list[tuple[str, Row, Row]]:
@@ -94,7 +109,7 @@ def report(**over: Any) -> Report:
         "judges": judges,
         "unreachable_share": 0.0213,
         "num_triggers": 4000,
-        "rows": [found for (method, head), values in lists.items() for found in measured(method, head, *values, prefix)],
+        "rows": [found for (method, head), values in lists.items() for found in measured(method, head, *values, judges)],
         "comparisons": [
             comparison(0.0011, 0.0051),
             comparison(0.1031, 0.1351, what="relevance@100", name="relevance at recall kept", baseline_value=0.0873),
@@ -158,6 +173,34 @@ def test_without_an_independent_judge_it_says_so() -> None:
     assert "relevance was not judged" in paragraph(report(judges={}), "No independent judge")
 
 
+ONE, TWO, MIXED = (
+    {"taxonomy": "independent"},
+    {"taxonomy": "independent", "editors": "independent"},
+    {"titles": "same-source", "taxonomy": "independent", "editors": "independent"},
+)
+
+
+@pytest.mark.parametrize("judges", [ONE, TWO, MIXED, {"titles": "same-source"}])
+def test_the_rows_here_are_named_as_they_are_measured(judges: dict[str, str]) -> None:
+    judge = TaxonomyJudge(codes=CODES, level_grades=(1.0,))
+    made = exam(judges=dict.fromkeys(judges, judge), independent={name: kind == "independent" for name, kind in judges.items()})
+    found = {key for key in measure(LISTS, made).values if "rel" in key[0]}
+    assert {(metric, part) for metric, part, _ in judged(0.5, judges)} == found
+
+
+def test_the_table_of_judges_shows_all_of_them() -> None:
+    assert tables.judges(report()) is None
+    grid = tables.judges(report(judges=MIXED))
+    assert grid is not None
+    wanted = [(name, kind, k) for name, kind in MIXED.items() for k in (100, 10)]
+    assert list(grid.columns) == ["method", *(f"{name}\n{kind}\nrelevance@{k}" for name, kind, k in wanted)]
+    (merged,) = [cells for cells in grid.rows if cells[0].text == "mtmh merged"]
+    assert [cell.text for cell in merged[1::2]] == ["0.2064", "0.1858", "0.1651"]
+    words = paragraph(report(judges=TWO), "Relevance is judged by taxonomy and editors")
+    assert "Where no judge is named, relevance is that of taxonomy; a table shows it judge by judge." in words
+    assert "Where no judge is named" not in paragraph(report(judges=MIXED | {"editors": "same-source"}), "Relevance is judged by taxonomy")
+
+
 @pytest.mark.parametrize(
     ("low", "high", "what", "verdict"),
     [
@@ -190,7 +233,7 @@ def printed(made: Report) -> list[str]:
     return console.export_text().splitlines()
 
 
-@pytest.mark.parametrize("judges", [{"taxonomy": "independent"}, {"titles": "same-source"}])
+@pytest.mark.parametrize("judges", [ONE, MIXED, {"titles": "same-source"}])
 def test_terminal_tables_fit(judges: dict[str, str]) -> None:
     long = comparison(
         0.1, 0.2, name="merged list on cold triggers against the baseline that is best there", what="same_source_relevance@100"

@@ -10,7 +10,7 @@ from pyspark.sql import SparkSession
 
 from conf.errors import GateError, MachineError, MtmhError, SettingsError, SourceError
 from conf.settings import load_settings
-from conf.tables import ENGAGEMENTS, REJECTED_ROWS
+from conf.tables import ENGAGEMENTS, ITEM_ANNOTATIONS, REJECTED_ROWS
 from jobs.ingest import ingest
 from jobs.progress import Display
 from jobs.session import check_java
@@ -78,6 +78,7 @@ def test_no_events_and_no_items(spark: SparkSession, tmp_path: Path) -> None:
     early = make_night(load_settings(str(config)), date(2020, 1, 1), spark=spark, display=Display(), now=datetime(2024, 6, 1, tzinfo=UTC))
     with pytest.raises(GateError, match="num_engagements: found 0"):
         run_stage(early, "ingest", ingest)
+    assert early.lake.read(ITEM_ANNOTATIONS).count() == 0  # taken back
     WORLD.items().head(0).to_parquet(tmp_path / "items" / "part-0.parquet", index=False)
     with pytest.raises(GateError, match="num_items: found 0"):
         run_stage(_night(spark, config), "ingest", ingest)
@@ -131,8 +132,43 @@ def test_too_many_refused_rows_stop_the_night(spark: SparkSession, tmp_path: Pat
     events = WORLD.events()
     events.loc[events.index % 4 == 0, "who"] = None
     events.to_parquet(tmp_path / "events" / "part-0.parquet", index=False)
+    night = _night(spark, write_config(tmp_path))
     with pytest.raises(GateError, match="rejected_events_share"):
-        run_stage(_night(spark, write_config(tmp_path)), "ingest", ingest)
+        run_stage(night, "ingest", ingest)
+    assert night.lake.read(ENGAGEMENTS).count() == 0  # taken back, as if the night had not been
+    assert night.lake.read(REJECTED_ROWS).count() > 0  # but what was refused can be looked at
+
+
+def test_a_bad_second_file_and_bad_labels_leave_nothing_behind(spark: SparkSession, tmp_path: Path) -> None:
+    WORLD.write(tmp_path)
+    (tmp_path / "items" / "part-1.parquet").write_bytes((tmp_path / "items" / "part-0.parquet").read_bytes()[:-2000] + b"x" * 2000)
+    night = _night(spark, write_config(tmp_path))
+    with pytest.raises(SourceError, match=r"cannot read .*part-1\.parquet"):
+        run_stage(night, "ingest", ingest)
+    assert not night.lake.exists(ENGAGEMENTS) or night.lake.read(ENGAGEMENTS).count() == 0
+    (tmp_path / "items" / "part-1.parquet").unlink()
+    WORLD.items().assign(other=WORLD.items()["sku"], grade=0.5).to_parquet(tmp_path / "labels.parquet")
+    labels = {"path": str(tmp_path / "labels.parquet"), "columns": {"item_id": "sku", "other_item_id": "other", "source": "by"}}
+    graded = _night(spark, write_config(tmp_path, source=_source(tmp_path) | {"pair_relevance": labels}))
+    with pytest.raises(SourceError, match=r"missing columns \['by', 'rated_at'\] in pair_relevance"):
+        run_stage(graded, "ingest", ingest)
+    assert not graded.lake.exists(ENGAGEMENTS) or graded.lake.read(ENGAGEMENTS).count() == 0
+
+
+def test_new_files_below_a_glob_are_seen(spark: SparkSession, tmp_path: Path) -> None:
+    WORLD.write(tmp_path)
+    config = write_config(tmp_path, source=_source(tmp_path, events={"path": str(tmp_path / "events" / "*.parquet")}))
+    before = _night(spark, config).run_id
+    WORLD.events().head(3).to_parquet(tmp_path / "events" / "part-1.parquet", index=False)
+    assert _night(spark, config).run_id != before
+    with pytest.raises(SourceError, match=r"cannot list nowhere://bucket/events"):
+        _night(spark, write_config(tmp_path, source=_source(tmp_path, events={"path": "nowhere://bucket/events"})))
+
+
+def test_a_lake_at_a_uri_needs_a_shared_folder(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"set lake\.artifacts to a mounted path"):
+        load_settings("demo", ["lake.root=s3a://bucket/lake"])
+    assert load_settings("demo", ["lake.root=s3a://bucket/lake", f"lake.artifacts={tmp_path}"]).lake.artifacts == str(tmp_path)
 
 
 def test_lake_that_cannot_be_written(spark: SparkSession, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_the_ledger_finds_the_newest_success(lake: Lake) -> None:
                 input_versions={},
                 output_versions={"engagements": attempt},
                 fingerprint="f",
+                settings_fingerprint="s",
                 metrics={"num_items": 2.0},
             )
         )

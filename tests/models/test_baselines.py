@@ -28,7 +28,7 @@ from models.baselines import (
     tune_smooth,
 )
 from models.data import History
-from models.factorization import ScoreWeights, recall, sample_triggers
+from models.factorization import ScoreWeights, factorize, recall, sample_triggers
 from models.metrics import recall_at_k
 from models.ranking import best_per_row
 from tests.models.small_world import empty_history
@@ -128,6 +128,12 @@ def random_world(seed: int, num_items: int = 12, num_users: int = 9) -> World:
     return World(history=history, eligible=rng.random(num_items) < 0.8)
 
 
+def smooth_svd(history: History, *, share: float) -> SmoothSvd:
+    """By WEIGHTS and FACTORS."""
+    made = factorize(history, np.zeros((history.num_items, 0), np.float32), weights=FACTORS, seed=0)
+    return SmoothSvd(smooth=Smooth.of(history, WEIGHTS), factorization=made, share=share)
+
+
 def slow_list(scores: Callable[[int], float | None], num_items: int, trigger: int, eligible: np.ndarray, k: int) -> list[int]:
     """Best first, ties by index; None is not listed."""
     found = [(-score, j) for j in range(num_items) if j != trigger and eligible[j] and (score := scores(j)) is not None]
@@ -210,7 +216,7 @@ def test_smooth_against_loops(seed, alpha):
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 def test_smooth_svd_against_loops(share):
     world = random_world(1)
-    mixed = SmoothSvd.of(world.history, smooth=WEIGHTS, factors=FACTORS, share=share, seed=0)
+    mixed = smooth_svd(world.history, share=share)
     made, smooth = mixed.factorization, slow_smooth(world.history, WEIGHTS)
     found = mixed.scores(TRIGGERS)
     assert found.dtype == np.float32
@@ -233,7 +239,7 @@ def test_smooth_svd_against_loops(share):
 @pytest.mark.parametrize("num_items", [1, 3])
 def test_engagement_scores_of_an_empty_history_are_finite(num_items):
     history = empty_history(num_items)
-    mixed = SmoothSvd.of(history, smooth=WEIGHTS, factors=FACTORS, share=0.5, seed=0)
+    mixed = smooth_svd(history, share=0.5)
     assert np.isfinite(mixed.scores(np.array([0, num_items], np.int32))).all()
     lists = engagement_lists(np.zeros(1, np.int32), engagement=mixed, eligible=np.ones(num_items, bool), k=4)
     assert lists.tolist() == [[*range(1, num_items)] + [-1] * (5 - num_items)]
@@ -328,7 +334,7 @@ def test_share_and_lambda_are_the_best_of_their_grids(data, monkeypatch):
     monkeypatch.setattr("models.baselines._TUNED_AT", 3)
     truth, triggers = drawn_truth(data)
     shares, grid = (0.0, 0.5, 1.0), (0.1, 10.0, 1000.0)
-    mixes = {s: SmoothSvd.of(data.fit, smooth=WEIGHTS, factors=FACTORS, share=s, seed=0) for s in shares}
+    mixes = {s: smooth_svd(data.fit, share=s) for s in shares}
     reached = {s: recall(hide(m.scores(triggers), triggers, data.eligible), triggers, truth, 3) for s, m in mixes.items()}
     mixed = mixes[0.5]
     found = tune_share(mixed.smooth, mixed.factorization, truth, triggers, eligible=data.eligible, shares=shares)
@@ -342,9 +348,53 @@ def test_share_and_lambda_are_the_best_of_their_grids(data, monkeypatch):
     assert by_lambda[tune_ease(data.fit, truth, triggers, eligible=data.eligible, grid=grid)] == max(by_lambda.values())
 
 
+def cells(entries: dict[tuple[int, int], float], shape: tuple[int, int]) -> csr_array:
+    made = np.zeros(shape, np.float32)
+    for cell, value in entries.items():
+        made[cell] = value
+    return csr_array(made)
+
+
+def test_a_user_level_weight_beyond_ten_is_found(monkeypatch):
+    monkeypatch.setattr("models.baselines._TUNED_AT", 1)
+    # the one counted pair is of 0 and 1; what follows 0 is 2, which one of ten users engaged with it: a twentieth of the users' mass
+    users = cells({(0, 0): 1, (0, 2): 1} | {(user, item): 1 for user in range(1, 10) for item in (3, 4)}, (10, 5))
+    history = History(pairs=cells({(0, 1): 1}, (5, 5)), user_items=users, popularity=np.ones(5, np.float32))
+    best = tune_smooth(history, cells({(0, 2): 1}, (1, 5)), np.zeros(1, np.int32), eligible=np.ones(5, bool))
+    assert best == SmoothWeights(user_level_weight=30.0)
+
+
+def test_lambda_goes_on_from_the_end_of_its_grid_while_recall_gains(monkeypatch):
+    monkeypatch.setattr("models.baselines._TUNED_AT", 1)
+    # 0 is engaged with 1 more often than with 2, but 1 goes with 3 whether 0 is there or not: a small lambda lists 2, a large one 1.
+    # Three copies of this, in each three times as many users as in the one before: what tips one tips the next at three times lambda.
+    kinds = {(0, 1, 3): 50, (1, 3): 50, (0, 2): 20}
+    baskets = [[4 * copy + i for i in kind] for copy in range(3) for kind, count in kinds.items() for _ in range(3**copy * count)]
+    users = cells({(user, item): 1 for user, items in enumerate(baskets) for item in items}, (len(baskets), 12))
+    history = History(pairs=csr_array((12, 12), dtype=np.float32), user_items=users, popularity=np.zeros(12, np.float32))
+    triggers, eligible = np.array([0, 4, 8], np.int32), np.arange(12) % 4 != 3
+    truth = cells({(row, 4 * row + 1): 1 for row in range(3)}, (3, 12))
+    tips = 100.0  # the first copy; it does so from about 66 on
+    tuned = partial(tune_ease, history, truth, triggers, eligible=eligible)
+    asked: list[float] = []
+
+    def counted(user_items, *, regularization, max_items):
+        asked.append(regularization)
+        return ease_weights(user_items, regularization=regularization, max_items=max_items)
+
+    monkeypatch.setattr("models.baselines.ease_weights", counted)
+    assert tuned(grid=(1.0, tips)) == 9 * tips
+    assert asked == [1.0, tips, 3 * tips, 9 * tips, 27 * tips]
+    asked.clear()
+    assert tuned(grid=(9 * tips, 90 * tips)) == 9 * tips
+    assert len(asked) == 2, "an optimum inside the grid costs nothing more"
+    monkeypatch.setattr("models.baselines._MAX_EASE_REGULARIZATION", 5 * tips)
+    assert tuned(grid=(1.0, tips)) == 3 * tips
+
+
 def test_blocks_do_not_show(monkeypatch):
     world = random_world(2)
-    mixed = SmoothSvd.of(world.history, smooth=WEIGHTS, factors=FACTORS, share=0.5, seed=0)
+    mixed = smooth_svd(world.history, share=0.5)
     made = {
         "pairs": partial(pair_score_lists, scores=world.history.pairs, popularity=world.history.popularity, backfill=True),
         "engagement": partial(engagement_lists, engagement=mixed),

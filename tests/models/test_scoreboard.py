@@ -68,14 +68,26 @@ def test_relevance_ndcg_and_the_shape_of_lists():
 def test_judges_of_two_kinds_never_share_a_name():
     judges = {name: TaxonomyJudge(codes=CODES, level_grades=(1.0,)) for name in ("a", "b", "c")}
     mixed = exam(judges=judges, independent={"a": False, "b": True, "c": True})
-    keys = {key for key in measure(LISTS, mixed).values if key[0].endswith("relevance@10")}
-    assert keys == {("same_source_relevance@10", "all"), ("relevance@10", "all"), ("relevance@10", "judge:c")}
+    values = measure(LISTS, mixed).values
+    for measured in ("relevance@10", "relevance@100", "rel_ndcg@10"):
+        assert {key for key in values if key[0].endswith(measured)} == {
+            (f"same_source_{measured}", "all"),
+            (f"same_source_{measured}", "judge:a"),
+            (measured, "all"),
+            (measured, "judge:b"),
+            (measured, "judge:c"),
+        }
+        np.testing.assert_array_equal(values[measured, "all"], values[measured, "judge:b"])
     assert mixed.relevance_metric == ("relevance@100", "all")
     alone = exam(judges={"a": judges["a"]}, independent={"a": False})
     assert alone.relevance_metric == ("same_source_relevance@100", "all")
+    assert not [key for key in measure(LISTS, alone).values if key[1].startswith("judge:")], "one judge is told by its metric alone"
 
 
 def test_axes_are_those_of_the_whole_measurement():
-    whole, axes = measure(LISTS, exam()), measure_axes(LISTS, exam())
+    judge = TaxonomyJudge(codes=CODES, level_grades=(1.0,))
+    two = exam(judges={"a": judge, "b": judge}, independent={"a": True, "b": False})
+    whole, axes = measure(LISTS, two), measure_axes(LISTS, two)
+    assert {key for key in axes.values if "relevance" in key[0]} == {key for key in whole.values if key[0].endswith("relevance@100")}
     for key, values in axes.values.items():
         np.testing.assert_array_equal(values, whole.values[key])

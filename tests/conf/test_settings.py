@@ -1,0 +1,73 @@
+"""Settings that cannot be meant are refused when they are read, all at once and each by its name."""
+
+import pytest
+
+from conf.errors import SettingsError
+from conf.settings import BacktestSettings, EvaluationSettings, JudgeSettings, Settings, load_settings
+from jobs.exam import _taxonomy_judge
+
+GRADED = "backtest.judges.editors={kind: graded}"
+# an assignment on the demo's settings, the place that is named, and what is said of it
+FAULTS = {
+    "backtest.judges.taxonomy.level_grades=[0.2, 1.5, -1]": ("backtest.judges.taxonomy.level_grades.2", "greater than or equal to 0"),
+    "backtest.judges.tags={kind: labels, ignored_labels: [fine, '(']}": (
+        "backtest.judges.tags.ignored_labels.1",
+        "not a regular expression",
+    ),
+    "backtest.blend_values=[0, -0.1]": ("backtest.blend_values.1", "greater than or equal to 0"),
+    "backtest.content_shares=[0, 1.01]": ("backtest.content_shares.1", "less than or equal to 1"),
+    "backtest.popularity_exponents=[-0.5]": ("backtest.popularity_exponents.0", "greater than or equal to 0"),
+    "evaluation.cutoffs=[10, 0]": ("evaluation.cutoffs.1", "greater than or equal to 1"),
+    GRADED: ("backtest.judges.editors.kind", "source.pair_relevance"),
+}
+
+
+def faults_of(*assignments: str) -> list[str]:
+    with pytest.raises(SettingsError) as raised:
+        load_settings("demo", assignments)
+    head, *faults = str(raised.value).splitlines()
+    assert head.endswith(f"has {len(faults)} fault(s):")
+    return faults
+
+
+@pytest.mark.parametrize("assignment", FAULTS)
+def test_a_value_out_of_range_is_refused(assignment):
+    where, what = FAULTS[assignment]
+    assert any(fault.strip().startswith(f"{where}: ") and what in fault for fault in faults_of(assignment))
+
+
+def test_all_faults_are_reported_together():
+    faults = faults_of(*FAULTS, "pairs.window.kind=never", "training.seed=x", "merge=[{value: 2, kind: quota}]")
+    assert len(faults) == len(FAULTS) + 1 + 3  # two of the grades are wrong
+    for where in [
+        *(where for where, _ in FAULTS.values()),
+        "backtest.judges.taxonomy.level_grades.1",
+        "pairs.window.kind",
+        "training.seed",
+    ]:
+        assert sum(fault.strip().startswith(f"{where}: ") for fault in faults) == 1, where
+    assert any("a quota is a share in [0,1], found 2" in fault for fault in faults)
+
+
+def test_the_ends_of_the_ranges_are_fine():
+    judge = JudgeSettings(kind="labels", level_grades=[0, 1], ignored_labels=[r".*\d{4}|x"])
+    assert BacktestSettings(judges={"tags": judge}, blend_values=[0, 7], content_shares=[0, 1], popularity_exponents=[0, 1])
+    assert EvaluationSettings(cutoffs=[1])
+
+
+def test_a_graded_judge_with_graded_pairs_is_fine():
+    settings = load_settings("demo", [GRADED, "source.pair_relevance.path=labels"])
+    assert settings.backtest.judges["editors"].kind == "graded"
+    sections = {name: getattr(settings, name) for name in Settings.model_fields}
+    assert Settings(**sections) == settings
+    with pytest.raises(ValueError, match="pair_relevance, which is not set"):
+        Settings(**sections | {"source": settings.source.model_copy(update={"pair_relevance": None})})
+
+
+def test_paths_deeper_than_the_grades_are_a_fault_of_the_settings():
+    judge = JudgeSettings(kind="taxonomy", level_grades=[0.5, 1.0])
+    _taxonomy_judge("section", judge, [["food", "fruit"], None])
+    with pytest.raises(
+        SettingsError, match=r"found category paths of 3 levels, and 2 grades .* in backtest\.judges\.section\.level_grades"
+    ):
+        _taxonomy_judge("section", judge, [["food"], ["food", "fruit", "pear"], None])
