@@ -70,7 +70,7 @@ def frontier_svg(report: Report) -> str:
 
 def _name_axes(axes: "Axes", report: Report) -> None:
     kind = INDEPENDENT if report.has_independent_judge else SAME_SOURCE
-    names = ", ".join(report.judges_of(kind)) or "none"
+    names = next(iter(report.judges_of(kind)), "none")  # of several, the first one's relevance is the one without a name
     meaning = f"independent judge: {names}" if kind == INDEPENDENT else f"same-source judge: {names}; overlap with the source"
     axes.set_xlabel("recall@100  →  more of the future partners found")
     axes.set_ylabel(_plain(f"{report.relevance('relevance@100')}  →\n({meaning})"))

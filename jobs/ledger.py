@@ -13,7 +13,7 @@ from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError
 from py4j.protocol import Py4JJavaError
 
-from conf.errors import SourceError
+from conf.errors import SourceError, TableError
 from conf.settings import Settings, SourceTable
 from conf.tables import RUNS
 from jobs.lake import Lake
@@ -60,7 +60,13 @@ class Ledger:
         """Rows whose columns equal the arguments, oldest first."""
         if not self.lake.exists(RUNS):
             return []
-        rows = open_table(self.lake.root, RUNS).to_pyarrow_table().sort_by("ended_at").to_pylist()
+        table = open_table(self.lake.root, RUNS).to_pyarrow_table()
+        if missing := set(RUNS.column_names) - set(table.column_names):
+            raise TableError(
+                f"table runs under {self.lake.root} lacks columns {sorted(missing)}: an earlier version of this code made it; "
+                "set lake.root or lake.variant to a new place"
+            )
+        rows = table.sort_by("ended_at").to_pylist()
         return [_record(row) for row in rows if all(row[column] == value for column, value in equal.items())]
 
     def last_success(self, **equal: object) -> StageRecord | None:
