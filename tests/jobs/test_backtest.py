@@ -54,7 +54,7 @@ def _row(report: Report, method: str, head: str, metric: str, part: str = "all")
 def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("backtest")
     WORLD.write(folder)
-    backtest = _backtest(spark, folder)
+    backtest = _backtest(spark, folder, churn=True)
     return Done(backtest=backtest, validation=backtest.run(final=False), final=backtest.run(final=True))
 
 
@@ -82,6 +82,10 @@ def test_the_blend_reaches_both_ends(done: Done) -> None:
     held = next(c for c in done.final.comparisons if (c.name, c.what) == ("relevance at recall kept", "relevance@100"))
     assert held.verdict == "wins"
     assert {"mtmh_blend", "mtmh_dial", "late_blend", "rrf", "quota"} == set(done.final.families)
+
+
+def test_lists_change_little_from_one_night_to_the_next(done: Done) -> None:
+    assert 0 <= done.value("mtmh", "merged", "churn@10") < 0.5
 
 
 def test_cuts_split_time_and_settings_come_from_validation(done: Done) -> None:
