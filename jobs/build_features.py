@@ -18,7 +18,7 @@ from conf.tables import (
     RELEVANCE_EXAMPLES,
 )
 from features import assembly, content, examples, store
-from jobs.lake import only_row
+from jobs.lake import in_memory, only_row
 from jobs.online import open_feature_store
 from jobs.stage import StageRun, stage_main
 
@@ -28,11 +28,10 @@ STAGE = "build_features"
 def build_features(run: StageRun) -> None:
     """Fetch, fit the content vector, assemble, mine examples, gate."""
     popularity = run.read(ITEM_POPULARITY)
-    known = _annotations(run, popularity).cache()
     judged = run.settings.features.judge_fields
-    vectors = content.content_vectors(known, settings=run.settings.features)
-    run.replace(ITEM_FEATURES, assembly.assemble_features(known, vectors, popularity, run_date=run.run_date, judge_fields=judged))
-    known.unpersist()
+    with in_memory(_annotations(run, popularity)) as known:
+        vectors = content.content_vectors(known, settings=run.settings.features)
+        run.replace(ITEM_FEATURES, assembly.assemble_features(known, vectors, popularity, run_date=run.run_date, judge_fields=judged))
     mined = examples.mine_examples(
         run.read_output(ITEM_FEATURES),
         run.read(CO_ENGAGEMENT_PAIRS),

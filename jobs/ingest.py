@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from conf.settings import SourceSettings
 from conf.tables import ENGAGEMENTS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS
 from features import annotations, engagements
 from features.sources import rejected_rows
-from jobs.lake import only_row
+from jobs.lake import in_memory, only_row
 from jobs.sources import read_source, reading_sources, take_users, user_hash_key
 from jobs.stage import StageRun, stage_main
 
@@ -22,12 +21,9 @@ STAGE = "ingest"
 
 def ingest(run: StageRun) -> None:
     """Read and check all sources, write what is good and what is refused, gate."""
-    sources = run.settings.source
-    with reading_sources(sources):
-        events = checked_events(run)
-        items = annotations.check_items(read_source(run.night.spark, sources.items, name="items"), source=sources.items).cache()
-        labels = _checked_labels(run, sources)
-        run.replace(ENGAGEMENTS, engagements.accepted_events(events, source=sources.events), where=f"event_date <= '{run.run_date}'")
+    with reading_sources(run.settings.source), in_memory(_checked_items(run)) as items:
+        events, labels = checked_events(run), _checked_labels(run)
+        run.replace(ENGAGEMENTS, _accepted_events(run, events), where=f"event_date <= '{run.run_date}'")
         run.replace(ITEM_ANNOTATIONS, _merged_annotations(run, items))
         run.replace(PAIR_RELEVANCE, _accepted_labels(run, labels))
         checked = {"events": events, "items": items, **({} if labels is None else {"pair_relevance": labels})}
@@ -35,7 +31,15 @@ def ingest(run: StageRun) -> None:
         run.replace(REJECTED_ROWS, _union(refused), where=f"run_id = '{run.night.run_id}'")
         metrics = _event_metrics(run, events) | _item_metrics(run, items)
     run.gate(metrics | {"num_duplicate_keys": _num_duplicate_keys(run)})
-    items.unpersist()
+
+
+def _checked_items(run: StageRun) -> DataFrame:
+    source = run.settings.source.items
+    return annotations.check_items(read_source(run.night.spark, source, name="items"), source=source)
+
+
+def _accepted_events(run: StageRun, checked: DataFrame) -> DataFrame:
+    return engagements.accepted_events(checked, source=run.settings.source.events)
 
 
 def checked_events(run: StageRun) -> DataFrame:
@@ -60,11 +64,12 @@ def _merged_annotations(run: StageRun, items: DataFrame) -> DataFrame:
     return annotations.merge_annotations(existing, incoming, mode=source.mode, run_date=run.run_date, point_in_time=point_in_time)
 
 
-def _checked_labels(run: StageRun, sources: SourceSettings) -> DataFrame | None:
-    if sources.pair_relevance is None:
+def _checked_labels(run: StageRun) -> DataFrame | None:
+    source = run.settings.source.pair_relevance
+    if source is None:
         return None
-    frame = read_source(run.night.spark, sources.pair_relevance, name="pair_relevance")
-    return annotations.check_pair_relevance(frame, source=sources.pair_relevance, now=run.night.now)
+    frame = read_source(run.night.spark, source, name="pair_relevance")
+    return annotations.check_pair_relevance(frame, source=source, now=run.night.now)
 
 
 def _accepted_labels(run: StageRun, checked: DataFrame | None) -> DataFrame:

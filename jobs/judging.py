@@ -20,6 +20,7 @@ from scipy import sparse
 
 from conf.settings import Settings
 from features import pairs
+from jobs.lake import in_memory
 
 Indices = npt.NDArray[np.int32]
 
@@ -52,13 +53,11 @@ def future_pairs(engagements: DataFrame, *, settings: Settings, first_day: date,
         first_day=first_day,
         last_day=last_day,
     )
-    future = engagements.where(F.col("event_date") <= F.lit(last_day)).transform(daily).transform(pairs.future_pairs).cache()
-    try:
+    counted = engagements.where(F.col("event_date") <= F.lit(last_day)).transform(daily).transform(pairs.future_pairs)
+    with in_memory(counted) as future:
         triggers = future.select("trigger_item_id").distinct().orderBy(F.xxhash64("trigger_item_id"), "trigger_item_id")
         sampled = triggers.limit(settings.evaluation.max_triggers)
         return future.join(sampled, "trigger_item_id", how="inner").toArrow()
-    finally:
-        future.unpersist()
 
 
 def index_future(table: pa.Table, known: Sequence[str]) -> Future:

@@ -4,7 +4,8 @@ A write first selects and casts exactly the declared columns, so that a wrong fr
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,16 @@ def open_lake(spark: SparkSession, settings: LakeSettings) -> Lake:
     except OSError as error:
         raise MachineError(f"cannot write the lake at {folder}: {error.strerror}; set lake.root to a writable folder or URI") from error
     return Lake(spark=spark, root=str(folder))
+
+
+@contextmanager
+def in_memory(frame: DataFrame) -> Iterator[DataFrame]:
+    """The frame, cached inside the block. Left so after a failure, a user's table would never change for later nights of the session."""
+    cached = frame.cache()
+    try:
+        yield cached
+    finally:
+        cached.unpersist()
 
 
 def only_row(frame: DataFrame) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_one_list_read_five_ways(done: Done) -> None:
     rows = done.night.spark.sql("SELECT item_id, rank, neighbor_id FROM item_neighbor_rows WHERE head = 'merged'")
     by_sql = [row["neighbor_id"] for row in rows.where(F.col("item_id") == item_id).orderBy("rank").collect()]
     files = open_table(root, ITEM_NEIGHBORS).file_uris()
-    query = "SELECT list_transform(neighbors, n -> n.neighbor_id) FROM read_parquet(?) WHERE item_id = ? AND head = 'merged'"
+    query = "SELECT list_transform(neighbors, lambda n: n.neighbor_id) FROM read_parquet(?) WHERE item_id = ? AND head = 'merged'"
     by_duckdb = duckdb.execute(query, [files, item_id]).fetchone()[0]
     feature_store = open_feature_store(done.night)
     by_feast = store.lookup_online(feature_store, [item_id, "unknown"], heads=["merged"], k=100)
@@ -199,12 +199,26 @@ def test_a_failed_gate_keeps_the_published_table(done: Done) -> None:
     assert done.night.lake.version(ITEM_NEIGHBORS) == before
 
 
+def _a_failed_publish_gate_publishes_nothing(done: Done, later: Night) -> None:
+    """The same night with a gate that one lost item fails: its lists stay in history, and yesterday's are the current ones."""
+    before = later.lake.version(ITEM_NEIGHBORS)
+    for name in ("ingest", "build_pairs", "build_features", "train_model"):
+        run_stage(later, name, STAGES[name])
+    strict = _night(done.night.spark, done.config, later.run_date, "gates.max_volume_drop=0")
+    assert strict.run_id == later.run_id
+    with pytest.raises(GateError, match="num_items: found 59, wanted at least 60"):
+        run_stage(strict, "publish_neighbors", STAGES["publish_neighbors"])
+    assert later.lake.version(ITEM_NEIGHBORS) == before
+    assert later.lake.read(ITEM_NEIGHBORS_HISTORY).where(f"run_id = '{later.run_id}'").count() > 0
+
+
 def test_an_item_that_left_has_no_lists_and_an_older_night_goes_to_history_only(done: Done) -> None:
     """Runs last: it changes the sources."""
     gone = done.world.item_id(0, 0)
     items = done.world.items()
     items[items["sku"] != gone].to_parquet(done.folder / "items" / "part-0.parquet", index=False)
     later = _night(done.night.spark, done.config, NIGHT + timedelta(days=1))
+    _a_failed_publish_gate_publishes_nothing(done, later)
     run_night(later)
     offered = {
         neighbor["neighbor_id"] for (_, _), found in neighbors_of(later.lake.root, items["sku"].tolist()).items() for neighbor in found
