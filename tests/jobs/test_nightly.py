@@ -11,7 +11,7 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from conf.errors import GateError
+from conf.errors import GateError, SettingsError
 from conf.settings import load_settings
 from conf.tables import EVALUATION, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, TABLES, Table
 from features import store
@@ -19,6 +19,7 @@ from jobs.evaluate import evaluate
 from jobs.export import export
 from jobs.ingest import ingest
 from jobs.ledger import StageRecord
+from jobs.look_up import Lookup
 from jobs.nightly import STAGES, plan, run_night, summary
 from jobs.online import lists_served_at, open_feature_store
 from jobs.progress import Display
@@ -154,6 +155,25 @@ def test_one_list_read_five_ways(done: Done) -> None:
     assert by_feast["unknown"]["merged"]["ids"] == []
     assert by_feast[item_id]["run_id"] == done.night.run_id
     assert side_by_side(root, item_id, heads=["engagement", "relevance", "merged"], k=5).row_count == 5
+
+
+def test_offers_next_to_one_and_to_several_triggers(done: Done) -> None:
+    shelf = Lookup.open(str(done.config))
+    first, second = done.world.item_id(3, 2), done.world.item_id(5, 1)
+    alone = shelf.lookup([first], k=100)
+    assert [offer.neighbor_id for offer in alone] == [neighbor["neighbor_id"] for neighbor in _lists(done, "merged")[first]]
+    assert {offer.run_id for offer in alone} == {done.night.run_id}
+    bought = alone[0].neighbor_id
+    basket = shelf.lookup([first, second, first, "unknown"], exclude=[bought], k=6, max_per_trigger=3)
+    assert len({offer.neighbor_id for offer in basket}) == 6
+    assert not {offer.neighbor_id for offer in basket} & {first, second, bought}
+    assert [sum(offer.trigger_id == trigger for offer in basket) for trigger in (first, second)] == [3, 3]
+    assert [offer.rank for offer in basket] == sorted(offer.rank for offer in basket)
+    assert shelf.lookup(["unknown"]) == []
+    assert shelf.lookup([first], max_age_days=7, today=NIGHT + timedelta(days=8)) == []
+    assert len(shelf.lookup([first], k=2, max_age_days=7, today=NIGHT + timedelta(days=7))) == 2
+    with pytest.raises(SettingsError, match=r"no list named 'nearest'; have \['engagement', 'relevance', 'merged'\]"):
+        shelf.lookup([first], head="nearest")
 
 
 def test_offline_lists_are_served_from_their_publication_on(done: Done) -> None:
