@@ -22,7 +22,7 @@ from jobs.leaks import check_leaks
 from jobs.progress import Display
 from tests.worlds import BundleWorld, write_config
 
-pytestmark = pytest.mark.night
+pytestmark = [pytest.mark.night, pytest.mark.timeout(1800)]  # the first test waits for four trainings
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
 WORLD = BundleWorld(num_bundles=30, num_users=150, sessions_per_user=8)
 JUDGE = {"section": {"kind": "taxonomy", "level_grades": [1.0], "withhold": ["categories"]}}
@@ -31,7 +31,6 @@ JUDGE = {"section": {"kind": "taxonomy", "level_grades": [1.0], "withhold": ["ca
 @dataclass(frozen=True, kw_only=True)
 class Done:
     backtest: Backtest
-    validation: Report
     final: Report
 
     def value(self, method: str, head: str, metric: str, part: str = "all") -> float:
@@ -40,7 +39,9 @@ class Done:
 
 def _backtest(spark: SparkSession, folder: Path, **backtest: object) -> Backtest:
     quick = {"judges": JUDGE, "slice_share": 0.15, "blend_values": [0.0, 0.01, 1.0], "content_shares": [0.0, 0.5], **backtest}
-    config = write_config(folder, backtest=quick, model={"dimension": 16, "hidden_dimension": 16})
+    # more dimensions than bundles, and a relevance head of content alone: only then are the answers exact
+    model = {"dimension": 48, "hidden_dimension": 16, "heads": {"relevance": {"relevance": 1.0, "affinity": 0.0}}}
+    config = write_config(folder, backtest=quick, model=model)
     settings = backtest_settings(load_settings(str(config)))
     return Backtest(settings=settings, spark=spark, display=Display(seconds_per_line=3600), now=NOW)
 
@@ -55,7 +56,7 @@ def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
     folder = tmp_path_factory.mktemp("backtest")
     WORLD.write(folder)
     backtest = _backtest(spark, folder, churn=True)
-    return Done(backtest=backtest, validation=backtest.run(final=False), final=backtest.run(final=True))
+    return Done(backtest=backtest, final=backtest.run(final=True))
 
 
 def test_recall_and_relevance_come_out_exactly(done: Done) -> None:
@@ -85,26 +86,24 @@ def test_the_blend_reaches_both_ends(done: Done) -> None:
 
 
 def test_lists_change_little_from_one_night_to_the_next(done: Done) -> None:
-    assert 0 <= done.value("mtmh", "merged", "churn@10") < 0.5
+    # both nights show the four partners among ten, so that at least 4 of at most 16 are shared
+    assert 0 < done.value("mtmh", "merged", "churn@10") <= 12 / 16
 
 
-def test_cuts_split_time_and_settings_come_from_validation(done: Done) -> None:
-    validation, final = done.validation, done.final
-    assert validation.cut < validation.until == final.cut < final.until
-    assert not validation.final
+def test_cuts_split_time_and_every_look_at_the_last_slice_is_counted(done: Done) -> None:
+    final = done.final
     assert final.final
-    assert validation.num_reads == 0
     assert final.num_reads == 1
-    assert final.chosen["smooth"] == validation.chosen["smooth"]
     assert final.judges == {"section": "independent"}
     assert final.unreachable_share == 0
-
-
-def test_every_further_look_at_the_last_slice_is_counted(done: Done) -> None:
+    validation = done.backtest.run(final=False)
+    assert validation.cut < validation.until == final.cut < final.until
+    assert not validation.final
+    assert validation.num_reads == 1  # a validation report says so too
+    assert final.chosen["smooth"] == validation.chosen["smooth"]
     again = done.backtest.run(final=True)
     assert again.num_reads == 2
-    assert done.backtest.run(final=False).num_reads == 2  # a validation report says so too
-    values = [np.array([row.value for row in report.rows]) for report in (again, done.final)]
+    values = [np.array([row.value for row in report.rows]) for report in (again, final)]
     np.testing.assert_allclose(*values, atol=1e-9)  # NaN where NaN was
 
 
@@ -124,7 +123,7 @@ def test_it_lies_in_a_lake_of_its_own_and_publishes_nothing(done: Done) -> None:
 
 
 def test_a_model_that_is_shown_the_judges_field_is_caught(done: Done) -> None:
-    trained = done.backtest.night(done.validation.cut)
+    trained = done.backtest.night(done.final.cut)
     compared = check_leaks(trained, ["categories"])  # withheld: permuting it changes nothing
     assert compared["item_embeddings"] == 2 * len(WORLD.items())
     with pytest.raises(GateError, match=r"permuting \['text'\].*content_vector.*trigger_vector"):
