@@ -22,7 +22,8 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 sys
 main { max-width: 1080px; margin: 0 auto; padding: 28px 20px 48px; }
 h1 { font-size: 25px; line-height: 1.25; margin: 0; }
 h2 { font-size: 17px; margin: 0 0 8px; }
-p { margin: 0 0 9px; max-width: 100ch; overflow-wrap: anywhere; }
+p, ul { margin: 0 0 9px; max-width: 100ch; overflow-wrap: anywhere; }
+ul { padding-left: 20px; margin-top: -5px; } li { margin: 2px 0; }
 .sub, .interval, figcaption { color: var(--soft); }
 .sub { margin: 4px 0 16px; }
 .tally { display: flex; gap: 12px; margin: 0 0 16px; }
@@ -50,9 +51,10 @@ details section { margin: 8px 0; }
     --wins: #137a4b; --ties: #8a6100; --loses: #bb2a1f; --best: #eee; }
   body { font-size: 9.5px; line-height: 1.35; } main { max-width: none; padding: 0; } h1 { font-size: 16px; } h2 { font-size: 11px; }
   section { border: 0; padding: 0; margin: 0 0 8px; } .tally, .sub { margin-bottom: 6px; } .tally div { padding: 2px 8px; }
-  .tally b { font-size: 13px; } p { margin-bottom: 4px; max-width: none; } details { display: none; }
+  .tally b { font-size: 13px; } p, ul { margin-bottom: 4px; max-width: none; } ul { margin-top: -3px; } li { margin: 0; } details { display: none; }
   figure, tr { break-inside: avoid; } figure svg { max-height: 88mm; } h2 { break-after: avoid; }
-  table, figcaption { font-size: 8px; line-height: 1.15; } th, td { padding: 1px 4px; } .interval { font-size: 6.5px; }
+  table, figcaption { font-size: 8px; line-height: 1.15; } th, td { padding: 1px 3px; }
+  .interval { display: inline; font-size: 6.5px; margin-left: 3px; }
 }
 """
 
@@ -106,7 +108,7 @@ def _page(report: Report) -> str:
         style=_STYLE,
         subtitle=escape(_subtitle(report)),
         tally=_tally(report),
-        words="\n".join(f"<p>{_prose(words)}</p>" for words in summary_words(report)),
+        words="\n".join(_paragraph(words) for words in summary_words(report)),
         picture=frontier_svg(report),
         tables=_sections(shown),
         more=_sections(more),
@@ -116,6 +118,12 @@ def _page(report: Report) -> str:
 def _subtitle(report: Report) -> str:
     kind = f"final report, reading {report.num_reads}" if report.final else "validation report"
     return f"{report.config} · cut {report.cut}, judged until {report.until} · {report.num_triggers:,} triggers · {kind}"
+
+
+def _paragraph(words: str) -> str:
+    first, *others = map(_prose, words.splitlines() or [""])
+    items = "".join(f"<li>{line}</li>" for line in others)
+    return f"<p>{first}</p>" + (f"\n<ul>{items}</ul>" if items else "")
 
 
 def _prose(words: str) -> str:

@@ -74,9 +74,11 @@ def judges(report: Report) -> Grid | None:
 
 
 def comparisons(report: Report) -> Grid | None:
-    """Paired differences with their verdict, in the order given."""
+    """Paired differences with their verdict, in the order given; a name is not repeated below itself."""
     titles = ("comparison", "measure", "ours", "theirs", "verdict", "paired\ndifference", "relative")
-    rows = [_comparison(comparison) for comparison in report.comparisons]
+    names = [comparison.name for comparison in report.comparisons]
+    shown = [name if name != before else "" for name, before in zip(names, ["", *names], strict=False)]
+    rows = [_comparison(name, comparison) for name, comparison in zip(shown, report.comparisons, strict=True)]
     return Grid(title="ours against theirs, paired over triggers", columns=titles, rows=rows, num_labels=5) if rows else None
 
 
@@ -86,8 +88,8 @@ def chosen(report: Report) -> Grid | None:
     return Grid(title="chosen on validation, before the cut", columns=("setting", "value"), rows=rows) if rows else None
 
 
-def _comparison(of: Comparison) -> list[Cell]:
-    words = [Cell(text=text) for text in (of.name, of.what, of.ours, of.theirs)]
+def _comparison(name: str, of: Comparison) -> list[Cell]:
+    words = [Cell(text=text) for text in (name, of.what, of.ours, of.theirs)]
     difference = Cell(text=number(of.value, signed=True), interval=_interval(of, signed=True))
     return [*words, Cell(text=of.verdict, tone=of.verdict.partition(" ")[0]), difference, Cell(text=percent(of.relative, signed=True))]
 

@@ -18,7 +18,10 @@ from jobs.backtest_results import (
 
 
 def summary_words(report: Report) -> list[str]:
-    """Paragraphs: the subject, the outcome, the figures, the judge, how often the slice was read, notes."""
+    """Paragraphs: the subject, the outcome, the figures, the judge, how often the slice was read, notes.
+
+    What a verdict covers follows on lines of its own, within its paragraph.
+    """
     notes = [f"Note: {note}" for note in report.notes]
     return [_subject(report), *_outcome(report), *_figures(report), _judges(report), _reads(report), *notes]
 
@@ -49,7 +52,7 @@ def _outcome(report: Report) -> list[str]:
 
 
 def _paragraph(report: Report, verdict: Verdict, title: str, relation: str) -> str:
-    """The count, and a sentence for each pair of lists: many measures of one pair would be hard to read one by one."""
+    """The count, then a line for each pair of lists: measures of one pair, one by one, would be hard to read."""
     found = [comparison for comparison in report.comparisons if comparison.verdict == verdict]
     groups: dict[tuple[str, str, str], list[Comparison]] = {}
     for comparison in found:
@@ -58,7 +61,7 @@ def _paragraph(report: Report, verdict: Verdict, title: str, relation: str) -> s
         f"{_capital(name)}: {ours} {relation} {theirs} on {'; '.join(map(_difference, group))}."
         for (name, ours, theirs), group in groups.items()
     ]
-    return " ".join([f"{title}: {len(found) or 'none'} of {_counted(len(report.comparisons), 'comparison')}.", *sentences])
+    return "\n".join([f"{title}: {len(found) or 'none'} of {_counted(len(report.comparisons), 'comparison')}.", *sentences])
 
 
 def _capital(text: str) -> str:
