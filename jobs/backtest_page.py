@@ -40,7 +40,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13px; line-height: 1.
 th, td { padding: 4px 8px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 tbody tr:last-child td { border-bottom: 0; }
-.label { text-align: left; }
+.label { text-align: left; } td { white-space: nowrap; } td.label:first-child { white-space: normal; }
 .best { background: var(--best); font-weight: 600; }
 .interval { display: block; font-size: 11px; font-weight: 400; white-space: nowrap; }
 details { margin: 0 0 16px; } summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
@@ -51,7 +51,8 @@ details section { margin: 8px 0; }
     --wins: #137a4b; --ties: #8a6100; --loses: #bb2a1f; --best: #eee; }
   body { font-size: 9.5px; line-height: 1.35; } main { max-width: none; padding: 0; } h1 { font-size: 16px; } h2 { font-size: 11px; }
   section { border: 0; padding: 0; margin: 0 0 8px; } .tally, .sub { margin-bottom: 6px; } .tally div { padding: 2px 8px; }
-  .tally b { font-size: 13px; } p, ul { margin-bottom: 4px; max-width: none; } ul { margin-top: -3px; } li { margin: 0; } details { display: none; }
+  .tally b { font-size: 13px; } p, ul { margin-bottom: 4px; max-width: none; } ul { margin-top: -3px; } li { margin: 0; }
+  details { display: none; }
   figure, tr { break-inside: avoid; } figure svg { max-height: 88mm; } h2 { break-after: avoid; }
   table, figcaption { font-size: 8px; line-height: 1.15; } th, td { padding: 1px 3px; }
   .interval { display: inline; font-size: 6.5px; margin-left: 3px; }
@@ -130,7 +131,7 @@ def _prose(words: str) -> str:
     """The lead of a paragraph in bold, and no line break inside a figure."""
     text = escape(words, quote=False).replace(" %", "&nbsp;%")
     text = re.sub(r"\[[−+.\d]+, [−+.\d]+\]", lambda found: found.group().replace(" ", "&nbsp;"), text)
-    return re.sub(r"^[^:.,]{1,40}:", lambda found: f"<b>{found.group()}</b>", text)
+    return re.sub(r"^[^:.,]{1,80}:", lambda found: f"<b>{found.group()}</b>", text)
 
 
 def _tally(report: Report) -> str:

@@ -131,7 +131,7 @@ def paragraph(made: Report, start: str) -> str:
 
 def test_words_name_wins_ties_and_losses() -> None:
     wins, ties, loses = (paragraph(report(), f"MTMH {verdict}") for verdict in ("wins", "ties", "loses"))
-    assert wins.startswith("MTMH wins: 2 of 4 comparisons. Best baseline: mtmh merged is ahead of smooth_svd on recall@100 by +0.0031 ")
+    assert wins.startswith("MTMH wins: 2 of 4 comparisons.\nBest baseline: mtmh merged is ahead of smooth_svd on recall@100 by +0.0031 ")
     assert "+0.0031 [+0.0011, +0.0051], +3.1 %." in wins
     assert "Relevance at recall kept: mtmh merged is ahead of smooth_svd on relevance@100 by +0.1191" in wins
     assert "mtmh merged cannot be told apart from smooth on recall@10 at +0.0004 [−0.0010, +0.0018]" in ties
