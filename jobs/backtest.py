@@ -26,7 +26,7 @@ from conf.tables import ENGAGEMENTS
 from features.engagements import accepted_events
 from features.pairs import holdout_start
 from jobs.arguments import add_config, report_errors
-from jobs.backtest_report import terminal_tables, write_html, write_json
+from jobs.backtest_report import summary_words, terminal_tables, write_html, write_json
 from jobs.backtest_results import Report
 from jobs.backtest_verdict import Verdict, make_report
 from jobs.demo_source import lay_source
@@ -153,9 +153,11 @@ def _console() -> Console:
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the tables; write numbers and page below `var/backtest`."""
+    """Print tables and summary; write numbers and page below `var/backtest`."""
     for table in terminal_tables(report):
         console.print(table)
+    for paragraph in summary_words(report):
+        console.print(paragraph, markup=False, highlight=False)
     REPORTS.mkdir(parents=True, exist_ok=True)
     names = [report.config, *([f"{report.config}-final"] if report.final else [])]  # which a later validation report leaves alone
     for name in names:
