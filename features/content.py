@@ -56,12 +56,11 @@ def withhold(frame: DataFrame, judge_fields: Sequence[str]) -> DataFrame:
         frame: any of the columns of item_annotations.
         judge_fields: column names, or `categories[2:]` for the category levels behind the second.
     """
-    fields = {*judge_fields, *(["tag_weights"] if "tags" in judge_fields else [])}
+    fields, num_levels = _read_by_judges(frame, judge_fields)
     types = {column.name: column.type for column in ITEM_ANNOTATIONS.columns}
-    nulled = {name: F.lit(None).cast(types[name]) for name in sorted(fields & set(frame.columns))}
-    kept_levels = [int(found.group(1)) for field in judge_fields if (found := _LEVELS.fullmatch(field))]
-    if kept_levels and "categories" in {*frame.columns} - nulled.keys():
-        nulled["categories"] = F.slice("categories", 1, min(kept_levels))
+    nulled = {name: F.lit(None).cast(types[name]) for name in fields}
+    if num_levels is not None:
+        nulled["categories"] = F.slice("categories", 1, num_levels)
     return frame.withColumns(nulled)
 
 
@@ -72,9 +71,7 @@ def permute(annotations: DataFrame, judge_fields: Sequence[str]) -> DataFrame:
         annotations: rows of item_annotations.
         judge_fields: as in `withhold`.
     """
-    fields = sorted({*judge_fields, *(["tag_weights"] if "tags" in judge_fields else [])} & set(annotations.columns))
-    kept_levels = [int(found.group(1)) for field in judge_fields if (found := _LEVELS.fullmatch(field))]
-    cut = min(kept_levels) if kept_levels and "categories" not in fields else None
+    fields, cut = _read_by_judges(annotations, judge_fields)
     given = [*fields, *(["categories"] if cut is not None else [])]
     donors = annotations.select(*(F.col(name).alias(f"_{name}") for name in given), _place("item_id", seed=_SEED + 1))
     rows = annotations.withColumn("_place", _place("item_id", seed=_SEED)).join(donors, on="_place", how="inner")
@@ -84,6 +81,14 @@ def permute(annotations: DataFrame, judge_fields: Sequence[str]) -> DataFrame:
         whole = F.size("categories") >= cut  # a shorter path has no such levels to change
         changed["categories"] = F.when(whole, F.concat(F.slice("categories", 1, cut), tail)).otherwise(F.col("categories"))
     return rows.withColumns(changed).select(*annotations.columns)
+
+
+def _read_by_judges(frame: DataFrame, judge_fields: Sequence[str]) -> tuple[list[str], int | None]:
+    """Columns of the frame that judges read whole, and how many category levels they leave to others (None: all, or none)."""
+    whole = sorted({*judge_fields, *(["tag_weights"] if "tags" in judge_fields else [])} & set(frame.columns))
+    left = [int(found.group(1)) for field in judge_fields if (found := _LEVELS.fullmatch(field))]
+    partly = left and "categories" in frame.columns and "categories" not in whole
+    return whole, min(left) if partly else None
 
 
 def _place(name: str, *, seed: int) -> Column:
