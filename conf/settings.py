@@ -295,6 +295,7 @@ class RetrievalSettings(Section):
 
     list_length: int = Field(100, ge=1, le=1000, description="Neighbors per list.")
     num_candidates_counts: int = Field(400, ge=1, description="Counted pairs per trigger.")
+    num_candidates_users: int = Field(200, ge=0, description="Items per trigger that its users engaged with too, at any time.")
     num_candidates_head: int = Field(300, ge=1, description="Nearest items per trigger and head.")
     num_candidates_content: int = Field(100, ge=0, description="Nearest items per trigger in content.")
     num_candidates_popular: int = Field(100, ge=0, description="Most popular items offered to every trigger.")

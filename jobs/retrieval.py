@@ -22,6 +22,7 @@ from jobs.stage import StageRun
 from models.data import TableRef, read_table
 from models.merge import Policies, read_policies
 from models.neighbors import Counted, Retriever, build_index
+from models.user_level import UserLevel
 
 _TRIGGERS_PER_TASK = 4_096
 _LISTS_DDL = (
@@ -51,6 +52,8 @@ def index_items(run: StageRun) -> Path:
         popularity_p=_aligned(popularity, "weight", item_ids),
         eligible=features["eligible"].to_numpy(),
         category_codes=category_codes(features["categories"].to_pylist()),
+        trends=np.load(model / "signals" / "trends.npy"),
+        user_level=UserLevel.open(model / "signals"),
         scorer_file=model / "scorer.json",
         calibration=json.loads((model / "metrics.json").read_text()),
     )

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,14 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 Sparse = csr_array[np.float32, tuple[int, int]]
+
+TREND_HALF_LIVES = (7.0, 30.0, 120.0, 480.0)
+"""Days; popularity at several of them side by side says whether an item is coming or going."""
+
+TRENDS = (*(f"log_popularity_{days:g}d" for days in TREND_HALF_LIVES), "log_age")
+"""Columns of `History.trends`."""
+
+_TREND_FLOOR = 0.05  # user-days that even an item of long ago counts for, so that no logarithm falls without end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +53,13 @@ class History:
         pairs: (N, N) decayed co-engagement weight, row = trigger, no diagonal.
         user_items: (U, N) 1 where the user ever engaged the item.
         popularity: (N,) decayed user-days.
+        trends: (N, S) of `item_trends`.
     """
 
     pairs: Sparse
     user_items: Sparse
     popularity: Floats
+    trends: Floats
 
     @property
     def num_items(self) -> int:
@@ -169,12 +180,23 @@ def load_training_data(refs: Mapping[str, TableRef], *, run_date: date, half_lif
     full_pairs, fit_pairs = (_pair_matrix(pairs, name, _factor(landmark, day, half_life_days), len(ids)) for name, day in
                              (("weight", run_date), ("fit_weight", holdout_from)))  # fmt: skip
     popularity = _read_popularity(refs["item_popularity"], index, len(ids))
-    users, fit_users = _read_users(refs["engagements"], index, len(ids), run_date, holdout_from)
+    engaged = _Engaged.read(refs["engagements"], index, run_date)
+    earlier = engaged.before(holdout_from)
     return TrainingData(
         item_ids=np.asarray(ids.to_pylist(), dtype=np.str_),
         content=_content(features),
-        full=History(pairs=full_pairs, user_items=users, popularity=popularity[0] * _factor(landmark, run_date, half_life_days)),
-        fit=History(pairs=fit_pairs, user_items=fit_users, popularity=popularity[1] * _factor(landmark, holdout_from, half_life_days)),
+        full=History(
+            pairs=full_pairs,
+            user_items=engaged.user_items(len(ids)),
+            popularity=popularity[0] * _factor(landmark, run_date, half_life_days),
+            trends=engaged.trends(len(ids), run_date),
+        ),
+        fit=History(
+            pairs=fit_pairs,
+            user_items=earlier.user_items(len(ids)),
+            popularity=popularity[1] * _factor(landmark, holdout_from, half_life_days),
+            trends=earlier.trends(len(ids), holdout_from - timedelta(days=1)),
+        ),
         holdout=_read_holdout(refs["co_engagement_daily"], index, len(ids), run_date, holdout_from),
         eligible=features["eligible"].to_numpy(),
         examples=_read_examples(refs["relevance_examples"], index),
@@ -226,24 +248,69 @@ def _read_popularity(ref: TableRef, index: _Index, num_items: int) -> Floats:
     return out[:, :num_items]
 
 
-def _read_users(ref: TableRef, index: _Index, num_items: int, run_date: date, holdout_from: date) -> tuple[Sparse, Sparse]:
-    """(U, N) user-item matrices: up to the run date, and before the holdout. User rows ascend by id, whatever the file order."""
-    table = read_table(ref, ["user_id", "item_id", "event_date"], pc.field("event_date") <= run_date)
-    item = index(table["item_id"])
-    coded = table["user_id"].dictionary_encode().combine_chunks()
-    coded = coded.chunk(0) if isinstance(coded, pa.ChunkedArray) and coded.num_chunks else coded
-    rank = np.empty(len(coded.dictionary), dtype=np.int32)
-    rank[pc.sort_indices(coded.dictionary).to_numpy()] = np.arange(len(rank), dtype=np.int32)
-    user = rank[coded.indices.to_numpy()]
-    before = pc.less(table["event_date"], pa.scalar(holdout_from)).to_numpy()
-    shape = (len(rank), num_items)
-    return _binary(user, item, item >= 0, shape), _binary(user, item, (item >= 0) & before, shape)
+def item_trends(item: Ints, age_days: npt.NDArray[np.float64], num_items: int) -> Floats:
+    """(N, S) what an item's user-days say of its popularity now: TRENDS.
+
+    Args:
+        item: (D,) item index of each user-day.
+        age_days: (D,) days since then.
+        num_items: N.
+
+    Returns:
+        Per half-life the log share of all decayed user-days, then log(1 + days since the first one), 0 where there is none.
+    """
+    columns = []
+    for half_life in TREND_HALF_LIVES:
+        weight = np.bincount(item, weights=np.exp2(-age_days / half_life), minlength=num_items) + _TREND_FLOOR
+        columns.append(np.log(weight / weight.sum()))
+    age = np.zeros(num_items)
+    np.maximum.at(age, item, age_days)
+    return np.stack([*columns, np.log1p(age)], axis=1).astype(np.float32)
 
 
-def _binary(user: Ints, item: Ints, keep: Bools, shape: tuple[int, int]) -> Sparse:
-    matrix = sparse_rows(user[keep], item[keep], np.ones(int(keep.sum())), shape)
-    matrix.data[:] = 1.0
-    return matrix
+@dataclass(frozen=True, kw_only=True)
+class _Engaged:
+    """User-days: (D,) user row (ascending by id, whatever the file order), item index and day since 1970-01-01; `num_users` in all."""
+
+    user: Ints
+    item: Ints
+    day: npt.NDArray[np.int64]
+    num_users: int
+
+    @classmethod
+    def read(cls, ref: TableRef, index: _Index, run_date: date) -> Self:
+        """Up to the run date, known items only."""
+        table = read_table(ref, ["user_id", "item_id", "event_date"], pc.field("event_date") <= run_date)
+        item = index(table["item_id"])
+        coded = table["user_id"].dictionary_encode().combine_chunks()
+        coded = coded.chunk(0) if isinstance(coded, pa.ChunkedArray) and coded.num_chunks else coded
+        rank = np.empty(len(coded.dictionary), dtype=np.int32)
+        rank[pc.sort_indices(coded.dictionary).to_numpy()] = np.arange(len(rank), dtype=np.int32)
+        day = table["event_date"].cast(pa.date32()).cast(pa.int32()).to_numpy().astype(np.int64)
+        user, item, day = (column[item >= 0] for column in (rank[coded.indices.to_numpy()], item, day))
+        order = np.lexsort((day, item, user))
+        user, item, day = user[order], item[order], day[order]
+        first = (np.diff(user, prepend=-1) != 0) | (np.diff(item, prepend=-1) != 0) | (np.diff(day, prepend=day[:1] - 1) != 0)
+        return cls(user=user[first], item=item[first], day=day[first], num_users=len(rank))
+
+    def before(self, first: date) -> Self:
+        """Those before a day."""
+        keep = self.day < _day_number(first)
+        return type(self)(user=self.user[keep], item=self.item[keep], day=self.day[keep], num_users=self.num_users)
+
+    def user_items(self, num_items: int) -> Sparse:
+        """(U, N) ones."""
+        matrix = sparse_rows(self.user, self.item, np.ones(len(self.item)), (self.num_users, num_items))
+        matrix.data[:] = 1.0
+        return matrix
+
+    def trends(self, num_items: int, as_of: date) -> Floats:
+        """(N, S) as of the end of a day."""
+        return item_trends(self.item, (_day_number(as_of) - self.day).astype(np.float64), num_items)
+
+
+def _day_number(day: date) -> int:
+    return day.toordinal() - date(1970, 1, 1).toordinal()
 
 
 def _read_holdout(ref: TableRef, index: _Index, num_items: int, run_date: date, holdout_from: date) -> Sparse:

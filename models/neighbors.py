@@ -3,11 +3,14 @@
 `build_index` lays everything a night's lists are made from into one folder of memory-mappable files; `Retriever` opens it in any number of
 processes, which then share one copy in memory. Candidates of a trigger:
 
-    counted pairs (the heaviest)  +  nearest targets of every head (FAISS)  +  nearest in content  +  the most popular items
+    counted pairs (the heaviest)  +  items that its users know too (models.user_level)  +  nearest targets of every head (FAISS)
+    +  nearest in content  +  the most popular items
 
 never the trigger itself, never an ineligible item. A head's list is the best of its own candidates by its score, and is never filled with
-anything else; the merged list (models.merge) chooses among all. FAISS only proposes: scores are computed here, one way for all
-candidates, so that equal vectors have equal scores and ties fall by item index. Counts and weights are decayed as of the run date.
+anything else. The engagement list is ordered by p(j given i): there the scorer (models.scorer) puts together what the head has generalized
+and what the counts have memorized. The merged list (models.merge) chooses among all. FAISS only proposes: scores are computed here, one
+way for all candidates, so that equal vectors have equal scores and ties fall by item index. Counts and weights are decayed as of the run
+date.
 
 Shapes: `N` items (row = item_index, ascending by item_id), `B` triggers, `M` candidates of all of them in one flat list (models.ranking),
 `R` neighbors of a head's lists, `V` vector length, `C` content dimensions, `L` category levels.
@@ -26,15 +29,16 @@ import pyarrow as pa
 
 from conf.errors import TrainingError
 from conf.settings import RetrievalSettings
-from models.data import Bools, Floats, Ints
+from models.data import Bools, Floats, Ints, Sparse
 from models.factorization import log_popularity
 from models.merge import CandidateSet, FillOrder, Policies, Policy, merge_candidates
 from models.ranking import Longs, best_per_segment, ends, segments
 from models.scorer import Scorer, candidate_features, log_softmax
+from models.user_level import UserLevel
 
 ENGAGEMENT, RELEVANCE, MERGED = "engagement", "relevance", "merged"
-COUNTS, CONTENT, POPULARITY, CATEGORY = "counts", "content", "popularity", "category"
-_SOURCE_BITS = 16  # of a packed candidate key: counts, content, popularity, category and up to 12 heads
+COUNTS, USERS, CONTENT, POPULARITY, CATEGORY = "counts", "users", "content", "popularity", "category"
+_SOURCE_BITS = 16  # of a packed candidate key: counts, users, content, popularity, category and up to 11 heads
 _META = "meta.json"
 _NEIGHBOR_TYPE = pa.struct(
     [
@@ -89,6 +93,8 @@ def build_index(
     popularity_p: Floats,
     eligible: Bools,
     category_codes: Ints,
+    trends: Floats,
+    user_level: UserLevel,
     scorer_file: Path | None,
     calibration: Mapping[str, Any],
 ) -> None:
@@ -102,13 +108,23 @@ def build_index(
         popularity_p: (N,) decayed user-days or any multiple of them, 0 for an item never engaged with; floored as in training.
         eligible: (N,) may be a neighbor.
         category_codes: (N, L) a code per level that stands for the whole path down to it, -1 for none.
+        trends: (N, S) of `models.data.item_trends` as of the run date.
+        user_level: as of the run date.
         scorer_file: written by `Scorer.save`; without one the fixed mixture.
         calibration: any JSON, kept in meta.json for readers of the index.
 
     Raises:
         TrainingError: a head is missing, shapes disagree, or a vector is not finite.
     """
-    _check(len(item_ids), head_vectors, content=content, popularity_p=popularity_p, eligible=eligible, category_codes=category_codes)
+    _check(
+        len(item_ids),
+        head_vectors,
+        content=content,
+        popularity_p=popularity_p,
+        eligible=eligible,
+        category_codes=category_codes,
+        trends=trends,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     informed = (content != 0).any(axis=1) | (popularity_p > 0)
     for number, (name, (trigger, target)) in enumerate(head_vectors.items()):
@@ -117,9 +133,18 @@ def build_index(
     _write_flat(folder, "content", content, np.flatnonzero(eligible & (content != 0).any(axis=1)))
     log_p = log_popularity(popularity_p.astype(np.float32))
     order = FillOrder.build(log_p, eligible, category_codes[:, 0] if category_codes.shape[1] else np.full(len(log_p), -1, dtype=np.int32))
-    for file, array in (("log_popularity", log_p), ("categories", category_codes), ("popular", order.popular),
-                        ("fill_items", order.by_category), ("fill_categories", order.category), ("eligible", eligible)):  # fmt: skip
+    arrays = {
+        "log_popularity": log_p,
+        "trends": trends,
+        "categories": category_codes,
+        "popular": order.popular,
+        "fill_items": order.by_category,
+        "fill_categories": order.category,
+        "eligible": eligible,
+    }
+    for file, array in arrays.items():
         _save(folder, file, array)
+    user_level.save(folder)
     ids = pa.array(item_ids, pa.string()) if not isinstance(item_ids, pa.Array) else item_ids.cast(pa.string())
     with pa.OSFile(str(folder / "item_ids.arrow"), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("item_id", pa.string())])) as writer:
         writer.write_batch(pa.record_batch([ids], names=["item_id"]))
@@ -132,8 +157,8 @@ def build_index(
 def _check(num_items: int, head_vectors: Mapping[str, tuple[Floats, Floats]], **arrays: npt.NDArray[Any]) -> None:
     if missing := {ENGAGEMENT, RELEVANCE} - set(head_vectors):
         raise TrainingError(f"vectors of heads {sorted(missing)} are missing, have {sorted(head_vectors)}; add them under model.heads")
-    if len(head_vectors) > _SOURCE_BITS - 4:
-        raise TrainingError(f"found {len(head_vectors)} heads, wanted at most {_SOURCE_BITS - 4}; take some out of model.heads")
+    if len(head_vectors) > _SOURCE_BITS - 5:
+        raise TrainingError(f"found {len(head_vectors)} heads, wanted at most {_SOURCE_BITS - 5}; take some out of model.heads")
     for name, (trigger, target) in head_vectors.items():
         arrays |= {f"trigger vectors of head {name}": trigger, f"target vectors of head {name}": target}
     for name, array in arrays.items():
@@ -283,9 +308,9 @@ class _Pool:
     segment: Longs  # (M,)
     item: Ints  # (M,)
     sources: Ints  # (M,)
-    weight: Floats  # (M,)
     num_user_days: Longs  # (M,)
     scores: Mapping[str, Floats]  # (M,) per head
+    log_p: Floats  # (M,) the scorer's log p(j given i) over the trigger's candidates
 
     def narrow(self, position: Longs, offsets: Longs, score: Floats, filled: Bools, categories: Ints) -> Neighbors:
         """Lists made of the candidates at `position`."""
@@ -322,6 +347,8 @@ class Retriever:
     content: Floats
     content_flat: _Flat
     log_popularity: Floats
+    trends: Floats
+    user_level: UserLevel
     categories: Ints
     eligible: Bools
     fill_order: FillOrder
@@ -341,6 +368,8 @@ class Retriever:
             content=_load(folder, "content"),
             content_flat=_Flat.open(folder, "content"),
             log_popularity=_load(folder, "log_popularity"),
+            trends=_load(folder, "trends"),
+            user_level=UserLevel.open(folder),
             categories=_load(folder, "categories"),
             eligible=_load(folder, "eligible"),
             fill_order=FillOrder(
@@ -353,7 +382,7 @@ class Retriever:
     @property
     def source_names(self) -> tuple[str, ...]:
         """What the bits of `Neighbors.sources` mean, lowest first."""
-        return (COUNTS, *self.heads, CONTENT, POPULARITY, CATEGORY)
+        return (COUNTS, USERS, *self.heads, CONTENT, POPULARITY, CATEGORY)
 
     def retrieve(self, trigger: Ints, counted: Counted, policies: Policies, *, settings: RetrievalSettings) -> NeighborLists:
         """Lists of B triggers, computed `settings.block_size` at a time.
@@ -385,16 +414,16 @@ class Retriever:
         parts: list[list[Neighbors]] = []
         for start in range(0, max(len(trigger), 1), size):
             block, pairs = trigger[start : start + size], counted.part(start, min(start + size, len(trigger)))
-            pool = self._scored(block, pairs, *self._candidates(block, pairs, settings))
-            candidates = self._candidate_set(pool, pairs)
+            pool = self._scored(block, pairs, settings)
+            candidates = self._candidate_set(pool)
             rows = [Policies.same(policy, len(block)) for policy in policies]
             parts.append([self._merged_lists(pool, candidates, pairs, row, settings.list_length) for row in rows])
         return [_concatenate(part) for part in zip(*parts, strict=True)]
 
     def _block(self, trigger: Ints, counted: Counted, policies: Policies, settings: RetrievalSettings) -> dict[str, Neighbors]:
-        pool = self._scored(trigger, counted, *self._candidates(trigger, counted, settings))
+        pool = self._scored(trigger, counted, settings)
         lists = {name: self._head_lists(head, pool, settings.list_length) for name, head in self.heads.items()}
-        merged = self._merged_lists(pool, self._candidate_set(pool, counted), counted, policies, settings.list_length)
+        merged = self._merged_lists(pool, self._candidate_set(pool), counted, policies, settings.list_length)
         return lists | {MERGED: merged}
 
     def _bit(self, name: str) -> int:
@@ -402,14 +431,12 @@ class Retriever:
 
     # --- candidates ---
 
-    def _candidates(self, trigger: Ints, counted: Counted, settings: RetrievalSettings) -> tuple[Longs, Ints]:
+    def _candidates(self, trigger: Ints, counted: Counted, users: Sparse, settings: RetrievalSettings) -> tuple[Longs, Ints]:
         """(M,) ascending keys row * N + item, and who proposed each."""
         packed = [self._packed(source, items, trigger) for source, items in self._proposals(trigger, settings)]
-        rows = segments(counted.indptr)
-        allowed = self.eligible[counted.target] & (counted.target != trigger[rows])
-        weight = np.where(allowed, counted.weight, -np.inf).astype(np.float32)
-        heaviest, _ = best_per_segment(weight, counted.indptr, settings.num_candidates_counts)
-        packed.append(self._pack(COUNTS, rows[heaviest], counted.target[heaviest]))
+        packed.append(self._heaviest(COUNTS, trigger, counted.target, counted.weight, counted.indptr, settings.num_candidates_counts))
+        known = (users.indices, users.data, users.indptr.astype(np.int64))
+        packed.append(self._heaviest(USERS, trigger, *known, settings.num_candidates_users))
         found = np.sort(np.concatenate(packed))
         keys, source = found >> _SOURCE_BITS, (found & (1 << _SOURCE_BITS) - 1).astype(np.int32)
         first = np.flatnonzero(np.diff(keys, prepend=-1))
@@ -427,6 +454,13 @@ class Retriever:
         popular = self.fill_order.popular[: settings.num_candidates_popular]
         return [*found, (POPULARITY, np.broadcast_to(popular, (len(trigger), len(popular))))]
 
+    def _heaviest(self, source: str, trigger: Ints, target: Ints, weight: Floats, indptr: Longs, width: int) -> Longs:
+        """Keys of each trigger's `width` heaviest targets; row b of a sparse matrix is that of trigger[b]."""
+        rows = segments(indptr)
+        allowed = self.eligible[target] & (target != trigger[rows])
+        best, _ = best_per_segment(np.where(allowed, weight, -np.inf).astype(np.float32), indptr, width)
+        return self._pack(source, rows[best], target[best])
+
     def _packed(self, source: str, items: Ints, trigger: Ints) -> Longs:
         """Keys of (B, w) proposed items without gaps and without the trigger."""
         row, column = np.nonzero((items >= 0) & (items != trigger[:, None]))
@@ -435,46 +469,47 @@ class Retriever:
     def _pack(self, source: str, row: Longs, item: Ints) -> Longs:
         return (row * len(self.eligible) + item) << _SOURCE_BITS | 1 << self._bit(source)
 
-    def _scored(self, trigger: Ints, counted: Counted, keys: Longs, sources: Ints) -> _Pool:
-        """Candidates with their counts and every head's score; a counted pair says so even if another source proposed it."""
+    def _scored(self, trigger: Ints, counted: Counted, settings: RetrievalSettings) -> _Pool:
+        """Candidates with their counts and every score; a counted pair says so even if another source proposed it."""
+        users = self.user_level.rows(trigger)
+        keys, sources = self._candidates(trigger, counted, users, settings)
         segment, item = np.divmod(keys, len(self.eligible))
         offsets = ends(np.bincount(segment, minlength=len(trigger)))
         weight, num_user_days = self._counts_of(keys, counted)
+        scores = {name: _dots(head.trigger[trigger], head.target, item, offsets) for name, head in self.heads.items()}
+        row = segment.astype(np.int32)
         return _Pool(
             trigger=trigger,
             offsets=offsets,
             segment=segment,
             item=item.astype(np.int32),
             sources=sources | (num_user_days > 0).astype(np.int32) << self._bit(COUNTS),
-            weight=weight,
             num_user_days=num_user_days,
-            scores={name: _dots(head.trigger[trigger], head.target, item, offsets) for name, head in self.heads.items()},
+            scores=scores,
+            log_p=self._log_p(row, item, scores[ENGAGEMENT], weight, _row_sums(counted.weight, counted.indptr)[row], users, keys),
         )
 
     def _counts_of(self, keys: Longs, counted: Counted) -> tuple[Floats, Longs]:
         """(M,) decayed weight and user-days of ascending keys, 0 where nothing is counted."""
-        if not len(counted.target):
-            return np.zeros(len(keys), dtype=np.float32), np.zeros(len(keys), dtype=np.int64)
         known = segments(counted.indptr) * len(self.eligible) + counted.target
         order = np.argsort(known, kind="stable")  # near-linear on the usual input, which ascends already
-        at = np.minimum(np.searchsorted(known[order], keys), len(known) - 1)
-        entry = order[at]
-        hit = known[entry] == keys
-        return np.where(hit, counted.weight[entry], 0).astype(np.float32), np.where(hit, counted.num_user_days[entry], 0).astype(np.int64)
+        return _looked_up(keys, known[order], counted.weight[order]), _looked_up(keys, known[order], counted.num_user_days[order])
 
     # --- lists ---
 
     def _head_lists(self, head: _Head, pool: _Pool, k: int) -> Neighbors:
-        """Best of what this head's search found, and of counted pairs if it is about engagement."""
-        mask = 1 << self._bit(head.name) | (1 << self._bit(COUNTS) if head.biased else 0)
-        score = np.where(pool.sources & mask, pool.scores[head.name], -np.inf).astype(np.float32)
+        """Best of what this head's search found, and of what was engaged with together if it is about engagement."""
+        together = 1 << self._bit(COUNTS) | (1 << self._bit(USERS) if head.name == ENGAGEMENT else 0)
+        mask = 1 << self._bit(head.name) | (together if head.biased else 0)
+        own = np.exp(pool.log_p) if head.name == ENGAGEMENT else pool.scores[head.name]
+        score = np.where(pool.sources & mask, own, -np.inf).astype(np.float32)
         position, offsets = best_per_segment(score, pool.offsets, k)
         return pool.narrow(position, offsets, score[position], np.zeros(len(position), dtype=np.bool_), self.categories)
 
-    def _candidate_set(self, pool: _Pool, counted: Counted) -> CandidateSet:
+    def _candidate_set(self, pool: _Pool) -> CandidateSet:
         return CandidateSet(
             offsets=pool.offsets,
-            log_p=self._log_p(pool, counted),
+            log_p=pool.log_p,
             relevance=pool.scores[RELEVANCE],
             log_popularity=self.log_popularity[pool.item],
             found_by_relevance=(pool.sources >> self._bit(RELEVANCE) & 1).astype(np.bool_),
@@ -485,21 +520,23 @@ class Retriever:
         lists = pool.narrow(merged.position, merged.offsets, merged.score, merged.filled, self.categories)
         return self._filled_up(lists, pool.trigger, counted, k)
 
-    def _log_p(self, pool: _Pool, counted: Counted) -> Floats:
-        """(M,) the scorer's log p(j|i) over the trigger's candidates, from the features it was fitted on."""
-        if not len(pool.item):
+    def _log_p(
+        self, row: Ints, item: Longs, head_score: Floats, weight: Floats, weight_row_sum: Floats, users: Sparse, keys: Longs
+    ) -> Floats:
+        """(M,) from the features that the scorer was fitted on."""
+        if not len(item):
             return np.zeros(0, dtype=np.float32)
-        segment = pool.segment.astype(np.int32)
-        row_sum = np.bincount(segments(counted.indptr), weights=counted.weight, minlength=len(pool.trigger)).astype(np.float32)
+        known = segments(users.indptr.astype(np.int64)) * len(self.eligible) + users.indices
         features = candidate_features(
-            head_log_p=log_softmax(pool.scores[ENGAGEMENT], segment),
-            count=pool.weight,
-            count_row_sum=row_sum[segment],
-            popularity_p=np.exp(self.log_popularity)[pool.item],
-            content_cosine=_dots(self.content[pool.trigger], self.content, pool.item, pool.offsets),
-            relevance_cosine=pool.scores[RELEVANCE],
+            head_log_p=log_softmax(head_score, row),
+            count=weight,
+            count_row_sum=weight_row_sum,
+            user_level=_looked_up(keys, known, users.data),
+            user_level_row_sum=_row_sums(users.data, users.indptr)[row],
+            popularity_p=np.exp(self.log_popularity)[item],
+            trends=self.trends[item],
         )
-        return self.scorer.log_probability(features, segment)
+        return self.scorer.log_probability(features, row)
 
     def _filled_up(self, lists: Neighbors, trigger: Ints, counted: Counted, k: int) -> Neighbors:
         """Short lists with items of the category, then popular ones, appended; score 0, as nothing proposed them."""
@@ -531,6 +568,20 @@ class Retriever:
             filled=np.ones(len(item), dtype=np.bool_),
             shared_depth=_shared_depth(self.categories, trigger[segment], item),
         )
+
+
+def _looked_up(keys: Longs, known: Longs, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(M,) values of keys, 0 where a key is not among the (P,) ascending known ones."""
+    if not len(known):
+        return np.zeros(len(keys), dtype=values.dtype)
+    at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return np.where(known[at] == keys, values[at], values.dtype.type(0))
+
+
+def _row_sums(values: Floats, indptr: npt.NDArray[np.integer]) -> Floats:
+    """(B,) sums of each row's values."""
+    row = segments(np.asarray(indptr, dtype=np.int64))
+    return np.bincount(row, weights=values, minlength=len(indptr) - 1).astype(np.float32)
 
 
 def _dots(queries: Floats, vectors: Floats, item: npt.NDArray[np.integer], offsets: Longs) -> Floats:

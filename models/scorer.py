@@ -1,16 +1,19 @@
 """The calibrated merge scorer: how likely is each candidate to be the trigger's next partner.
 
 Fitted once a night on the last slice of engagements with features of everything before it, then frozen and applied to features of
-everything. All features are logarithms or cosines, so that the scorer is a small log-linear model with 16 tanh units:
+everything. All features are logarithms or cosines, so that the scorer is a small log-linear model with tanh units:
 
     logit = w . z + v . tanh(W z + b),  z = (features - mean) / scale;   p(j given i) = softmax of the logits over i's candidates
+
+It knows what was engaged with and when, and nothing of content or relevance: with their cosines among the features it fitted what the last
+slice's few heavy users browsed, and lost a tenth of recall on the next slice of ifdb_games. Relevance enters by the merge policy alone.
 
 Applied with numpy alone (Spark tasks have no torch); torch is imported where it is fitted.
 Shapes: `N` items, `T` triggers, `M` candidates of all triggers together, `F` features, `V` vector length.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,13 +21,16 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from models.data import Floats, History, Ints, Sparse
+from models.data import TRENDS, Floats, History, Ints, Sparse
+from models.user_level import UserLevel
 
 if TYPE_CHECKING:
     import torch
 
-FEATURES = ("head_log_p", "smooth_log_p", "content_cosine", "relevance_cosine", "log_popularity", "log_count")
+FEATURES = ("head_log_p", "smooth_log_p", "log_popularity", "log_count", "user_level_log_p", "user_level_log_count", *TRENDS)
 PRIOR_WEIGHT = 30.0  # mu of the smoothed count, in decayed user-days: against 3, +.005 recall@100 on ifdb_games, level on retail_gifts
+USER_LEVEL_PRIOR_WEIGHT = 3.0  # the same of user-level co-engagement, whose weights are shares of a user
+_PRIOR_WEIGHTS = [PRIOR_WEIGHT, USER_LEVEL_PRIOR_WEIGHT]
 _HEAD_SHARE = 0.9  # of the fallback mixture: the counts' tenth adds what the factorization does not memorize
 _PATIENCE = 8  # passes without a better held-out loss
 _BATCH = 40  # triggers per step
@@ -36,9 +42,10 @@ def candidate_features(
     head_log_p: Floats,
     count: Floats,
     count_row_sum: Floats,
+    user_level: Floats,
+    user_level_row_sum: Floats,
     popularity_p: Floats,
-    content_cosine: Floats,
-    relevance_cosine: Floats,
+    trends: Floats,
 ) -> Floats:
     """Features of M (trigger, candidate) pairs, used when fitting and when listing.
 
@@ -46,16 +53,27 @@ def candidate_features(
         head_log_p: (M,) log softmax of the engagement head over the trigger's candidates.
         count: (M,) decayed co-engagement weight, 0 where nothing is counted.
         count_row_sum: (M,) the trigger's weight over all partners.
+        user_level: (M,) user-level co-engagement, 0 where too few users know both.
+        user_level_row_sum: (M,) the trigger's over all partners.
         popularity_p: (M,) the candidate's share of decayed user-days, > 0 (floored).
-        content_cosine: (M,) of the content vectors.
-        relevance_cosine: (M,) score of the relevance head.
+        trends: (M, S) the candidate's `models.data.TRENDS`.
 
     Returns:
-        (M, F) float32 in the order of FEATURES. smooth_log_p is log((count + mu p) / (row sum + mu)).
+        (M, F) float32 in the order of FEATURES. smooth_log_p is log((count + mu p) / (row sum + mu)), likewise user_level_log_p.
     """
-    smooth = np.log((count + PRIOR_WEIGHT * popularity_p) / (count_row_sum + PRIOR_WEIGHT))
-    columns = (head_log_p, smooth, content_cosine, relevance_cosine, np.log(popularity_p), np.log1p(count))
-    return np.stack(columns, axis=1).astype(np.float32)
+    columns = (
+        head_log_p,
+        _smoothed(count, count_row_sum, popularity_p, PRIOR_WEIGHT),
+        np.log(popularity_p),
+        np.log1p(count),
+        _smoothed(user_level, user_level_row_sum, popularity_p, USER_LEVEL_PRIOR_WEIGHT),
+        np.log1p(user_level),
+    )
+    return np.concatenate([np.stack(columns, axis=1), trends], axis=1).astype(np.float32)
+
+
+def _smoothed(weight: Floats, row_sum: Floats, popularity_p: Floats, prior_weight: float) -> Floats:
+    return np.asarray(np.log((weight + prior_weight * popularity_p) / (row_sum + prior_weight)), dtype=np.float32)
 
 
 def log_softmax(logits: Floats, segment: Ints) -> Floats:
@@ -107,7 +125,7 @@ class Scorer:
     def save(self, path: Path) -> None:
         """Write as JSON, floats as they are."""
         content = {name: None if value is None else value.tolist() for name, value in self.__dict__.items()}
-        path.write_text(json.dumps({"features": FEATURES, "prior_weight": PRIOR_WEIGHT, **content}))
+        path.write_text(json.dumps({"features": FEATURES, "prior_weights": _PRIOR_WEIGHTS, **content}))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -117,7 +135,7 @@ class Scorer:
             ValueError: the file's features are not this code's.
         """
         content = json.loads(Path(path).read_text())
-        if tuple(content["features"]) != FEATURES or content["prior_weight"] != PRIOR_WEIGHT:
+        if tuple(content["features"]) != FEATURES or content.get("prior_weights") != _PRIOR_WEIGHTS:
             raise ValueError(f"{path} was fitted on features {content['features']}; this code computes {FEATURES}: train again")
         names = ("mean", "scale", "linear", "hidden", "hidden_bias", "output")
         arrays: dict[str, Any] = {name: None if content[name] is None else np.asarray(content[name], dtype=np.float32) for name in names}
@@ -154,6 +172,7 @@ class Widths:
     """How many candidates each source proposes per trigger; as at list time."""
 
     counts: int = 400
+    users: int = 200
     head: int = 300
     content: int = 100
     popular: int = 100
@@ -164,7 +183,8 @@ class CandidateSource:
     """Everything candidates and their features are made from, as of one time.
 
     Attributes:
-        history: pairs and popularity.
+        history: pairs, popularity and trends.
+        user_level: of the same time.
         content: (N, C).
         engagement: vectors of the engagement head.
         relevance: vectors of the relevance head.
@@ -173,6 +193,7 @@ class CandidateSource:
     """
 
     history: History
+    user_level: UserLevel
     content: Floats
     engagement: HeadVectors
     relevance: HeadVectors
@@ -201,11 +222,14 @@ class CandidateSource:
         relevance = self.relevance.trigger[triggers] @ self.relevance.target.T
         content = self.content[triggers] @ self.content.T
         counts: Floats = self.history.pairs[triggers].toarray()
+        users: Floats = self.user_level.rows(triggers).toarray()
         popular = np.broadcast_to(self.popularity_p, counts.shape)
         chosen = np.zeros(counts.shape, dtype=np.bool_)
-        sources = ((engagement, widths.head), (relevance, widths.head), (content, widths.content), (popular, widths.popular))
-        for scores, width in (*sources, (counts, widths.counts)):
-            _choose(chosen, np.where(self.eligible, scores, -np.inf), width, above=0.0 if scores is counts else -np.inf)
+        near = ((engagement, widths.head), (relevance, widths.head), (content, widths.content), (popular, widths.popular))
+        for scores, width in near:
+            _choose(chosen, np.where(self.eligible, scores, -np.inf), width, above=-np.inf)
+        for scores, width in ((counts, widths.counts), (users, widths.users)):
+            _choose(chosen, np.where(self.eligible, scores, -np.inf), width, above=0.0)
         chosen[np.arange(len(triggers)), triggers] = False
         row, target = np.nonzero(chosen)
         future = truth.toarray()
@@ -216,9 +240,10 @@ class CandidateSource:
                 head_log_p=log_softmax(engagement[row, target], row.astype(np.int32)),
                 count=counts[row, target],
                 count_row_sum=counts.sum(axis=1)[row],
+                user_level=users[row, target],
+                user_level_row_sum=users.sum(axis=1)[row],
                 popularity_p=self.popularity_p[target],
-                content_cosine=content[row, target],
-                relevance_cosine=relevance[row, target],
+                trends=self.history.trends[target],
             ),
             gain=(future / np.maximum(future.sum(axis=1, keepdims=True), 1e-12))[row, target].astype(np.float32),
         )
@@ -235,35 +260,68 @@ def _choose(chosen: npt.NDArray[np.bool_], scores: Floats, width: int, *, above:
     chosen[rows[keep], best[keep]] = True
 
 
-def fit_scorer(candidates: Candidates, *, num_units: int = 16, num_passes: int = 60, seed: int) -> tuple[Scorer, dict[str, float]]:
-    """Fit listwise: softmax over each trigger's candidates against its future partners, early stop on a fifth of the triggers.
+def fit_scorer(
+    candidates: Candidates, *, num_units: int = 12, num_folds: int = 4, num_passes: int = 60, seed: int
+) -> tuple[Scorer, dict[str, float]]:
+    """Fit listwise: softmax over each trigger's candidates against its future partners.
+
+    The triggers are dealt into folds; each fold stops a scorer early that is fitted on the others, and the mean of their logits, one
+    scorer of `num_folds * num_units` units, is kept: a single split of some hundred triggers is decided by chance.
 
     Args:
         candidates: with features of the past and gains of the future.
-        num_units: tanh units.
+        num_units: tanh units per fold.
+        num_folds: at least 2, and no more than there are triggers.
         num_passes: most passes over the triggers.
-        seed: of initialization, split and order.
+        seed: of initialization, folds and order.
 
     Returns:
-        The scorer and what was reached: passes, loss on the held-out fifth, loss of the fixed mixture there.
+        The scorer and what was reached, means over the folds: passes, held-out loss, loss of the fixed mixture there.
     """
     import torch
 
     mean, scale = candidates.features.mean(axis=0), candidates.features.std(axis=0) + np.float32(1e-6)
     generator = torch.Generator().manual_seed(seed)
-    linear = torch.zeros(len(FEATURES))
-    linear[0], linear[1] = float(_HEAD_SHARE * scale[0]), float((1 - _HEAD_SHARE) * scale[1])  # starts as a geometric mixture
-    hidden = torch.randn(len(FEATURES), num_units, generator=generator) * 0.3
-    weights = [linear, hidden, torch.zeros(num_units), torch.zeros(num_units)]
     lists = _Lists(candidates, mean, scale)
-    fifth = max(1, lists.num_triggers // 5)
-    order = torch.randperm(lists.num_triggers, generator=generator)
-    held_out, fitted = order[:fifth], order[fifth:]
-    loss, passes = _descend(weights, lists, fitted, held_out, num_passes, generator)
-    arrays = (weight.detach().numpy().copy() for weight in weights)
-    scorer = Scorer(mean=mean, scale=scale, **dict(zip(("linear", "hidden", "hidden_bias", "output"), arrays, strict=True)))
-    mixture = lists.loss(held_out, lambda z: torch.from_numpy(Scorer.mixture().logits(z.numpy() * scale + mean)))
-    return scorer, {"scorer_passes": float(passes), "scorer_loss": loss, "mixture_loss": float(mixture)}
+    folds = torch.chunk(torch.randperm(lists.num_triggers, generator=generator), num_folds)
+    fits = [_fit_fold(lists, folds, number, num_units, num_passes, generator) for number in range(len(folds))]
+    linear, hidden, hidden_bias, output = zip(*(fit.weights for fit in fits), strict=True)
+    scorer = Scorer(
+        mean=mean,
+        scale=scale,
+        linear=np.mean(linear, axis=0),
+        hidden=np.concatenate(hidden, axis=1),
+        hidden_bias=np.concatenate(hidden_bias),
+        output=(np.concatenate(output) / len(fits)).astype(np.float32),
+    )
+    names = ("scorer_passes", "scorer_loss", "mixture_loss")
+    return scorer, {name: float(np.mean([fit.reached[name] for fit in fits])) for name in names}
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Linear, hidden, hidden bias and output weights of one fold, and what they reached there."""
+
+    weights: list[Floats]
+    reached: dict[str, float]
+
+
+def _fit_fold(
+    lists: "_Lists", folds: "Sequence[torch.Tensor]", number: int, num_units: int, num_passes: int, generator: "torch.Generator"
+) -> _Fit:
+    """Starts as a geometric mixture of head and smoothed count."""
+    import torch
+
+    num_features = len(lists.scale)
+    linear = torch.zeros(num_features)
+    linear[0], linear[1] = float(_HEAD_SHARE * lists.scale[0]), float((1 - _HEAD_SHARE) * lists.scale[1])
+    hidden = torch.randn(num_features, num_units, generator=generator) * 0.3
+    weights = [linear, hidden, torch.zeros(num_units), torch.zeros(num_units)]
+    fitted = torch.cat([fold for other, fold in enumerate(folds) if other != number])
+    loss, passes = _descend(weights, lists, fitted, folds[number], num_passes, generator)
+    mixture = lists.loss(folds[number], lambda z: torch.from_numpy(Scorer.mixture().logits(z.numpy() * lists.scale + lists.mean)))
+    reached = {"scorer_passes": float(passes), "scorer_loss": loss, "mixture_loss": float(mixture)}
+    return _Fit([weight.detach().numpy().copy() for weight in weights], reached)
 
 
 class _Lists:
@@ -272,6 +330,7 @@ class _Lists:
     def __init__(self, candidates: Candidates, mean: Floats, scale: Floats) -> None:
         import torch
 
+        self.mean, self.scale = mean, scale
         lengths = np.unique(candidates.segment, return_counts=True)[1].tolist()
         self.features = torch.split(torch.from_numpy((candidates.features - mean) / scale), lengths)
         self.gains = torch.split(torch.from_numpy(candidates.gain), lengths)

@@ -9,6 +9,7 @@
     checkpoint/          models.checkpoint
     embeddings/*.parquet item_id, head, trigger_vector, target_vector
     scorer.json          models.scorer
+    signals/             what else the scorer reads: trends.npy (N, S), and models.user_level
 
 Deterministic for a seed and a thread count. Several workers take the rows of one global batch and add up gradients: the result is one
 worker's to rounding. Shapes as in models.batches.
@@ -45,6 +46,7 @@ from models.factorization import Calibrated, CoEngagement, Factorization, ScoreW
 from models.losses import Loss
 from models.mtmh import Head, Mtmh, Start
 from models.scorer import MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
+from models.user_level import UserLevel
 
 _CONFLICT_EVERY = 10  # steps between looks at the gradients' cosine
 _PART_ITEMS = 50_000  # rows of an embeddings file
@@ -58,6 +60,7 @@ class TrainingSpec:
         tables: pinned versions by table name.
         run_date: last day that counts.
         half_life_days: of the landmark weights.
+        min_users: distinct users below which nothing is known of two items.
         folder: where the output goes; for several machines a shared one.
         model: encoder and heads.
         training: optimization.
@@ -66,6 +69,7 @@ class TrainingSpec:
     tables: Mapping[str, TableRef]
     run_date: date
     half_life_days: float
+    min_users: int
     folder: str
     model: ModelSettings
     training: TrainingSettings
@@ -76,6 +80,7 @@ class TrainingSpec:
             "tables": {name: dataclasses.asdict(ref) for name, ref in self.tables.items()},
             "run_date": self.run_date.isoformat(),
             "half_life_days": self.half_life_days,
+            "min_users": self.min_users,
             "folder": self.folder,
             "model": self.model.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json"),
@@ -90,6 +95,7 @@ class TrainingSpec:
             tables={name: TableRef(**ref) for name, ref in content["tables"].items()},
             run_date=date.fromisoformat(content["run_date"]),
             half_life_days=content["half_life_days"],
+            min_users=content["min_users"],
             folder=content["folder"],
             model=ModelSettings.model_validate(content["model"]),
             training=TrainingSettings.model_validate(content["training"]),
@@ -214,6 +220,7 @@ def train(data: TrainingData, spec: TrainingSpec, workers: Workers) -> dict[str,
     )
     write_embeddings(folder / "embeddings", model, data)
     plan.scorer.save(folder / "scorer.json")
+    write_signals(folder / "signals", data, min_users=spec.min_users)
     clock.stop("writing_seconds")
     _write(folder / "history.json", {"model_version": version, "steps": history})
     _write(folder / "metrics.json", metrics | clock.seconds)
@@ -278,7 +285,7 @@ def _plan(data: TrainingData, spec: TrainingSpec, progress: Progress | None) -> 
     scorer, reached = Scorer.mixture(), dict[str, float]()
     if len(usable):
         fit_model = build_model(calibrated.fit, data.content, settings, calibrated.content_share, seed=seed)
-        source = candidate_source(data, fit_model, calibrated.fit)
+        source = candidate_source(data, fit_model, calibrated.fit, min_users=spec.min_users)
         scorer, reached = fit_scorer(source.propose(usable, data.holdout[usable], widths=Widths()), seed=seed)
     full = factorize(data.full, data.content, weights=calibrated.weights, seed=seed)
     chosen = {name: float(value) for name, value in dataclasses.asdict(calibrated.weights).items()}
@@ -322,11 +329,12 @@ def build_model(start: Factorization, content: Floats, settings: ModelSettings, 
         )
 
 
-def candidate_source(data: TrainingData, model: Mtmh, start: Factorization) -> CandidateSource:
+def candidate_source(data: TrainingData, model: Mtmh, start: Factorization, *, min_users: int) -> CandidateSource:
     """Candidates before the holdout, from an encoder that knows no more."""
     vectors = {name: HeadVectors(trigger=pair[0].numpy(), target=pair[1].numpy()) for name, pair in model.vectors().items()}
     return CandidateSource(
         history=data.fit,
+        user_level=UserLevel.of(data.fit.user_items, min_users=min_users),
         content=data.content,
         engagement=vectors["engagement"],
         relevance=vectors["relevance"],
@@ -562,6 +570,13 @@ def write_embeddings(folder: Path, model: Mtmh, data: TrainingData) -> None:
             }
             pq.write_table(pa.table(columns), folder / f"part-{part:04d}.parquet", use_dictionary=["head"])
             part += 1
+
+
+def write_signals(folder: Path, data: TrainingData, *, min_users: int) -> None:
+    """What the scorer reads beside vectors, pairs and popularity, as of the run date, in item order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "trends.npy", data.full.trends)
+    UserLevel.of(data.full.user_items, min_users=min_users).save(folder)
 
 
 def _lists(rows: Floats) -> pa.Array:

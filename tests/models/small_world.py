@@ -12,7 +12,7 @@ import pyarrow as pa
 from deltalake import write_deltalake
 
 from conf.settings import HeadSettings, ModelSettings, TrainingSettings
-from models.data import Examples, History, TableRef, TrainingData, load_training_data, sparse_rows
+from models.data import TRENDS, Examples, Floats, History, Sparse, TableRef, TrainingData, load_training_data, sparse_rows
 from models.train import TrainingSpec
 
 RUN_DATE = date(2024, 4, 9)
@@ -125,6 +125,7 @@ def make_spec(folder: Path, tables: dict[str, TableRef] | None = None, **trainin
         tables=tables or {},
         run_date=RUN_DATE,
         half_life_days=HALF_LIFE,
+        min_users=2,
         folder=str(folder),
         model=ModelSettings(heads=heads, dimension=16, hidden_dimension=24),
         training=TrainingSettings.model_validate(quick | training),
@@ -134,7 +135,13 @@ def make_spec(folder: Path, tables: dict[str, TableRef] | None = None, **trainin
 def empty_history(num_items: int, num_users: int = 2) -> History:
     """Nobody did anything."""
     pairs, users = (sparse_rows([], [], [], (rows, num_items)) for rows in (num_items, num_users))
-    return History(pairs=pairs, user_items=users, popularity=np.zeros(num_items, np.float32))
+    return make_history(pairs, users, np.zeros(num_items, np.float32))
+
+
+def make_history(pairs: Sparse, user_items: Sparse, popularity: Floats) -> History:
+    """A history of which nobody knows the days."""
+    trends = np.zeros((len(popularity), len(TRENDS)), np.float32)
+    return History(pairs=pairs, user_items=user_items, popularity=popularity, trends=trends)
 
 
 def no_examples() -> Examples:

@@ -31,7 +31,7 @@ from models.data import History
 from models.factorization import ScoreWeights, factorize, recall, sample_triggers
 from models.metrics import recall_at_k
 from models.ranking import best_per_row
-from tests.models.small_world import empty_history
+from tests.models.small_world import empty_history, make_history
 
 # six items, the last is ineligible
 POPULARITY = np.array([5, 1, 3, 3, 2, 9], np.float32)
@@ -124,7 +124,7 @@ def random_world(seed: int, num_items: int = 12, num_users: int = 9) -> World:
     popularity = rng.integers(0, 4, num_items).astype(np.float32)
     np.fill_diagonal(pairs, 0)
     pairs[-1], pairs[:, -1], users[:, -1], popularity[-1] = 0, 0, 0, 0
-    history = History(pairs=csr_array(pairs), user_items=csr_array(users), popularity=popularity)
+    history = make_history(csr_array(pairs), csr_array(users), popularity)
     return World(history=history, eligible=rng.random(num_items) < 0.8)
 
 
@@ -323,9 +323,7 @@ def test_tuning_without_usable_triggers_keeps_the_start(data):
 
 def test_user_level_weight_is_tuned_without_any_pair(data):
     truth, triggers = drawn_truth(data)
-    no_pairs = History(
-        pairs=csr_array((data.num_items, data.num_items), dtype=np.float32), user_items=data.fit.user_items, popularity=data.fit.popularity
-    )
+    no_pairs = replace(data.fit, pairs=csr_array((data.num_items, data.num_items), dtype=np.float32))
     best = tune_smooth(no_pairs, truth, triggers, eligible=data.eligible)
     assert best.user_level_weight == SmoothWeights().user_level_weight, "it has no effect, so it does not move"
 
@@ -359,7 +357,7 @@ def test_a_user_level_weight_beyond_ten_is_found(monkeypatch):
     monkeypatch.setattr("models.baselines._TUNED_AT", 1)
     # the one counted pair is of 0 and 1; what follows 0 is 2, which one of ten users engaged with it: a twentieth of the users' mass
     users = cells({(0, 0): 1, (0, 2): 1} | {(user, item): 1 for user in range(1, 10) for item in (3, 4)}, (10, 5))
-    history = History(pairs=cells({(0, 1): 1}, (5, 5)), user_items=users, popularity=np.ones(5, np.float32))
+    history = make_history(cells({(0, 1): 1}, (5, 5)), users, np.ones(5, np.float32))
     best = tune_smooth(history, cells({(0, 2): 1}, (1, 5)), np.zeros(1, np.int32), eligible=np.ones(5, bool))
     assert best == SmoothWeights(user_level_weight=30.0)
 
@@ -371,7 +369,7 @@ def test_lambda_goes_on_from_the_end_of_its_grid_while_recall_gains(monkeypatch)
     kinds = {(0, 1, 3): 50, (1, 3): 50, (0, 2): 20}
     baskets = [[4 * copy + i for i in kind] for copy in range(3) for kind, count in kinds.items() for _ in range(3**copy * count)]
     users = cells({(user, item): 1 for user, items in enumerate(baskets) for item in items}, (len(baskets), 12))
-    history = History(pairs=csr_array((12, 12), dtype=np.float32), user_items=users, popularity=np.zeros(12, np.float32))
+    history = make_history(csr_array((12, 12), dtype=np.float32), users, np.zeros(12, np.float32))
     triggers, eligible = np.array([0, 4, 8], np.int32), np.arange(12) % 4 != 3
     truth = cells({(row, 4 * row + 1): 1 for row in range(3)}, (3, 12))
     tips = 100.0  # the first copy; it does so from about 66 on

@@ -1,5 +1,7 @@
 """The start of the encoder, against dense linear algebra and known neighbors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ from models.factorization import (
     sample_triggers,
     spectrum,
 )
-from tests.models.small_world import SmallWorld, empty_history
+from tests.models.small_world import SmallWorld, empty_history, make_history
 
 WEIGHTS = ScoreWeights(
     user_level_weight=0.5, dimension=16, target_norm_exponent=0.5, popularity_weight=0.1, temperature=3.0, prior_users=1.0
@@ -75,12 +77,12 @@ def test_known_neighbors_come_first_and_cold_items_follow_their_content(world: S
 
 @pytest.mark.parametrize("num_items", [2, 3])
 def test_tiny_and_empty_histories_stay_finite(num_items: int) -> None:
-    some = History(
-        pairs=sparse_rows([0], [1], [2.0], (num_items, num_items)),
-        user_items=sparse_rows([0, 0], [0, 1], [1, 1], (1, num_items)),
-        popularity=np.eye(num_items, dtype=np.float32)[0],
+    some = make_history(
+        sparse_rows([0], [1], [2.0], (num_items, num_items)),
+        sparse_rows([0, 0], [0, 1], [1, 1], (1, num_items)),
+        np.eye(num_items, dtype=np.float32)[0],
     )
-    users_only = History(pairs=empty_history(num_items).pairs, user_items=some.user_items, popularity=some.popularity)
+    users_only = replace(some, pairs=empty_history(num_items).pairs)
     for history in (some, users_only, empty_history(num_items)):
         made = factorize(history, np.zeros((num_items, 4), np.float32), weights=WEIGHTS, seed=0)
         assert made.trigger.shape == made.target.shape

@@ -6,18 +6,27 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.sparse import csr_array
 
 from conf.errors import TrainingError
 from conf.settings import RetrievalSettings
+from models.data import TRENDS
 from models.factorization import log_popularity
 from models.merge import Policies, read_policies
 from models.neighbors import ARROW_SCHEMA, Counted, NeighborLists, Retriever, build_index
 from models.scorer import FEATURES, Scorer, candidate_features, log_softmax
+from models.user_level import UserLevel
 
 BLEND = {"scope": "default", "kind": "blend", "value": 0.02, "popularity_exponent": 0.3}
 QUOTA = {"scope": "default", "kind": "quota", "value": 0.4, "popularity_exponent": 0.0}
 SETTINGS = RetrievalSettings(
-    list_length=8, num_candidates_counts=5, num_candidates_head=12, num_candidates_content=10, num_candidates_popular=3, block_size=16
+    list_length=8,
+    num_candidates_counts=5,
+    num_candidates_users=4,
+    num_candidates_head=12,
+    num_candidates_content=10,
+    num_candidates_popular=3,
+    block_size=16,
 )
 
 
@@ -64,6 +73,8 @@ class World:
             "content": unit(content),
             "popularity_p": popularity.astype(np.float32),
             "eligible": rng.random(n) < 0.8,
+            "trends": rng.standard_normal((n, len(TRENDS))).astype(np.float32),
+            "user_level": UserLevel.of(csr_array((rng.random((40, n)) < 0.12).astype(np.float32)), min_users=2),
             "category_codes": codes[:, : self.num_levels].astype(np.int32),
         }
         self.weight = np.where(rng.random((n, n)) < 0.15, rng.exponential(1, (n, n)), 0).astype(np.float32)
@@ -124,33 +135,39 @@ def plain_lists(world, trigger, scorer, policy, settings):
     scores = {name: np.einsum("ij,j->i", target, source[trigger]) for name, (source, target) in a["head_vectors"].items()}
     cosine = np.einsum("ij,j->i", a["content"], a["content"][trigger])
     counts, others = world.weight[trigger], np.arange(world.num_items) != trigger
+    users = a["user_level"].rows(np.array([trigger], np.int32)).toarray()[0]
     allowed = a["eligible"] & others
     described = a["content"].any(axis=1)
     informed = described | (a["popularity_p"] > 0)
     log_p = log_popularity(a["popularity_p"])
     width = settings.num_candidates_head
     counted = set(best(counts, allowed & (counts > 0), settings.num_candidates_counts))
+    known = set(best(users, allowed & (users > 0), settings.num_candidates_users))
     # FAISS returns one more than asked for, in case the trigger is among them
     found = {name: set(best(scores[name], a["eligible"], width + 1)) - {trigger} for name in ("engagement", "purchase")}
     found["relevance"] = set(best(scores["relevance"], a["eligible"] & informed, width + 1) if informed[trigger] else []) - {trigger}
     near = set(best(cosine, a["eligible"] & described, settings.num_candidates_content + 1) if described[trigger] else []) - {trigger}
     popular = set(best(log_p, a["eligible"], settings.num_candidates_popular)) - {trigger}
-    pool = np.array(sorted(counted.union(near, popular, *found.values())))
-    lists = {}
-    for name, own in found.items():
-        own = own | ({item for item in pool if counts[item] > 0} if name != "relevance" else set())
-        order = best(scores[name], np.isin(np.arange(world.num_items), list(own)), settings.list_length)
-        lists[name] = (order, scores[name][order])
+    pool = np.array(sorted(counted.union(known, near, popular, *found.values())))
     segment = np.zeros(len(pool), np.int32)
     features = candidate_features(
         head_log_p=log_softmax(scores["engagement"][pool], segment),
         count=counts[pool],
         count_row_sum=np.full(len(pool), counts.sum()),
+        user_level=users[pool],
+        user_level_row_sum=np.full(len(pool), users.sum()),
         popularity_p=np.exp(log_p[pool]),
-        content_cosine=cosine[pool],
-        relevance_cosine=scores["relevance"][pool],
+        trends=a["trends"][pool],
     )
-    p = np.exp(scorer.log_probability(features, segment)) / np.exp(log_p[pool]) ** policy["popularity_exponent"]
+    probability = np.zeros(world.num_items)
+    probability[pool] = np.exp(scorer.log_probability(features, segment))
+    lists, ordered_by = {}, scores | {"engagement": probability}
+    for name, own in found.items():
+        own = own | ({item for item in pool if counts[item] > 0} if name != "relevance" else set())
+        own = own | (known if name == "engagement" else set())
+        order = best(ordered_by[name], np.isin(np.arange(world.num_items), list(own)), settings.list_length)
+        lists[name] = (order, ordered_by[name][order])
+    p = probability[pool] / np.exp(log_p[pool]) ** policy["popularity_exponent"]
     value = p / p.sum() + policy["value"] * np.maximum(scores["relevance"][pool], 0)
     dense = np.zeros(world.num_items)
     dense[pool] = value
@@ -177,11 +194,11 @@ def test_equal_vectors_tie_by_index(tmp_path):
     rng = np.random.default_rng(8)
     same = {
         name: (rng.standard_normal((70, 131)).astype(np.float32), np.tile(rng.standard_normal(131), (70, 1)).astype(np.float32))
-        for name in ("engagement", "relevance")
+        for name in ("engagement", "relevance", "purchase")
     }
     everyone = {"head_vectors": same, "eligible": np.ones(70, bool)}
     lists = world.retrieve(world.open(tmp_path, **everyone), settings=SETTINGS.model_copy(update={"num_candidates_head": 70}))
-    for trigger, found in enumerate(rows_of(lists, "engagement")):
+    for trigger, found in enumerate(rows_of(lists, "purchase")):
         assert [row["neighbor"] for row in found] == [item for item in range(9) if item != trigger][:8]
 
 
@@ -299,7 +316,12 @@ def test_blank_items(tmp_path):
 def test_short_lists_are_filled_by_category_then_popularity(tmp_path):
     world = World(seed=3)
     narrow = RetrievalSettings(
-        list_length=30, num_candidates_counts=1, num_candidates_head=1, num_candidates_content=0, num_candidates_popular=0
+        list_length=30,
+        num_candidates_counts=1,
+        num_candidates_users=0,
+        num_candidates_head=1,
+        num_candidates_content=0,
+        num_candidates_popular=0,
     )
     eligible = world.arrays["eligible"]
     retriever = world.open(tmp_path)

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.data import TrainingData
+from models.data import TRENDS, TrainingData
 from models.factorization import factorize
 from models.scorer import (
     FEATURES,
     PRIOR_WEIGHT,
+    USER_LEVEL_PRIOR_WEIGHT,
     Candidates,
     HeadVectors,
     Scorer,
@@ -24,24 +25,28 @@ from tests.models.test_factorization import WEIGHTS
 
 
 def planted(num_triggers: int = 150, length: int = 40) -> Candidates:
-    """The partner has high content cosine where it is popular, and a low one where it is not: no linear scorer can say so."""
+    """The partner is popular where it is counted often, and not where it is not: no linear scorer can say so."""
     rng = np.random.default_rng(2)
     features = rng.standard_normal((num_triggers * length, len(FEATURES))).astype(np.float32)
     segment = np.repeat(np.arange(num_triggers, dtype=np.int32), length)
-    logit = 3 * features[:, 2] * np.sign(features[:, 4])
+    logit = 3 * features[:, 2] * np.sign(features[:, 3])
     gain = np.exp(log_softmax(logit.astype(np.float32), segment))
     return Candidates(segment=segment, target=np.zeros(len(segment), np.int32), features=features, gain=gain)
 
 
 def test_features_and_softmax_against_plain_formulas() -> None:
     count, popularity = np.array([0.0, 4.0], np.float32), np.array([0.1, 0.3], np.float32)
-    same = {name: np.array([0.5, -1.0], np.float32) for name in ("head_log_p", "content_cosine", "relevance_cosine")}
-    made = candidate_features(count=count, count_row_sum=np.array([6.0, 6.0], np.float32), popularity_p=popularity, **same)
+    head, trends = np.array([0.5, -1.0], np.float32), np.arange(2 * len(TRENDS), dtype=np.float32).reshape(2, -1)
+    sums = {"count_row_sum": np.array([6.0, 6.0], np.float32), "user_level_row_sum": np.array([2.0, 2.0], np.float32)}
+    made = candidate_features(head_log_p=head, count=count, user_level=count / 8, popularity_p=popularity, trends=trends, **sums)
     columns = dict(zip(FEATURES, made.T, strict=True))
     np.testing.assert_allclose(np.exp(columns["smooth_log_p"]), (count + PRIOR_WEIGHT * popularity) / (6 + PRIOR_WEIGHT), rtol=1e-6)
+    of_users = (count / 8 + USER_LEVEL_PRIOR_WEIGHT * popularity) / (2 + USER_LEVEL_PRIOR_WEIGHT)
+    np.testing.assert_allclose(np.exp(columns["user_level_log_p"]), of_users, rtol=1e-6)
     np.testing.assert_allclose(columns["log_popularity"], np.log(popularity), rtol=1e-6)
     np.testing.assert_allclose(columns["log_count"], np.log(1 + count), rtol=1e-6)
-    np.testing.assert_array_equal(columns["relevance_cosine"], same["relevance_cosine"])
+    np.testing.assert_array_equal(columns["head_log_p"], head)
+    np.testing.assert_array_equal(columns["log_age"], trends[:, -1])
     logits, segment = np.array([1, 2, 800, 801, 5], np.float32), np.array([0, 0, 3, 3, 7], np.int32)
     wanted = [-np.log(1 + np.e), 1 - np.log(1 + np.e), -np.log(1 + np.e), 1 - np.log(1 + np.e), 0]
     np.testing.assert_allclose(log_softmax(logits, segment), wanted, rtol=1e-5, atol=1e-6)
@@ -49,10 +54,10 @@ def test_features_and_softmax_against_plain_formulas() -> None:
 
 def test_the_fit_finds_a_planted_rule_and_repeats(tmp_path: Path) -> None:
     candidates = planted()
-    scorer, reached = fit_scorer(candidates, seed=3)
+    scorer, reached = fit_scorer(candidates, num_folds=2, seed=3)
     best = -(candidates.gain * np.log(np.maximum(candidates.gain, 1e-30))).sum() / 150  # entropy of the truth
     assert reached["scorer_loss"] < best + 0.35 * (reached["mixture_loss"] - best)
-    again, _ = fit_scorer(candidates, seed=3)
+    again, _ = fit_scorer(candidates, num_folds=2, seed=3)
     np.testing.assert_array_equal(scorer.logits(candidates.features), again.logits(candidates.features))
     scorer.save(tmp_path / "scorer.json")
     loaded = Scorer.load(tmp_path / "scorer.json")
@@ -73,20 +78,23 @@ def test_the_mixture_stands_in_and_strange_files_are_refused(tmp_path: Path) -> 
 
 def test_candidates_hold_every_source_and_nothing_forbidden(data: TrainingData, tmp_path: Path) -> None:
     start = factorize(data.fit, data.content, weights=WEIGHTS, seed=0)
-    source = candidate_source(data, build_model(start, data.content, make_spec(tmp_path).model, 0.3, seed=0), start)
+    source = candidate_source(data, build_model(start, data.content, make_spec(tmp_path).model, 0.3, seed=0), start, min_users=2)
     triggers = np.array([3, 11, 40, data.num_items - 1], np.int32)
-    made = source.propose(triggers, data.holdout[triggers], widths=Widths(counts=3, head=2, content=2, popular=2), block=3)
+    made = source.propose(triggers, data.holdout[triggers], widths=Widths(counts=3, users=2, head=2, content=2, popular=2), block=3)
     assert (np.diff(made.segment) >= 0).all()
     assert set(made.segment.tolist()) == {0, 1, 2, 3}
     assert isinstance(source.engagement, HeadVectors)
     for row, trigger in enumerate(triggers):
         mine = made.target[made.segment == row].tolist()
-        assert len(mine) == len(set(mine)) <= 11
+        assert len(mine) == len(set(mine)) <= 13
         assert trigger not in mine
         assert data.num_items - 2 not in mine  # not eligible
         counts = data.fit.pairs[[trigger]].toarray()[0]
         strongest = np.argsort(-counts)[:3]
         assert set(strongest[counts[strongest] > 0].tolist()) <= set(mine)
+        of_users = source.user_level.rows(np.array([trigger], np.int32)).toarray()[0]
+        strongest = np.argsort(-of_users)[:2]
+        assert set(strongest[of_users[strongest] > 0].tolist()) - {data.num_items - 2} <= set(mine)
         future = data.holdout[[trigger]].toarray()[0]
         wanted = future[mine] / max(future.sum(), 1)
         np.testing.assert_allclose(made.gain[made.segment == row], wanted, rtol=1e-6)
