@@ -224,7 +224,7 @@ class FeatureSettings(Section):
     max_terms: int = Field(50_000, ge=10, description="Most frequent terms and labels kept in the vocabulary.")
     fit_max_items: int = Field(200_000, ge=10, description="Items the content vector is fitted on, sampled by hash above.")
     title_weight: float = Field(1.0, ge=0, description="Weight of title and text terms against labels.")
-    label_weight: float = Field(1.0, ge=0, description="Weight of category, tag and attribute terms.")
+    label_weight: float = Field(0.5, ge=0, description="Weight of category, tag and attribute terms.")
     judge_fields: list[JudgeField] = Field(
         default_factory=list,
         description="What is withheld from vocabulary, vector, labels and training, because a judge reads it: annotation columns, "
@@ -381,7 +381,7 @@ class BacktestSettings(Section):
         description="Judges of relevance by name; what any of them withholds is hidden from training.",
     )
     blend_values: list[Annotated[float, Field(ge=0)]] = Field(
-        default_factory=lambda: [0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 1.0],
+        default_factory=lambda: [0.0, 0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.014, 0.02, 0.03, 0.05, 0.1, 0.3, 1.0],
         min_length=2,
         description="Values of lambda, each >= 0, that the merged list and the late blend are swept over.",
     )

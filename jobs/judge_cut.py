@@ -21,16 +21,20 @@ from jobs.retrieval import counted_of, index_items
 from jobs.stage import Night, StageRun
 from jobs.verdicts import RECALL, Board
 from models import metrics
+from models.baselines import score_lists
 from models.contest import LIST_LENGTH, Tuned
 from models.data import Ints
 from models.merge import Policies, Policy, read_policies
 from models.metrics import Values
-from models.neighbors import MERGED, Counted, Neighbors, Retriever
+from models.neighbors import ENGAGEMENT, MERGED, Counted, Neighbors, Retriever
 from models.ranking import Longs
 from models.scoreboard import Scored, measure, measure_axes
 
 VALIDATION, FINAL = "backtest_validation", "backtest_final"
 """Stages of the ledger: its rows of the second say how often a last slice was read."""
+
+ENCODER = "encoder"
+"""Head under which the engagement head alone is reported, beside the list that the scorer orders."""
 _NUM_BASELINES = 8 + 2 * len(ASSOCIATIONS)
 _BLEND, _DIAL = "mtmh_blend", "mtmh_dial"
 
@@ -91,7 +95,7 @@ def _note_reach(run: StageRun, data: CutData) -> None:
 
 def _num_methods(run: StageRun) -> int:
     settings = run.settings.backtest
-    ours = len(run.settings.list_names) + len(settings.blend_values) + len(settings.popularity_exponents)
+    ours = len(run.settings.list_names) + 1 + len(settings.blend_values) + len(settings.popularity_exponents)
     return ours + _NUM_BASELINES + len(settings.blend_values) + 2 * len(settings.content_shares)
 
 
@@ -134,6 +138,8 @@ def _our_lists(run: StageRun, data: CutData) -> tuple[dict[str, Ints], dict[str,
     found = retriever.retrieve(triggers, counted, scopes, settings=length)
     num_rows, rows = len(data.future.triggers), np.flatnonzero(data.future.triggers < data.future.num_known)
     heads = {head: _matrix(neighbors, num_rows, rows) for head, neighbors in found.heads.items()}
+    heads[ENCODER] = np.full((num_rows, LIST_LENGTH), -1, np.int32)
+    heads[ENCODER][rows] = _encoder_lists(retriever, triggers)
     blends = {
         f"{v:g}": Policy(kind="blend", value=v, popularity_exponent=default.popularity_exponent) for v in settings.backtest.blend_values
     }
@@ -143,6 +149,12 @@ def _our_lists(run: StageRun, data: CutData) -> tuple[dict[str, Ints], dict[str,
     lists = [_matrix(neighbors, num_rows, rows) for neighbors in merged]
     swept = {_BLEND: dict(zip(blends, lists, strict=False)), _DIAL: dict(zip(dial, lists[len(blends) :], strict=True))}
     return heads, swept
+
+
+def _encoder_lists(retriever: Retriever, triggers: Ints) -> Ints:
+    """What the encoder finds by itself: its engagement head over the full catalog, without counts, users and trends."""
+    head = retriever.heads[ENGAGEMENT]
+    return score_lists(triggers, lambda part: head.trigger[part] @ head.target.T, eligible=retriever.eligible, k=LIST_LENGTH)
 
 
 def _opened(run: StageRun, data: CutData) -> tuple[Retriever, Counted, Ints]:
