@@ -67,6 +67,15 @@ def test_small_vocabularies_keep_exact_cosines() -> None:
         assert a @ b == pytest.approx(wanted), (title, label)
 
 
+def test_pairs_of_words_are_terms_once_two_items_share_them() -> None:
+    rows = [{"title": title} for title in ("red shoes", "Red shoes!", "shoes red", "red hat", "blue shoes")]
+    model = fit_content(catalog(*rows), settings=settings())
+    assert {name for name in model.vocabulary if " " in name} == {"word:red shoes"}
+    same, also, turned = encode_content(catalog(*rows[:3]), model)
+    assert same @ also == pytest.approx(1)
+    assert 0.5 < same @ turned < 0.9  # the same words, another phrase
+
+
 def test_labels_are_terms() -> None:
     def cosine(a: dict[str, Any], b: dict[str, Any]) -> float:
         left, right = vectors_of(a, b)
