@@ -1,6 +1,6 @@
 """The content vector: what an item is about, as numbers. It is fitted on what is known at the run date and has no memory of other nights.
 
-A catalog that brings embeddings is taken at its word. Otherwise an item is two blocks of TF-IDF terms (words and pairs of words of title and
+A catalog that brings embeddings is taken at its word. Otherwise an item is two blocks of TF-IDF terms (words and pairs of words of title,
 text; labels: category prefixes, tags, attributes), each of unit length and then weighted, reduced by a truncated SVD (latent semantic
 analysis, Deerwester et al. 1990) with the randomized solver of Halko et al. 2011. The same catalog gives equal bits.
 """
