@@ -325,6 +325,14 @@ class OnlineSettings(Section):
     shard_items: int = Field(5_000, ge=1, description="Items written per call: bounds memory, a killed publication resumes at a shard.")
 
 
+class ExplorerSettings(Section):
+    """The page that shows lists."""
+
+    port: int = Field(8765, ge=1, le=65535, description="Port on loopback.")
+    image_attribute: str = Field("image_url", description="Attribute of an item (source.items.columns.attributes) with its image's URL.")
+    num_shown: int = Field(20, ge=1, description="Neighbors of a list that are shown before more are asked for.")
+
+
 class EvaluationSettings(Section):
     """How past lists are judged."""
 
@@ -439,6 +447,7 @@ class Settings(Section):
     retrieval: RetrievalSettings = Field(description="Candidates and lists.")
     merge: list[PolicySettings] = Field(min_length=1, description="First content of merge_policy.")
     online: OnlineSettings = Field(description="Online store.")
+    explorer: ExplorerSettings = Field(description="Looking at lists.")
     evaluation: EvaluationSettings = Field(description="Judging.")
     backtest: BacktestSettings = Field(description="Judging on the past.")
     gates: GateSettings = Field(description="Thresholds.")
@@ -471,7 +480,7 @@ class Settings(Section):
 
     def fingerprint(self) -> str:
         """Hash of every setting that can change a table; session, lake place and gates cannot."""
-        content = self.model_dump(mode="json", exclude={"spark", "lake", "gates", "online", "backtest"})
+        content = self.model_dump(mode="json", exclude={"spark", "lake", "gates", "online", "backtest", "explorer"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

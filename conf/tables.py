@@ -23,7 +23,8 @@ class Table:
     """A Delta table.
 
     `key` identifies a row; `restricted` tables hold user-level state and are never exported; what a failed stage wrote is taken back,
-    except where it is `kept_on_failure`, to be looked at.
+    except where it is `kept_on_failure`, to be looked at. `rows_per_group` bounds a Parquet row group where readers look single keys up:
+    they read whole groups.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Table:
     order_by: tuple[str, ...] = ()
     restricted: bool = False
     kept_on_failure: bool = False
+    rows_per_group: int | None = None
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -105,6 +107,20 @@ PAIR_RELEVANCE = Table(
         _key("rated_at", "timestamp", "When, UTC."),
         _key("grade", "double", "Relevance in [0,1]."),
         _col("source_version", "string", "Version of the guideline or model behind the grade."),
+    ),
+)
+
+RELEVANCE_FEEDBACK = Table(
+    name="relevance_feedback",
+    comment="Inbox of the explorer: thumbs up and down. The next ingest takes each pair's latest vote into pair_relevance as source human.",
+    key=("item_id", "other_item_id", "rated_at"),
+    columns=(
+        _key("item_id", "string", "The trigger whose list was looked at."),
+        _key("other_item_id", "string", "The neighbor that was judged."),
+        _key("rated_at", "timestamp", "When, UTC."),
+        _col("grade", "double", "1 thumbs up, 0 thumbs down, null: the vote before is withdrawn."),
+        _key("head", "string", "The list that was looked at."),
+        _key("run_id", "string", "The night of that list."),
     ),
 )
 
@@ -268,6 +284,7 @@ ITEM_NEIGHBORS = Table(
     comment="The current good night: for every item the list of each head. Replaced by one commit a night.",
     key=("item_id", "head"),
     order_by=("item_id", "head"),
+    rows_per_group=1_000,  # of 26,000 rows one lookup took 0.6 s, of 1,000 it takes 0.03 s
     columns=_LIST_COLUMNS,
 )
 
@@ -338,6 +355,7 @@ TABLES: dict[str, Table] = {
         ENGAGEMENTS,
         ITEM_ANNOTATIONS,
         PAIR_RELEVANCE,
+        RELEVANCE_FEEDBACK,
         REJECTED_ROWS,
         CO_ENGAGEMENT_DAILY,
         CO_ENGAGEMENT_PAIRS,

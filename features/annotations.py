@@ -116,6 +116,18 @@ def check_pair_relevance(frame: DataFrame, *, source: RelevanceSource, now: date
     return unique.select(*PAIR_RELEVANCE.column_names, "reason", "row")
 
 
+def votes_as_labels(feedback: DataFrame, *, run_date: date) -> DataFrame:
+    """Rows of relevance_feedback to rows of pair_relevance of source `human`.
+
+    Of several votes on a pair the latest before the end of the run date counts; a withdrawn one leaves no row.
+    """
+    cast = feedback.where(F.col("rated_at") < F.lit(start_of(run_date + timedelta(days=1))))
+    last = Window.partitionBy("item_id", "other_item_id").orderBy(F.col("rated_at").desc(), F.col("grade").desc_nulls_last())
+    latest = cast.withColumn("_rank", F.row_number().over(last)).where((F.col("_rank") == 1) & F.col("grade").isNotNull())
+    named = latest.withColumns({"source": F.lit("human"), "source_version": F.lit("explorer")})
+    return named.select(*PAIR_RELEVANCE.column_names)
+
+
 def merge_annotations(
     existing: DataFrame | None,
     incoming: DataFrame,

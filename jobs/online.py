@@ -10,7 +10,7 @@ from conf.errors import MachineError
 from conf.settings import LakeSettings, OnlineSettings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
-from jobs.lake import shared_folder
+from jobs.reader import shared_folder
 from jobs.stage import Night
 
 

@@ -15,8 +15,11 @@ from conf.tables import (
     ITEM_FEATURES,
     ITEM_NEIGHBORS,
     ITEM_NEIGHBORS_HISTORY,
+    ITEM_POPULARITY,
     MERGE_POLICY,
 )
+from jobs.explorer import catalog
+from jobs.explorer.night import index_titles
 from jobs.lake import only_row
 from jobs.retrieval import index_items, retrieved_lists
 from jobs.stage import StageRun, stage_main
@@ -32,6 +35,7 @@ def publish_neighbors(run: StageRun) -> None:
     lists = retrieved_lists(run, index_items(run)).transform(_with_reasons(run)).transform(_with_identity(run))
     run.replace(ITEM_NEIGHBORS_HISTORY, lists, where=_this_run(run))
     run.gate(_metrics(run, expected), list_length=run.settings.retrieval.list_length)
+    _index_titles(run)
     _publish(run, expected)
     lake.delete_where(ITEM_NEIGHBORS_HISTORY, f"run_date < date_sub('{run.run_date}', {run.settings.lake.keep_nights})")
 
@@ -131,6 +135,13 @@ def _churn(run: StageRun, merged: DataFrame, expected: int) -> dict[str, float]:
     shared = F.size(F.array_intersect("now", "before")) / F.greatest(F.size(F.array_union("now", "before")), F.lit(1))
     jaccard = only_row(both.agg(F.avg(F.when(F.size(F.array_union("now", "before")) == 0, 1.0).otherwise(shared)).alias("mean")))["mean"]
     return {} if jaccard is None else {"churn": 1.0 - jaccard}
+
+
+def _index_titles(run: StageRun) -> None:
+    """What the explorer finds items by, beside the night's other files."""
+    versions = {table.name: run.version(table) for table in (ITEM_FEATURES, ITEM_POPULARITY)}
+    path = run.night.artifacts("explorer") / catalog.FILE
+    index_titles(run.night.lake.root, versions, path, image_attribute=run.settings.explorer.image_attribute)
 
 
 def _publish(run: StageRun, expected: int | None) -> None:

@@ -20,6 +20,12 @@ def lake_root(settings: LakeSettings) -> str:
     return root if "://" in root else str(Path(root).absolute())
 
 
+def shared_folder(settings: LakeSettings) -> Path:
+    """Where files that are not tables lie: below `lake.artifacts`, or below the lake itself."""
+    root = settings.root if settings.artifacts is None else settings.artifacts
+    return Path(lake_root(settings.model_copy(update={"root": root})))
+
+
 def open_table(root: str, table: Table, version: int | None = None) -> DeltaTable:
     """A table at a version (None: latest).
 
@@ -39,9 +45,11 @@ def table_exists(root: str, table: Table) -> bool:
     return DeltaTable.is_deltatable(f"{root}/{table.name}")
 
 
-def rows_where(root: str, table: Table, column: str, values: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows whose column is one of the values; files without any are skipped by their statistics."""
-    dataset = open_table(root, table).to_pyarrow_dataset()
+def rows_where(
+    root: str, table: Table, column: str, values: Sequence[str], columns: Sequence[str] | None = None, version: int | None = None
+) -> pa.Table:
+    """Rows whose column is one of the values, at a version (None: latest); files without any are skipped by their statistics."""
+    dataset = open_table(root, table, version).to_pyarrow_dataset()
     return dataset.to_table(filter=ds.field(column).isin(list(values)), columns=list(columns) if columns else None)
 
 

@@ -16,9 +16,10 @@ from conf.errors import TableError
 from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, TABLES, Table
 from jobs.arguments import Arguments, parse, report_errors
-from jobs.lake import Lake, open_lake, shared_folder
+from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord, night_fingerprint, source_state
 from jobs.progress import Display, spark_tasks
+from jobs.reader import shared_folder
 from jobs.session import start_session
 from validation.gates import GateReport, check_metrics, check_schema, raise_on_failure
 from validation.suites import GateContext, rules_for
