@@ -2,20 +2,32 @@
 
 import json
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 
 import duckdb
 import pandas as pd
 import pytest
+from playwright.sync_api import expect
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from conf.errors import GateError, SettingsError
+from conf.errors import GateError, SettingsError, TableError
 from conf.settings import load_settings
-from conf.tables import EVALUATION, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, TABLES, Table
+from conf.tables import (
+    EVALUATION,
+    ITEM_NEIGHBORS,
+    ITEM_NEIGHBORS_HISTORY,
+    PAIR_RELEVANCE,
+    RELEVANCE_EXAMPLES,
+    RELEVANCE_FEEDBACK,
+    TABLES,
+    Table,
+)
 from features import store
 from jobs.evaluate import evaluate
+from jobs.explorer import catalog
+from jobs.explorer.app import Explorer
 from jobs.export import export
 from jobs.ingest import ingest
 from jobs.ledger import StageRecord
@@ -27,11 +39,18 @@ from jobs.query import register_views
 from jobs.reader import neighbors_of, open_table
 from jobs.show import side_by_side
 from jobs.stage import Night, make_night, run_stage
+from tests.browser import needs_chromium, open_browser, served, watched
+from tests.lakes import write_table
 from tests.worlds import BundleWorld, write_config
 
 pytestmark = pytest.mark.night
 NIGHT = date(2024, 3, 31)
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
+
+
+# days from the night, the category of the other item (that of the first one is 2), grade
+VOTES = [(-2, 2, 0.0), (-1, 2, 1.0), (-2, 1, 1.0), (0, 1, None), (2, 0, 1.0)]
+"""A vote that is changed, one that is taken back, and one that is cast only after the night."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +66,11 @@ def _night(spark: SparkSession, config: Path, run_date: date, *assignments: str)
     return make_night(load_settings(str(config), assignments), run_date, spark=spark, display=Display(seconds_per_line=3600), now=NOW)
 
 
+def _vote(world: BundleWorld, days: int, category: int, grade: float | None) -> dict[str, object]:
+    at = datetime.combine(NIGHT, time(12), UTC) + timedelta(days=days)
+    return {"item_id": world.item_id(3, 2), "other_item_id": world.item_id(7, category), "rated_at": at, "grade": grade}
+
+
 @pytest.fixture(scope="module")
 def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """The world after one night, with two torch processes."""
@@ -56,6 +80,8 @@ def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
     training = {"num_steps": 20, "batch_size": 64, "num_processes": 2}
     config = write_config(folder, training=training)
     night = _night(spark, config, NIGHT)
+    night.lake.create(RELEVANCE_FEEDBACK)
+    write_table(Path(night.lake.root), RELEVANCE_FEEDBACK, [_vote(world, *vote) for vote in VOTES])
     return Done(world=world, folder=folder, config=config, night=night, records=run_night(night))
 
 
@@ -103,6 +129,58 @@ def test_reasons_say_what_is_true(done: Done) -> None:
             assert counted == ("engaged together" in neighbor["reason"])
             same = neighbor["neighbor_id"] in done.world.category_of(item_id)
             assert same == ("section" in neighbor["reason"])
+
+
+def test_votes_become_the_most_trusted_labels(done: Done) -> None:
+    first, other = done.world.item_id(3, 2), done.world.item_id(7, 2)
+    labels = done.night.lake.read(PAIR_RELEVANCE).drop("rated_at").collect()
+    assert [row.asDict() for row in labels] == [
+        {"item_id": first, "other_item_id": other, "source": "human", "grade": 1.0, "source_version": "explorer"}
+    ]
+    example = done.night.lake.read(RELEVANCE_EXAMPLES).where((F.col("item_id") == first) & (F.col("other_item_id") == other)).collect()
+    assert [(row["source"], row["target"]) for row in example] == [("human", 1.0)]
+
+
+def test_mixing_anew_at_the_value_of_the_policy_gives_the_published_lists(done: Done) -> None:
+    assert (done.night.artifacts("explorer") / catalog.FILE).is_file()
+    remixer = Explorer(settings=done.night.settings).remixer()
+    published = _lists(done, "merged")
+    for item_id in list(published)[::12]:
+        mixes = remixer.mixes(item_id)
+        again = [(neighbor.item.item_id, neighbor.score, neighbor.num_user_days) for neighbor in mixes.lists[mixes.own]]
+        assert again == [(row["neighbor_id"], pytest.approx(row["score"]), row["num_user_days"]) for row in published[item_id]]
+        assert mixes.own == 0.01
+        most_relevant = {neighbor.item.item_id for neighbor in mixes.lists[1.0][:5]}
+        assert len(most_relevant & done.world.category_of(item_id)) > len(most_relevant & done.world.bundle_of(item_id))
+    with pytest.raises(TableError, match="item 'unknown' is not in the index"):
+        remixer.mixes("unknown")
+
+
+@needs_chromium
+def test_the_mix_is_moved_by_keyboard_and_kept_in_the_address(done: Done) -> None:
+    with served(done.night.settings) as address, open_browser() as context:
+        page, faults = watched(context)
+        page.goto(f"{address}/?item={done.world.item_id(3, 2)}")
+        first = page.locator("#list-merged .neighbor").all_inner_texts()
+        slider = page.get_by_role("slider", name="Mix")
+        expect(slider).to_have_attribute("aria-valuetext", "λ = 0.01 (as published)")
+        slider.focus()
+        page.keyboard.press("End")
+        expect(slider).to_have_attribute("aria-valuetext", "λ = 1")
+        moved = page.locator("#list-merged .neighbor .what > a").all_inner_texts()
+        assert page.url.endswith("&mix=1")
+        page.reload()
+        expect(slider).to_have_attribute("aria-valuetext", "λ = 1")
+        assert page.locator("#list-merged .neighbor .what > a").all_inner_texts() == moved
+        slider.fill("0")
+        assert page.url.endswith("&mix=0")
+        slider.fill(str([0.0, 0.001, 0.002, 0.005, 0.01].index(0.01)))
+        assert "mix" not in page.url
+        assert page.locator("#list-merged .neighbor").all_inner_texts() != first  # a page that was opened mixed has no published reasons
+        assert [text.splitlines()[1] for text in page.locator("#list-merged .neighbor").all_inner_texts()] == [
+            text.splitlines()[1] for text in first
+        ]
+        assert faults == []
 
 
 def test_a_repeated_night_changes_nothing_and_says_so(done: Done) -> None:
