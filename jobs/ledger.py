@@ -42,6 +42,7 @@ class StageRecord:
     gates: str | None = None
     notes: list[str] = field(default_factory=list)
     error: str | None = None
+    report: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

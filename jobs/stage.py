@@ -75,6 +75,11 @@ class Night:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    @property
+    def report_path(self) -> Path:
+        """Where the page about this night lies once `nightly` has ended."""
+        return shared_folder(self.settings.lake) / "_artifacts" / self.run_id / "report.html"
+
 
 @dataclass(kw_only=True)
 class StageRun:
@@ -237,6 +242,7 @@ def _record(run: StageRun, started: datetime, seconds: float, error: BaseExcepti
         gates=run.report.to_json() if run.report is not None else None,
         notes=run.notes,
         error=f"{type(error).__name__}: {error}"[:4000] if error is not None else None,
+        report=str(night.report_path),
     )
 
 

@@ -18,7 +18,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from conf.errors import MtmhError
+from conf.errors import MtmhError, TableError
 from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS
 from jobs import pages
@@ -93,7 +93,8 @@ def make_app(explorer: Explorer) -> FastAPI:
 
 async def _with_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
     response = await call_next(request)
-    response.headers.update(_HEADERS)
+    for name, value in _HEADERS.items():
+        response.headers.setdefault(name, value)
     return response
 
 
@@ -122,6 +123,14 @@ def _add_pages(app: FastAPI, explorer: Explorer) -> None:
         item = explorer.night().catalog.random_item(kind)
         return RedirectResponse(View(item=item.item_id if item else "").link(), status_code=303)
 
+    @app.get("/report", response_class=HTMLResponse)
+    def report() -> HTMLResponse:
+        path = explorer.night().artifacts / "report.html"
+        if not path.is_file():
+            raise TableError(f"no report at {path}; `python -m jobs.nightly` writes one, a stage that runs alone does not")
+        policy = "default-src 'none'; style-src 'unsafe-inline'"  # its styles are inside it, as it must open from a disk
+        return HTMLResponse(path.read_text(encoding="utf-8"), headers={"Content-Security-Policy": policy})
+
     @app.get("/static/{name}")
     def static(name: str) -> Response:
         if name not in _FILES:
@@ -145,7 +154,7 @@ def _item_page(explorer: Explorer, night: PublishedNight, view: View) -> dict[st
     gone = {head: [other for other in ids[:shown] if other not in now.get(head, ())] for head, ids in before.items()}
     return {
         "lists": {head: with_votes_and_both(neighbors, votes=votes, both=both) for head, neighbors in lists.items()},
-        "gone": {head: list(night.known(ids).values()) for head, ids in gone.items() if ids},
+        "gone": {head: list(night.catalog.known(ids).values()) for head, ids in gone.items() if ids},
         "num_both": len(both),
         "shown": shown,
         "longest": max((len(neighbors) for neighbors in lists.values()), default=0),

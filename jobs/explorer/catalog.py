@@ -147,14 +147,15 @@ class Catalog:
     path: Path
     vocabulary: tuple[str, ...]
     num_items: int
+    num_engaged: int
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Open what `build_catalog` wrote; the words to correct to are read at once."""
         with closing(_connect(path)) as connection:
             words = [word for (word,) in connection.execute("SELECT word FROM words ORDER BY num_titles DESC, word")]
-            (count,) = connection.execute("SELECT coalesce(max(rank), 0) FROM items").fetchone()
-        return cls(path=path, vocabulary=tuple(words), num_items=count)
+            num_items, num_engaged = connection.execute("SELECT count(*), count(*) FILTER (WHERE num_user_days > 0) FROM items").fetchone()
+        return cls(path=path, vocabulary=tuple(words), num_items=num_items, num_engaged=num_engaged)
 
     def search(self, query: str, *, k: int) -> list[Item]:
         """At most k items of the catalog whose titles or ids hold the words of the query; if there are none, words spelled nearly so.
@@ -207,6 +208,17 @@ class Catalog:
         with closing(_connect(self.path)) as connection:
             rows = [row for start in range(0, len(wanted), 500) for row in _items_of(connection, wanted[start : start + 500])]
         return {item.item_id: item for item in rows}
+
+    def known(self, item_ids: Sequence[str]) -> dict[str, Item]:
+        """These items; one that this night does not know, as it has left, is called by its id."""
+        found = self.items(item_ids)
+        return {item_id: found.get(item_id) or unknown_item(item_id) for item_id in item_ids}
+
+    def ids_of_ranks(self, ranks: Sequence[int]) -> dict[int, str]:
+        """The ids of items of the catalog by popularity rank; an item that has left is left out."""
+        with closing(_connect(self.path)) as connection:
+            rows = (connection.execute("SELECT item_id FROM items WHERE rank = ? AND in_catalog", (rank,)).fetchone() for rank in ranks)
+            return {rank: row[0] for rank, row in zip(ranks, rows, strict=True) if row is not None}
 
     def random_item(self, kind: str) -> Item | None:
         """A `hot` item, of the most engaged hundredth, or a `cold` one: never engaged with, or else of the least engaged tenth."""

@@ -22,7 +22,7 @@ from conf.tables import (
     RUNS,
 )
 from jobs.explorer import catalog
-from jobs.explorer.catalog import Catalog, Item, unknown_item
+from jobs.explorer.catalog import Catalog, Item
 from jobs.reader import lake_root, neighbors_of, open_table, rows_where, shared_folder, table_exists
 
 BASELINES = {
@@ -110,7 +110,7 @@ class PublishedNight:
         return ["merged", *self.settings.model.heads]
 
     def _described(self, item_id: str, neighbors: Sequence[Mapping[str, Any]]) -> list[Neighbor]:
-        items = self.known([neighbor["neighbor_id"] for neighbor in neighbors])
+        items = self.catalog.known([neighbor["neighbor_id"] for neighbor in neighbors])
         return [
             Neighbor(
                 rank=rank,
@@ -124,11 +124,6 @@ class PublishedNight:
             )
             for rank, neighbor in enumerate(neighbors, start=1)
         ]
-
-    def known(self, item_ids: Sequence[str]) -> dict[str, Item]:
-        """These items; one that this night does not know, as it has left, is called by its id."""
-        found = self.catalog.items(item_ids)
-        return {item_id: found.get(item_id) or unknown_item(item_id) for item_id in item_ids}
 
     def ids_of(self, item_id: str, run_id: str) -> dict[str, list[str]]:
         """Neighbor ids by head in a kept night."""
@@ -159,7 +154,7 @@ class PublishedNight:
         """The trigger's counted pairs in the order of one of BASELINES."""
         pairs = self.pairs_of(item_id, list(dict.fromkeys(["target_item_id", "num_user_days", by])))
         best = pairs.sort_by([(by, "descending"), ("target_item_id", "ascending")]).slice(0, k).to_pylist()
-        items = self.known([row["target_item_id"] for row in best])
+        items = self.catalog.known([row["target_item_id"] for row in best])
         return [
             Neighbor(rank=rank, item=items[row["target_item_id"]], score=row[by], num_user_days=row["num_user_days"])
             for rank, row in enumerate(best, start=1)

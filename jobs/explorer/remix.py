@@ -47,7 +47,7 @@ class Remixer:
         trigger = _positions(retriever, [item_id])
         if trigger[0] < 0:
             raise TableError(f"item {item_id!r} is not in the index of night {self.night.run_id}")
-        item = self.night.known([item_id])[item_id]
+        item = self.night.catalog.known([item_id])[item_id]
         coarsest = item.category.split(" › ")[0] or None
         policies = read_policies(open_table(self.night.root, MERGE_POLICY).to_pyarrow_table().to_pylist())
         chosen = Policies.for_triggers(policies, [coarsest])
@@ -93,7 +93,7 @@ class Remixer:
 
     def _neighbors(self, retriever: Any, found: Any) -> list[Neighbor]:
         ids = retriever.item_ids.take(pa.array(found.neighbor)).to_pylist()
-        items = self.night.known(ids)
+        items = self.night.catalog.known(ids)
         names = retriever.source_names
         return [
             Neighbor(

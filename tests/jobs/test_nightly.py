@@ -1,6 +1,7 @@
 """One small night in the bundle world, run twice, read every way, judged, and stopped by a gate."""
 
 import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ from jobs.export import export
 from jobs.ingest import ingest
 from jobs.ledger import StageRecord
 from jobs.look_up import Lookup
+from jobs.night_report import NightReport
 from jobs.nightly import STAGES, plan, run_night, summary
 from jobs.online import lists_served_at, open_feature_store
 from jobs.progress import Display
@@ -39,7 +41,7 @@ from jobs.query import register_views
 from jobs.reader import neighbors_of, open_table
 from jobs.show import side_by_side
 from jobs.stage import Night, make_night, run_stage
-from tests.browser import needs_chromium, open_browser, served, watched
+from tests.browser import needs_chromium, open_browser, served, sticking_out, watched
 from tests.lakes import write_table
 from tests.worlds import BundleWorld, write_config
 
@@ -183,6 +185,35 @@ def test_the_mix_is_moved_by_keyboard_and_kept_in_the_address(done: Done) -> Non
         assert faults == []
 
 
+@needs_chromium
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True)])
+def test_the_report_opens_from_the_disk_and_explains_every_number(done: Done, width: int, dark: bool) -> None:
+    assert {record.report for record in done.records} == {str(done.night.report_path)}
+    with open_browser(width=width, dark=dark) as context:
+        page, faults = watched(context)
+        asked = list[str]()
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(done.night.report_path.as_uri())
+        assert asked == [done.night.report_path.as_uri()]
+        assert page.locator("h1").inner_text() == "Night 2024-03-31: published"
+        for summary in page.locator("summary").all():
+            summary.click()
+        number = r"/^[-−–]?[\\d.,]+( of [\\d,]+)?%?$/"
+        bare = f"[...document.querySelectorAll('td, b')].filter(e => {number}.test(e.innerText.trim()) && !e.closest('[title]'))"
+        assert page.locator("td[title], b[title], div[title]").count() > 60
+        assert page.evaluate(f"{bare}.map(e => e.outerHTML)") == []
+        assert page.locator("svg").count() == 1
+        assert page.get_by_text("Nothing to compare: no night was published before.").count() == 1
+        assert sticking_out(page) == []
+        assert faults == []
+
+
+def test_every_metric_of_a_night_has_a_meaning(done: Done) -> None:
+    report = NightReport.of(done.night, list(STAGES))
+    unexplained = [name for record in report.records for name, _, meaning in report.metrics(record) if not meaning]
+    assert unexplained == [], "add them to METRICS in jobs/night_words.py, or give them a rule in validation/suites.py"
+
+
 def test_a_repeated_night_changes_nothing_and_says_so(done: Done) -> None:
     versions = {name: done.night.lake.version(table) for name, table in TABLES.items() if table is not EVALUATION and name != "runs"}
     again = _night(done.night.spark, done.config, NIGHT)
@@ -294,6 +325,11 @@ def test_a_failed_gate_keeps_the_published_table(done: Done) -> None:
     assert [(record.stage, record.status) for record in failed] == [("ingest", "failed")]
     assert "GateError" in (failed[0].error or "")
     assert json.loads(failed[0].gates or "{}")["stage"] == "ingest"
+    page = bad.report_path.read_text()
+    assert "not published: ingest failed" in page
+    assert "The lists of 2024-03-31 stay the current ones." in page
+    assert re.search(r"num_items</span></td><td [^>]*>60</td><td [^>]*>at least 1,000</td><td [^>]*>failed", page)
+    assert page.count("not reached") == len(STAGES) - 1
     assert done.night.lake.version(ITEM_NEIGHBORS) == before
 
 
@@ -318,6 +354,10 @@ def test_an_item_that_left_has_no_lists_and_an_older_night_goes_to_history_only(
     later = _night(done.night.spark, done.config, NIGHT + timedelta(days=1))
     _a_failed_publish_gate_publishes_nothing(done, later)
     run_night(later)
+    text = later.report_path.read_text()
+    assert "Night 2024-04-01: published" in text
+    assert re.search(r"alone\">0</b> items are new and\s+<b [^>]*>1</b> gone", text)
+    assert "most changed triggers" in text
     offered = {
         neighbor["neighbor_id"] for (_, _), found in neighbors_of(later.lake.root, items["sku"].tolist()).items() for neighbor in found
     }
@@ -329,4 +369,5 @@ def test_an_item_that_left_has_no_lists_and_an_older_night_goes_to_history_only(
     older = _night(done.night.spark, done.config, NIGHT - timedelta(days=1))
     run_night(older)
     assert older.lake.version(ITEM_NEIGHBORS) == published
+    assert 'Night 2024-03-30: <span class="not">not published' in older.report_path.read_text()
     assert older.lake.read(ITEM_NEIGHBORS_HISTORY).where(f"run_id = '{older.run_id}'").count() > 0
