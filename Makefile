@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .NOTPARALLEL:       # the stages of set-up build on each other, and tests share the machine's cores
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo backtest explore bench-explorer test check env jars lock zip clean java
+.PHONY: help demo backtest explore bench-explorer docs test check env jars lock zip clean java
 
 unexport SPARK_HOME PYTHONHOME PYTHONPATH   # another Spark or another Python's modules would be used instead of the pinned ones
 
@@ -53,6 +53,9 @@ explore: env  ## look at the published lists in a browser: CONFIG=demo
 
 bench-explorer: env  ## times of the explorer on a made-up night of a million items; ARGS="--items 100000" for fewer
 	$(PY) -m jobs.bench_explorer $(ARGS)
+
+docs: env  ## write the pages of docs/ that say what conf/ declares
+	$(PY) -m jobs.write_docs
 
 test: java env jars  ## run the tests; ARGS="-k pairs" chooses some
 	$(PY) -m pytest $(ARGS)

@@ -532,6 +532,11 @@ def _parse(text: str, where: str) -> Json:
     return content
 
 
+def base_content() -> Json:
+    """The defaults of every configuration, as conf/base.yaml gives them."""
+    return _parse(resources.files("conf").joinpath("base.yaml").read_text(encoding="utf-8"), "conf/base.yaml")
+
+
 def _overlay(config: str) -> tuple[str, Json]:
     """The overlay's name and content: a packaged one by name, or a file by path."""
     if config.endswith((".yaml", ".yml")):
@@ -574,8 +579,7 @@ def load_settings(config: str, assignments: Sequence[str] = ()) -> Settings:
         SettingsError: with every fault found, one a line.
     """
     name, overlay = _overlay(config)
-    base = _parse(resources.files("conf").joinpath("base.yaml").read_text(encoding="utf-8"), "conf/base.yaml")
-    content = _merge(_merge(base, {"name": name}), overlay)
+    content = _merge(_merge(base_content(), {"name": name}), overlay)
     for assignment in assignments:
         _assign(content, assignment)
     try:

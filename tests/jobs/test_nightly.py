@@ -41,6 +41,7 @@ from jobs.query import register_views
 from jobs.reader import neighbors_of, open_table
 from jobs.show import side_by_side
 from jobs.stage import Night, make_night, run_stage
+from jobs.write_docs import duckdb_sql, example
 from tests.browser import needs_chromium, open_browser, served, sticking_out, watched
 from tests.lakes import write_table
 from tests.worlds import BundleWorld, write_config
@@ -264,6 +265,16 @@ def test_one_list_read_five_ways(done: Done) -> None:
     assert by_feast["unknown"]["merged"]["ids"] == []
     assert by_feast[item_id]["run_id"] == done.night.run_id
     assert side_by_side(root, item_id, heads=["engagement", "relevance", "merged"], k=5).row_count == 5
+
+
+def test_example_queries_of_the_docs_run(done: Done) -> None:
+    register_views(done.night.lake)
+    for table in TABLES.values():
+        if table is EVALUATION and not done.night.lake.exists(table):
+            continue  # judged later in this file
+        by_spark = done.night.spark.sql(example(table)[1]).toArrow().column_names
+        if files := open_table(done.night.lake.root, table).file_uris():  # DuckDB cannot read a table without a file
+            assert duckdb.sql(duckdb_sql(table), params={"files": files}).columns == by_spark
 
 
 def test_offers_next_to_one_and_to_several_triggers(done: Done) -> None:
