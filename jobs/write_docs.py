@@ -43,8 +43,7 @@ EXAMPLES: Mapping[str, tuple[str, str]] = {
     ),
     "co_engagement_pairs": (
         "Best partners of an item by one of the association scores.",
-        "SELECT target_item_id, num_user_days, cosine FROM co_engagement_pairs "
-        "WHERE trigger_item_id = '1029743' ORDER BY cosine DESC LIMIT 10",
+        "SELECT target_item_id, num_user_days, cosine FROM co_engagement_pairs WHERE trigger_item_id = '1029743' ORDER BY 3 DESC LIMIT 10",
     ),
     "item_popularity": (
         "The most engaged items.",
@@ -77,7 +76,7 @@ EXAMPLES: Mapping[str, tuple[str, str]] = {
     ),
     "evaluation": (
         "How past lists met what followed.",
-        "SELECT run_date, method, head, metric, value, low, high FROM evaluation WHERE slice = 'all' ORDER BY run_date, metric, value",
+        "SELECT run_date, method, head, metric, value, low, high FROM evaluation WHERE slice = 'all' ORDER BY 1, 4, 5",
     ),
 }
 """A question and the SQL that answers it, which Spark and DuckDB both understand; a table without one is simply looked into."""
@@ -129,7 +128,8 @@ def _duckdb(table: Table) -> Iterator[str]:
     yield "from deltalake import DeltaTable"
     yield ""
     yield f'files = DeltaTable("var/lake/demo/{table.name}").file_uris()'
-    yield f'duckdb.sql("{duckdb_sql(table)}", params={{"files": files}}).show()'
+    yield f'sql = "{duckdb_sql(table)}"'
+    yield 'duckdb.sql(sql, params={"files": files}).show()'
 
 
 def _settings_page() -> str:
