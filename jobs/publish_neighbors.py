@@ -40,6 +40,13 @@ def publish_neighbors(run: StageRun) -> None:
     lake.delete_where(ITEM_NEIGHBORS_HISTORY, f"run_date < date_sub('{run.run_date}', {run.settings.lake.keep_nights})")
 
 
+def _index_titles(run: StageRun) -> None:
+    """What the explorer finds items by, beside the night's other files."""
+    versions = {table.name: run.version(table) for table in (ITEM_FEATURES, ITEM_POPULARITY)}
+    path = run.night.artifacts("explorer") / catalog.FILE
+    index_titles(run.night.lake.root, versions, path, image_attribute=run.settings.explorer.image_attribute)
+
+
 def _start_policy(run: StageRun) -> None:
     """Write the settings' policies once; from then on the table rules."""
     if not run.night.lake.exists(MERGE_POLICY):
@@ -135,13 +142,6 @@ def _churn(run: StageRun, merged: DataFrame, expected: int) -> dict[str, float]:
     shared = F.size(F.array_intersect("now", "before")) / F.greatest(F.size(F.array_union("now", "before")), F.lit(1))
     jaccard = only_row(both.agg(F.avg(F.when(F.size(F.array_union("now", "before")) == 0, 1.0).otherwise(shared)).alias("mean")))["mean"]
     return {} if jaccard is None else {"churn": 1.0 - jaccard}
-
-
-def _index_titles(run: StageRun) -> None:
-    """What the explorer finds items by, beside the night's other files."""
-    versions = {table.name: run.version(table) for table in (ITEM_FEATURES, ITEM_POPULARITY)}
-    path = run.night.artifacts("explorer") / catalog.FILE
-    index_titles(run.night.lake.root, versions, path, image_attribute=run.settings.explorer.image_attribute)
 
 
 def _publish(run: StageRun, expected: int | None) -> None:

@@ -26,6 +26,11 @@ def shared_folder(settings: LakeSettings) -> Path:
     return Path(lake_root(settings.model_copy(update={"root": root})))
 
 
+def artifacts_of(settings: LakeSettings, run_id: str) -> Path:
+    """The folder of a night's files that are not tables: checkpoint, index, search index."""
+    return shared_folder(settings) / "_artifacts" / run_id
+
+
 def open_table(root: str, table: Table, version: int | None = None) -> DeltaTable:
     """A table at a version (None: latest).
 

@@ -19,7 +19,7 @@ from jobs.arguments import Arguments, parse, report_errors
 from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord, night_fingerprint, source_state
 from jobs.progress import Display, spark_tasks
-from jobs.reader import shared_folder
+from jobs.reader import artifacts_of
 from jobs.session import start_session
 from validation.gates import GateReport, check_metrics, check_schema, raise_on_failure
 from validation.suites import GateContext, rules_for
@@ -71,14 +71,14 @@ class Night:
 
     def artifacts(self, name: str) -> Path:
         """A folder for files of this night that are not tables: checkpoints, indexes."""
-        folder = shared_folder(self.settings.lake) / "_artifacts" / self.run_id / name
+        folder = artifacts_of(self.settings.lake, self.run_id) / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     @property
     def report_path(self) -> Path:
         """Where the page about this night lies once `nightly` has ended."""
-        return shared_folder(self.settings.lake) / "_artifacts" / self.run_id / "report.html"
+        return artifacts_of(self.settings.lake, self.run_id) / "report.html"
 
 
 @dataclass(kw_only=True)

@@ -23,7 +23,7 @@ from conf.tables import (
 )
 from jobs.explorer import catalog
 from jobs.explorer.catalog import Catalog, Item
-from jobs.reader import lake_root, neighbors_of, open_table, rows_where, shared_folder, table_exists
+from jobs.reader import artifacts_of, lake_root, neighbors_of, open_table, rows_where, table_exists
 
 BASELINES = {
     column.name: column.comment for column in CO_ENGAGEMENT_PAIRS.columns if column.type == "double" and column.name != "fit_weight"
@@ -85,7 +85,7 @@ class PublishedNight:
         if not first:
             raise TableError(f"item_neighbors under {root} is empty; run `python -m jobs.nightly`")
         versions = pinned_versions(root, first[0]["run_id"])
-        path = shared_folder(settings.lake) / "_artifacts" / first[0]["run_id"] / "explorer" / catalog.FILE
+        path = artifacts_of(settings.lake, first[0]["run_id"]) / "explorer" / catalog.FILE
         if not path.is_file():
             index_titles(root, versions, path, image_attribute=settings.explorer.image_attribute)
         return cls(settings=settings, root=root, version=table.version(), **first[0], versions=versions, catalog=Catalog.open(path))
@@ -93,7 +93,7 @@ class PublishedNight:
     @property
     def artifacts(self) -> Path:
         """Files of this night that are not tables."""
-        return shared_folder(self.settings.lake) / "_artifacts" / self.run_id
+        return artifacts_of(self.settings.lake, self.run_id)
 
     def lists(self, item_id: str, *, since: str | None = None) -> dict[str, list[Neighbor]]:
         """Every list of an item by head, the merged one first; `since` a kept night's run id marks what has changed."""

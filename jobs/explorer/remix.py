@@ -52,7 +52,7 @@ class Remixer:
         policies = read_policies(open_table(self.night.root, MERGE_POLICY).to_pyarrow_table().to_pylist())
         chosen = Policies.for_triggers(policies, [coarsest])
         kind, own, exponent = str(chosen.kind[0]), _shortest(chosen.value[0]), _shortest(chosen.popularity_exponent[0])
-        swept = self.night.settings.backtest.content_shares if kind == "quota" else self.night.settings.backtest.blend_values
+        swept = self.night.settings.backtest.blend_values if kind == "blend" else self.night.settings.backtest.content_shares
         values = sorted({own, *swept})
         lists = retriever.merge_under(
             trigger,

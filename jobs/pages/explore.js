@@ -120,7 +120,7 @@ async function mixes() {
   slider.max = made.values.length - 1;
   const distances = made.values.map((mix) => Math.abs(mix.value - wanted));
   slider.value = distances.indexOf(Math.min(...distances));
-  const name = (mix) => (made.kind === "quota" ? "relevance share " : "λ = ") + mix.value;
+  const name = (mix) => (made.kind === "blend" ? "λ = " : "relevance share ") + mix.value;
   const tell = () => {
     const mix = made.values[slider.value];
     output.textContent = name(mix) + (mix.value === made.own ? " (as published)" : "");
