@@ -90,6 +90,7 @@ ITEM_ANNOTATIONS = Table(
         _col("attributes", "map<string,string>", "Further named properties: brand, size, author."),
         _col("embedding", "array<float>", "Content vector brought by the user; null lets the night fit one from text and labels."),
         _key("eligible", "boolean", "Whether the item may be offered as a neighbor."),
+        _col("filter_values", "map<string,array<string>>", "Values of the columns that filters and limits read, by column."),
         _key("deleted", "boolean", "True in the marker row of an item that left the catalog."),
     ),
 )
@@ -198,6 +199,7 @@ ITEM_FEATURES = Table(
         _key("content_vector", "array<float>", "Unit-length content vector; all zeros for an item without any text or label."),
         _key("in_catalog", "boolean", "The catalog holds the item at the run date."),
         _key("eligible", "boolean", "In the catalog and allowed as a neighbor."),
+        _col("filter_values", "map<string,array<string>>", "Values of the columns that filters and limits read, by column."),
         _key("age_days", "int", "Days since first engagement or first annotation, whichever is earlier; 0 on the first day."),
         _key("num_user_days", "bigint", "Undecayed engagements, from item_popularity; 0 for a new item."),
         _key("as_of", "date", "The run date."),

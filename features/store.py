@@ -36,6 +36,7 @@ ANNOTATIONS_VIEW = "item_annotations_view"
 HISTORY_VIEW = "neighbor_history_view"
 """Temporary view behind the feature view item_neighbors: `pivot_neighbors` of item_neighbors_history."""
 _TIMES = ("event_timestamp", "created_timestamp")
+_MAPS = tuple(column.name for column in ITEM_ANNOTATIONS.columns if column.type.startswith("map<"))
 _KNOWLEDGE = tuple(name for name in ITEM_ANNOTATIONS.column_names if name not in ("item_id", *_TIMES))
 
 
@@ -249,6 +250,7 @@ def _annotations_definition(item: Any) -> Any:
         "array<double>": Array(Float64),
         "array<float>": Array(Float32),
         "map<string,string>": Map,
+        "map<string,array<string>>": Map,
         "boolean": Bool,
     }
     source = SparkSource(name=ANNOTATIONS_VIEW, table=ANNOTATIONS_VIEW, timestamp_field=_TIMES[0], created_timestamp_column=_TIMES[1])
@@ -347,7 +349,7 @@ def _one_row_a_time(annotations: DataFrame) -> DataFrame:
     """
     created = F.coalesce("created_timestamp", "event_timestamp").alias("created_timestamp")
     rows = annotations.select("item_id", "event_timestamp", created, *_KNOWLEDGE)
-    comparable = [F.to_json(name) if name == "attributes" else F.col(name) for name in _KNOWLEDGE]  # maps have no order
+    comparable = [F.to_json(name) if name in _MAPS else F.col(name) for name in _KNOWLEDGE]  # maps have no order
     latest = F.max_by(F.struct(*_KNOWLEDGE), F.struct(F.xxhash64(*comparable))).alias("known")
     return rows.groupBy("item_id", *_TIMES).agg(latest).select("item_id", *_TIMES, "known.*")
 

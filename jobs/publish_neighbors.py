@@ -18,10 +18,13 @@ from conf.tables import (
     MERGE_POLICY,
 )
 from jobs.lake import only_row
-from jobs.retrieval import index_items, retrieved_lists
+from jobs.retrieval import index_items, possible_lengths, retrieved_lists
 from jobs.stage import StageRun, stage_main
+from validation.eligibility import excess_neighbors, refused_neighbors
 
 STAGE = "publish_neighbors"
+_MAX_SHORT_LISTS = 2_000
+"""Short lists whose possible length is counted."""
 
 
 def publish_neighbors(run: StageRun) -> None:
@@ -102,25 +105,44 @@ def _metrics(run: StageRun, expected: int | None) -> dict[str, float]:
     row = only_row(
         lists.agg(
             F.count_if(merged & (F.size("neighbors") > 0)).alias("num_items"),
-            F.avg(F.when(merged, F.size("neighbors"))).alias("mean_length"),
             F.count_if(F.array_contains(ids, F.col("item_id"))).alias("num_self_neighbors"),
             F.count_if(F.size(F.array_distinct(ids)) < F.size(ids)).alias("num_duplicate_neighbors"),
             F.count_if(~merged & rising).alias("num_unordered"),
         )
     )
-    items = only_row(run.read(ITEM_FEATURES).agg(F.count_if("in_catalog").alias("catalog"), F.count_if("eligible").alias("eligible")))
-    possible = max(1, min(run.settings.retrieval.list_length, items["eligible"] - 1))
+    catalog = run.read(ITEM_FEATURES).where("in_catalog").count()
     measured = {name: float(row[name]) for name in ("num_items", "num_self_neighbors", "num_duplicate_neighbors", "num_unordered")}
-    measured |= {"coverage": row["num_items"] / max(1, items["catalog"]), "fullness": min(1.0, (row["mean_length"] or 0.0) / possible)}
-    measured["num_ineligible_neighbors"] = _num_ineligible(run, lists)
+    measured |= {"coverage": row["num_items"] / max(1, catalog), "fullness": _fullness(run, lists.where(merged))}
+    measured |= _refused(run, lists)
     return measured | ({} if expected is None else _churn(run, lists.where(merged), expected))
 
 
-def _num_ineligible(run: StageRun, lists: DataFrame) -> float:
-    allowed = run.read(ITEM_FEATURES).where("eligible").select(F.col("item_id").alias("neighbor_id"))
-    offered = lists.select(F.explode(F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])).alias("neighbor_id"))
+def _fullness(run: StageRun, merged: DataFrame) -> float:
+    """Mean length of merged lists as a share of the possible length; of short ones that filters and limits leave, of a sample."""
+    length = run.settings.retrieval.list_length
+    sizes = merged.select("item_id", F.size("neighbors").alias("size"))
+    counted = only_row(sizes.agg(F.count("*").alias("all"), F.count_if(F.col("size") < length).alias("short")))
+    sample = sizes.where(F.col("size") < length).orderBy(F.xxhash64("item_id")).limit(_MAX_SHORT_LISTS).collect()
+    if not sample:
+        return 1.0
+    possible = possible_lengths(run, [row["item_id"] for row in sample])
+    shares = [min(1.0, row["size"] / max(1, min(length, most))) if most else 1.0 for row, most in zip(sample, possible, strict=True)]
+    return float(1.0 - counted["short"] / counted["all"] * (1.0 - sum(shares) / len(shares)))
+
+
+def _refused(run: StageRun, lists: DataFrame) -> dict[str, float]:
+    """Neighbors that may not be offered: by the catalog's eligibility, by a filter, beyond a limit."""
+    features, settings, names = run.read(ITEM_FEATURES), run.settings.retrieval, run.settings.list_names
+    offered = lists.select("item_id", "head", F.explode(F.transform("neighbors", lambda n: n["neighbor_id"])).alias("neighbor_id"))
+    allowed = features.where("eligible").select(F.col("item_id").alias("neighbor_id"))
     forbidden = offered.groupBy("neighbor_id").count().join(allowed, "neighbor_id", how="left_anti")
-    return float(only_row(forbidden.agg(F.sum("count").alias("total")))["total"] or 0)
+    refused = {"num_ineligible_neighbors": float(only_row(forbidden.agg(F.sum("count").alias("total")))["total"] or 0)}
+    if settings.filters:
+        rows = refused_neighbors(offered, features, filters=settings.filters, names=names, run_date=run.run_date)
+        refused["num_refused_neighbors"] = float(rows.count())
+    if settings.limits:
+        refused["num_lists_over_limit"] = float(excess_neighbors(offered, features, limits=settings.limits, names=names).count())
+    return refused
 
 
 def _churn(run: StageRun, merged: DataFrame, expected: int) -> dict[str, float]:

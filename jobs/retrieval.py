@@ -20,8 +20,9 @@ from conf.settings import RetrievalSettings
 from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_EMBEDDINGS, ITEM_FEATURES, ITEM_POPULARITY, MERGE_POLICY
 from jobs.stage import StageRun
 from models.data import TableRef, read_table
-from models.merge import Policies, read_policies
-from models.neighbors import Counted, Retriever, build_index
+from models.eligibility import FilterColumns
+from models.merge import read_policies
+from models.neighbors import MERGED, Counted, Retriever, build_index
 
 _TRIGGERS_PER_TASK = 4_096
 _LISTS_DDL = (
@@ -37,24 +38,39 @@ def index_items(run: StageRun) -> Path:
     def table(declared: Any, *columns: str) -> pa.Table:
         return read_table(TableRef(uri=run.night.lake.path(declared), version=run.version(declared)), columns)
 
-    features = table(ITEM_FEATURES, "item_id", "item_index", "content_vector", "categories", "eligible").sort_by("item_index")
+    columns = ("item_id", "item_index", "content_vector", "categories", "eligible", "filter_values")
+    features = table(ITEM_FEATURES, *columns).sort_by("item_index")
     item_ids = features["item_id"].combine_chunks().cast(pa.string())
     popularity = table(ITEM_POPULARITY, "item_id", "weight")
     embeddings = table(ITEM_EMBEDDINGS, "item_id", "head", "trigger_vector", "target_vector")
     model = run.night.artifacts("model")
     folder = run.night.artifacts("index")
+    paths = features["categories"].to_pylist()
+    filters = _filter_columns(run, features["filter_values"], paths)
     build_index(
         folder,
         item_ids=item_ids,
         head_vectors={head: _vectors(embeddings, head, item_ids) for head in run.settings.model.heads},
         content=_rows(features["content_vector"]),
         popularity_p=_aligned(popularity, "weight", item_ids),
-        eligible=features["eligible"].to_numpy(),
-        category_codes=category_codes(features["categories"].to_pylist()),
+        eligible=features["eligible"].to_numpy() & filters.everywhere(run.settings.retrieval.filters),
+        category_codes=category_codes(paths),
+        filters=filters,
         scorer_file=model / "scorer.json",
         calibration=json.loads((model / "metrics.json").read_text()),
     )
     return folder
+
+
+def _filter_columns(run: StageRun, values: pa.ChunkedArray, paths: Sequence[Sequence[str] | None]) -> FilterColumns:
+    """The mapped columns of all items, from maps as Arrow gives them: lists of (column, values)."""
+    by_item = [dict(item or ()) for item in values.to_pylist()]
+    columns = {name: [item.get(name) for item in by_item] for name in dict.fromkeys(run.settings.source.items.columns.filters)}
+    filters = FilterColumns.encode(columns, coarsest=[path[0] if path else None for path in paths], as_of=run.run_date)
+    for rule in run.settings.retrieval.filters:
+        if bad := filters.not_days(rule):
+            run.note(f"{len(bad)} values of column {rule.column} are no day YYYY-MM-DD, e.g. {bad[0]!r}: not released")
+    return filters
 
 
 def category_codes(paths: Sequence[Sequence[str] | None]) -> npt.NDArray[np.int32]:
@@ -92,7 +108,7 @@ def retrieved_lists(run: StageRun, index: Path) -> DataFrame:
     num_tasks = max(2, -(-triggers.count() // _TRIGGERS_PER_TASK))
     counted = _counted(run).withColumnRenamed("trigger_index", "item_index")
     blocks = (
-        triggers.select("item_index", F.get("categories", F.lit(0)).alias("coarsest"))
+        triggers.select("item_index")
         .join(counted, "item_index", how="left")
         .repartition(num_tasks, "item_index")
         .sortWithinPartitions("item_index")
@@ -100,6 +116,14 @@ def retrieved_lists(run: StageRun, index: Path) -> DataFrame:
     policies = [row.asDict() for row in run.read(MERGE_POLICY).collect()]
     read_policies(policies)  # a bad row is reported here, not by a task
     return blocks.mapInArrow(partial(search_batches, index=str(index), policies=policies, settings=run.settings.retrieval), _LISTS_DDL)
+
+
+def possible_lengths(run: StageRun, item_ids: Sequence[str]) -> list[int]:
+    """How many neighbors the merged lists of some items could hold: all eligible items but those that the rules refuse."""
+    retriever = Retriever.open(run.night.artifacts("index"))
+    rules, eligible = retriever.rules(run.settings.retrieval), np.flatnonzero(retriever.eligible).astype(np.int32)
+    triggers = pc.index_in(pa.array(item_ids), retriever.item_ids).to_pylist()
+    return [rules.num_possible(MERGED, trigger, eligible) for trigger in triggers]
 
 
 def counted_of(run: StageRun, triggers: npt.NDArray[np.int32]) -> Counted:
@@ -137,8 +161,8 @@ def search_batches(
         for start in range(0, batch.num_rows, settings.block_size):
             block = batch.slice(start, settings.block_size)
             trigger = block.column("item_index").to_numpy().astype(np.int32)
-            chosen = Policies.for_triggers(by_scope, block.column("coarsest").to_pylist())
-            lists = retriever.retrieve(trigger, _counted_block(block), chosen, settings=settings)
+            policies_of = retriever.policies_for(by_scope, trigger)
+            lists = retriever.retrieve(trigger, _counted_block(block), policies_of, settings=settings)
             yield lists.to_arrow(retriever.item_ids)
 
 

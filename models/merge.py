@@ -128,6 +128,10 @@ class Merged:
     score: Floats
     filled: Bools
 
+    def only(self, kept: Longs, offsets: Longs) -> Self:
+        """Some of the R positions, with their offsets."""
+        return type(self)(position=self.position[kept], offsets=offsets, score=self.score[kept], filled=self.filled[kept])
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Order:
@@ -224,17 +228,30 @@ class FillOrder:
         by_category = some[np.argsort(coarsest[some], kind="stable")]
         return cls(popular=popular, by_category=by_category, category=coarsest[by_category].astype(np.int32))
 
-    def fill(self, listed: Ints, *, trigger: int, coarsest: int, k: int) -> tuple[Ints, int]:
+    def fill(
+        self, listed: Ints, *, trigger: int, coarsest: int, k: int, admit: Callable[[Ints, Ints], Ints] | None = None
+    ) -> tuple[Ints, int]:
         """Items to append to one list of fewer than k: first of the trigger's category, then of all, most popular first.
+
+        Args:
+            listed: what the list holds.
+            trigger: its item.
+            coarsest: the trigger's coarsest category code, -1 for none.
+            k: most items of the list.
+            admit: items listed and items in order -> those of the latter that the list may hold; None: all.
 
         Returns:
             The items, and how many of them come from the category.
         """
         missing, most = k - len(listed), k + 1  # that many of a source suffice: k - 1 may be listed, one may be the trigger
         start, stop = np.searchsorted(self.category, (coarsest, coarsest + 1)) if coarsest >= 0 else (0, 0)
+        of_category, popular = self.by_category[start:stop], self.popular
+        if admit is None:
+            of_category, popular, admit = of_category[:most], popular[:most], lambda _, items: items
         taken = np.append(listed, np.int32(trigger))
-        first = _without(self.by_category[start : min(stop, start + most)], taken)[:missing]
-        then = _without(self.popular[:most], np.concatenate([taken, first]))[: missing - len(first)]
+        first = admit(listed, _without(of_category, taken))[:missing]
+        rest = _without(popular, np.concatenate([taken, first])) if len(first) < missing else popular[:0]
+        then = admit(np.concatenate([listed, first]), rest)[: missing - len(first)]
         return np.concatenate([first, then]), len(first)
 
 

@@ -6,7 +6,7 @@ A critical rule that fails stops the night and last night's lists stay; a warnin
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from conf.errors import BrokenGateError
@@ -248,6 +248,8 @@ def _publish_neighbors(context: GateContext) -> list[Rule]:
         _none("num_self_neighbors", "lists that hold their own trigger item", defect),
         _none("num_duplicate_neighbors", "lists that hold an item twice", defect),
         _none("num_ineligible_neighbors", "neighbors that may not be offered", defect),
+        replace(_none("num_refused_neighbors", "neighbors that a filter of their list refuses", defect), optional=True),
+        replace(_none("num_lists_over_limit", "lists and kinds with more neighbors than a limit allows", defect), optional=True),
         _none("num_unordered", "lists whose scores do not descend", defect),
         Rule(
             metric="churn",

@@ -8,6 +8,7 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 import pytest
+import yaml
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
@@ -47,6 +48,13 @@ def _night(spark: SparkSession, config: Path, run_date: date, *assignments: str)
     return make_night(load_settings(str(config), assignments), run_date, spark=spark, display=Display(seconds_per_line=3600), now=NOW)
 
 
+def _items(world: BundleWorld, *sold_out: str) -> pd.DataFrame:
+    """The catalog with a stock, and two items of one category that are variants of each other."""
+    items, variants = world.items(), {world.item_id(8, 0), world.item_id(9, 0)}
+    parents = [("one" if sku in variants else sku) for sku in items["sku"]]
+    return items.assign(stock=["no" if sku in sold_out else "yes" for sku in items["sku"]], parent=parents)
+
+
 @pytest.fixture(scope="module")
 def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """The world after one night, with two torch processes."""
@@ -54,7 +62,14 @@ def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
     world = BundleWorld()
     world.write(folder)
     training = {"num_steps": 20, "batch_size": 64, "num_processes": 2}
-    config = write_config(folder, training=training)
+    in_stock = {"column": "stock", "rule": "any_of", "values": ["yes"]}
+    variants = {"column": "parent", "rule": "different", "heads": ["merged"]}
+    retrieval = {"list_length": 10, "filters": [in_stock, variants], "limits": [{"by": "category", "at_most": 9, "heads": ["merged"]}]}
+    config = write_config(folder, training=training, retrieval=retrieval)
+    content = yaml.safe_load(config.read_text())
+    content["source"]["items"]["columns"]["filters"] = ["stock", "parent"]
+    config.write_text(yaml.safe_dump(content))
+    _items(world).to_parquet(folder / "items" / "part-0.parquet", index=False)
     night = _night(spark, config, NIGHT)
     return Done(world=world, folder=folder, config=config, night=night, records=run_night(night))
 
@@ -234,8 +249,8 @@ def _a_failed_publish_gate_publishes_nothing(done: Done, later: Night) -> None:
 
 def test_an_item_that_left_has_no_lists_and_an_older_night_goes_to_history_only(done: Done) -> None:
     """Runs last: it changes the sources."""
-    gone = done.world.item_id(0, 0)
-    items = done.world.items()
+    gone, sold_out = done.world.item_id(0, 0), done.world.item_id(1, 1)
+    items = _items(done.world, sold_out)
     items[items["sku"] != gone].to_parquet(done.folder / "items" / "part-0.parquet", index=False)
     later = _night(done.night.spark, done.config, NIGHT + timedelta(days=1))
     _a_failed_publish_gate_publishes_nothing(done, later)
@@ -243,7 +258,12 @@ def test_an_item_that_left_has_no_lists_and_an_older_night_goes_to_history_only(
     offered = {
         neighbor["neighbor_id"] for (_, _), found in neighbors_of(later.lake.root, items["sku"].tolist()).items() for neighbor in found
     }
-    assert gone not in offered
+    assert not offered & {gone, sold_out}
+    lists = neighbors_of(later.lake.root, [sold_out, done.world.item_id(8, 0)])
+    assert len(lists[sold_out, "merged"]) == 10  # not offered, yet a trigger
+    variant = done.world.item_id(9, 0)
+    assert variant not in {neighbor["neighbor_id"] for neighbor in lists[done.world.item_id(8, 0), "merged"]}
+    assert variant in offered
     online = store.lookup_online(open_feature_store(later), [gone], heads=["merged"], k=5)
     assert online[gone]["merged"]["ids"] == []
     assert online[gone]["run_id"] == later.run_id  # a tombstone of this night, not the list of the last one

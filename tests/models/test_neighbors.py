@@ -1,6 +1,7 @@
 """Lists against a plain loop over every item, in a world of known neighbors, and the contract that every list keeps."""
 
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 
 from conf.errors import TrainingError
 from conf.settings import RetrievalSettings
+from models.eligibility import FilterColumns
 from models.factorization import log_popularity
 from models.merge import Policies, read_policies
 from models.neighbors import ARROW_SCHEMA, Counted, NeighborLists, Retriever, build_index
 from models.scorer import FEATURES, Scorer, candidate_features, log_softmax
 
+NIGHT = date(2024, 3, 31)
 BLEND = {"scope": "default", "kind": "blend", "value": 0.02, "popularity_exponent": 0.3}
 QUOTA = {"scope": "default", "kind": "quota", "value": 0.4, "popularity_exponent": 0.0}
 SETTINGS = RetrievalSettings(
@@ -65,6 +68,7 @@ class World:
             "popularity_p": popularity.astype(np.float32),
             "eligible": rng.random(n) < 0.8,
             "category_codes": codes[:, : self.num_levels].astype(np.int32),
+            "filters": FilterColumns.encode({}, coarsest=[None if code < 0 else f"category {code}" for code in coarse], as_of=NIGHT),
         }
         self.weight = np.where(rng.random((n, n)) < 0.15, rng.exponential(1, (n, n)), 0).astype(np.float32)
         self.weight[: n // 8] = 0  # some items have no pairs
