@@ -334,6 +334,9 @@ class RetrievalSettings(Section):
     num_candidates_content: int = Field(100, ge=0, description="Nearest items per trigger in content.")
     num_candidates_popular: int = Field(100, ge=0, description="Most popular items offered to every trigger.")
     block_size: int = Field(1024, ge=1, description="Triggers scored together in a task.")
+    keep_candidates: bool = Field(
+        True, description="Keep the scored candidates of the published night, some 10 kB an item, so that a changed merge policy is quick."
+    )
     filters: list[FilterSettings] = Field(default_factory=list, description="What lists may offer, beyond source.items.columns.eligible.")
     limits: list[LimitSettings] = Field(default_factory=list, description="How many neighbors may be alike; at most one limit a list.")
 
@@ -341,15 +344,17 @@ class RetrievalSettings(Section):
 class PolicySettings(Section):
     """A starting row of merge_policy; written once, then the table rules."""
 
-    scope: str = Field("default", min_length=1, description="default or a coarsest category.")
-    kind: Literal["blend", "quota"] = Field("blend", description="blend: p + value * relevance; quota: interleave.")
-    value: float = Field(ge=0, description="blend: lambda; quota: share of the relevance head in [0,1].")
+    scope: str = Field("default", min_length=1, description="default, a coarsest category, or column=value of a mapped filter column.")
+    kind: Literal["blend", "quota", "rrf"] = Field(
+        "blend", description="blend: p + value * relevance; quota: interleave; rrf: reciprocal rank fusion."
+    )
+    value: float = Field(ge=0, description="blend: lambda; quota, rrf: share or weight of the relevance order in [0,1].")
     popularity_exponent: float = Field(0.0, ge=0, le=1, description="Discount of popularity.")
 
     @model_validator(mode="after")
     def _share(self) -> Self:
-        if self.kind == "quota" and self.value > 1:
-            raise ValueError(f"a quota is a share in [0,1], found {self.value}")
+        if self.kind != "blend" and self.value > 1:
+            raise ValueError(f"a {self.kind} is a share in [0,1], found {self.value}")
         return self
 
 

@@ -260,7 +260,7 @@ ITEM_NEIGHBORS_HISTORY = Table(
     name="item_neighbors_history",
     comment="Every night's lists, published or not; gates run here.",
     key=("run_date", "run_id", "item_id", "head"),
-    order_by=("head", "item_id"),
+    order_by=("item_id", "head"),
     kept_on_failure=True,
     columns=_LIST_COLUMNS,
 )
@@ -278,12 +278,13 @@ MERGE_POLICY = Table(
     comment="How head lists become the merged list; data, so that it changes without training.",
     key=("scope",),
     columns=(
-        _key("scope", "string", "default, or a coarsest category name that the row applies to."),
-        _key("kind", "string", "blend or quota."),
+        _key("scope", "string", "default, a coarsest category of the trigger, or column=value of a mapped filter column, e.g. market=de."),
+        _key("kind", "string", "blend, quota or rrf (reciprocal rank fusion)."),
         _key(
             "value",
             "double",
-            "blend: lambda, relevance per unit of probability; quota: share of the list taken from the relevance head, in [0,1].",
+            "blend: lambda, relevance per unit of probability; quota: share of the list taken from the relevance head, in [0,1]; "
+            "rrf: weight of the relevance order, in [0,1].",
         ),
         _key("popularity_exponent", "double", "Discount of popularity in the engagement score, 0 (none) to 1."),
     ),

@@ -6,7 +6,7 @@ A night older than the published one goes to history only, unless `--publish` as
 
 from collections.abc import Callable, Sequence
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from conf.tables import (
@@ -18,7 +18,8 @@ from conf.tables import (
     MERGE_POLICY,
 )
 from jobs.lake import only_row
-from jobs.retrieval import index_items, possible_lengths, retrieved_lists
+from jobs.publication import publish_run
+from jobs.retrieval import drop_candidates, index_items, possible_lengths, retrieved_lists
 from jobs.stage import StageRun, stage_main
 from validation.eligibility import excess_neighbors, refused_neighbors
 
@@ -29,10 +30,11 @@ _MAX_SHORT_LISTS = 2_000
 
 def publish_neighbors(run: StageRun) -> None:
     """Index, retrieve, write history, gate, publish."""
-    lake, table = run.night.lake, ITEM_NEIGHBORS
-    expected = lake.version(table) if lake.exists(table) else None
+    lake = run.night.lake
+    lake.create(ITEM_NEIGHBORS)
+    expected = lake.version(ITEM_NEIGHBORS)
     _start_policy(run)
-    lists = retrieved_lists(run, index_items(run)).transform(_with_reasons(run)).transform(_with_identity(run))
+    lists = retrieved_lists(run, index_items(run)).transform(_with_identity(run))
     run.replace(ITEM_NEIGHBORS_HISTORY, lists, where=_this_run(run))
     run.gate(_metrics(run, expected), list_length=run.settings.retrieval.list_length)
     _publish(run, expected)
@@ -50,37 +52,10 @@ def _this_run(run: StageRun) -> str:
     return f"run_date = '{run.run_date}' AND run_id = '{run.night.run_id}'"
 
 
-def _with_reasons(run: StageRun) -> Callable[[DataFrame], DataFrame]:
-    """Codes of the retriever to words: how often engaged together, the finest category in common, which source found it."""
-    categories = run.read(ITEM_FEATURES).select("item_id", "categories")
-
-    def reason(neighbor: Column) -> Column:
-        depth = neighbor["shared_depth"].cast("int")
-        together = F.when(
-            neighbor["num_user_days"] > 0, F.concat(F.lit("engaged together on "), neighbor["num_user_days"], F.lit(" user-days"))
-        )
-        same = F.when(depth > 0, F.concat(F.lit("same "), F.get("categories", depth - 1)))
-        found = F.when(neighbor["filled"], F.lit("fills up the list")).otherwise(
-            F.concat(F.lit("found by "), F.array_join(neighbor["sources"], ", "))
-        )
-        return F.concat_ws("; ", together, same, found)
-
-    def described(neighbor: Column) -> Column:
-        names = ("neighbor_id", "score", "sources", "num_user_days", "relevance", "filled")
-        fields = {name: neighbor[name].alias(name) for name in names} | {"reason": reason(neighbor).alias("reason")}
-        return F.struct(*(fields[name] for name in ("neighbor_id", "score", "reason", "sources", "num_user_days", "relevance", "filled")))
-
-    def transform(lists: DataFrame) -> DataFrame:
-        return lists.join(F.broadcast(categories), "item_id", how="left").withColumn("neighbors", F.transform("neighbors", described))
-
-    return transform
-
-
 def _with_identity(run: StageRun) -> Callable[[DataFrame], DataFrame]:
     version = only_row(run.read(ITEM_EMBEDDINGS).agg(F.max("model_version").alias("version")))["version"]
 
     def transform(lists: DataFrame) -> DataFrame:
-        ids = F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])
         return lists.select(
             F.lit(run.run_date).alias("run_date"),
             F.lit(run.night.run_id).alias("run_id"),
@@ -88,14 +63,14 @@ def _with_identity(run: StageRun) -> Callable[[DataFrame], DataFrame]:
             "head",
             "neighbors",
             F.lit(version).alias("model_version"),
-            F.sha1(F.array_join(ids, "\x1f")).alias("list_hash"),
+            "list_hash",
             F.lit(CONTRACT_VERSION).alias("contract_version"),
         )
 
     return transform
 
 
-def _metrics(run: StageRun, expected: int | None) -> dict[str, float]:
+def _metrics(run: StageRun, expected: int) -> dict[str, float]:
     """Numbers of the lists just written to history; the published table, if any, is what churn is against."""
     lists = run.read_output(ITEM_NEIGHBORS_HISTORY).where(_this_run(run))
     ids = F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])
@@ -114,7 +89,7 @@ def _metrics(run: StageRun, expected: int | None) -> dict[str, float]:
     measured = {name: float(row[name]) for name in ("num_items", "num_self_neighbors", "num_duplicate_neighbors", "num_unordered")}
     measured |= {"coverage": row["num_items"] / max(1, catalog), "fullness": _fullness(run, lists.where(merged))}
     measured |= _refused(run, lists)
-    return measured | ({} if expected is None else _churn(run, lists.where(merged), expected))
+    return measured | _churn(run, lists.where(merged), expected)
 
 
 def _fullness(run: StageRun, merged: DataFrame) -> float:
@@ -155,20 +130,16 @@ def _churn(run: StageRun, merged: DataFrame, expected: int) -> dict[str, float]:
     return {} if jaccard is None else {"churn": 1.0 - jaccard}
 
 
-def _publish(run: StageRun, expected: int | None) -> None:
+def _publish(run: StageRun, expected: int) -> None:
     """One commit, fenced on the version seen at the start; an older night stays in history."""
-    lake = run.night.lake
-    if expected is not None and not run.night.publish:
-        current = only_row(lake.read(ITEM_NEIGHBORS, expected).agg(F.max("run_date").alias("date")))["date"]
-        if current is not None and current > run.run_date:
-            run.note(f"the lists of {current} are published; this older night went to history only (--publish overrides)")
-            return
-    lists = run.read_output(ITEM_NEIGHBORS_HISTORY).where(_this_run(run))
-    versions = {name: str(version) for name, version in run.inputs.items()}
-    metadata = {"run_id": run.night.run_id, "run_date": run.run_date.isoformat(), "inputs": versions}
-    ordered = lists.repartitionByRange("item_id").sortWithinPartitions("item_id", "head")
-    run.outputs[ITEM_NEIGHBORS.name] = lake.publish(ITEM_NEIGHBORS, ordered, expected=expected, metadata=metadata)
-    run.night.display.say(f"  published item_neighbors version {run.outputs[ITEM_NEIGHBORS.name]}")
+    lake, night = run.night.lake, run.night
+    current = only_row(lake.read(ITEM_NEIGHBORS, expected).agg(F.max("run_date").alias("date"), F.max("run_id").alias("run_id")))
+    if current["date"] is not None and current["date"] > run.run_date and not night.publish:
+        run.note(f"the lists of {current['date']} are published; this older night went to history only (--publish overrides)")
+        return
+    run.outputs[ITEM_NEIGHBORS.name] = publish_run(lake.root, night.run_id, expected=expected, inputs=run.inputs)
+    night.display.say(f"  published item_neighbors version {run.outputs[ITEM_NEIGHBORS.name]}")
+    drop_candidates(run.settings.lake, keep=night.run_id)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

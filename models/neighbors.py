@@ -31,6 +31,8 @@ from conf.settings import RetrievalSettings
 from models.data import Bools, Floats, Ints
 from models.eligibility import CATEGORY, FilterColumns, Rules
 from models.factorization import log_popularity
+from models.kept import KeptCandidates
+from models.list_rows import list_rows
 from models.merge import DEFAULT_SCOPE, CandidateSet, FillOrder, Policies, Policy, merge_candidates
 from models.ranking import Longs, best_per_segment, ends, segments
 from models.scorer import Scorer, candidate_features, log_softmax
@@ -41,18 +43,6 @@ _WIDER = 4  # times as many items are asked for where filters and limits left to
 _MOST_RESULTS = 8_000_000  # of one search: 12 bytes each
 _SOURCE_BITS = 16  # of a packed candidate key: counts, content, popularity, category and up to 12 heads
 _META = "meta.json"
-_NEIGHBOR_TYPE = pa.struct(
-    [
-        ("neighbor_id", pa.string()),
-        ("score", pa.float64()),
-        ("sources", pa.list_(pa.string())),
-        ("num_user_days", pa.int64()),
-        ("relevance", pa.float64()),
-        ("filled", pa.bool_()),
-        ("shared_depth", pa.int8()),
-    ]
-)
-ARROW_SCHEMA = pa.schema([("item_id", pa.string()), ("head", pa.string()), ("neighbors", pa.list_(_NEIGHBOR_TYPE))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +84,7 @@ def build_index(
     popularity_p: Floats,
     eligible: Bools,
     category_codes: Ints,
+    category_names: Sequence[str],
     filters: FilterColumns,
     scorer_file: Path | None,
     calibration: Mapping[str, Any],
@@ -108,6 +99,7 @@ def build_index(
         popularity_p: (N,) decayed user-days or any multiple of them, 0 for an item never engaged with; floored as in training.
         eligible: (N,) may be a neighbor.
         category_codes: (N, L) a code per level that stands for the whole path down to it, -1 for none.
+        category_names: a name per code.
         filters: of the N items.
         scorer_file: written by `Scorer.save`; without one the fixed mixture.
         calibration: any JSON, kept in meta.json for readers of the index.
@@ -129,8 +121,8 @@ def build_index(
         _save(folder, file, array)
     filters.save(folder)
     ids = pa.array(item_ids, pa.string()) if not isinstance(item_ids, pa.Array) else item_ids.cast(pa.string())
-    with pa.OSFile(str(folder / "item_ids.arrow"), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("item_id", pa.string())])) as writer:
-        writer.write_batch(pa.record_batch([ids], names=["item_id"]))
+    _save_texts(folder, "item_ids", ids)
+    _save_texts(folder, "category_names", pa.array(category_names, pa.string()))
     if scorer_file is not None:
         Scorer.load(scorer_file).save(folder / "scorer.json")
     meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "calibration": dict(calibration)}
@@ -166,6 +158,12 @@ def _save(folder: Path, stem: str, array: npt.NDArray[Any]) -> None:
     np.save(folder / f"{stem}.npy", np.ascontiguousarray(wide))
 
 
+def _save_texts(folder: Path, stem: str, texts: pa.Array) -> None:
+    batch = pa.record_batch([texts], names=[stem])
+    with pa.OSFile(str(folder / f"{stem}.arrow"), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
 def _write_flat(folder: Path, stem: str, vectors: Floats, items: Longs) -> None:
     """A flat inner-product index over some items, and which items its rows are."""
     _save(folder, f"{stem}-items", items.astype(np.int32))
@@ -181,6 +179,11 @@ def _write_flat(folder: Path, stem: str, vectors: Floats, items: Longs) -> None:
 def _load(folder: Path, stem: str) -> npt.NDArray[Any]:
     """A view of the file's pages: processes that open it share them."""
     return np.asarray(np.load(folder / f"{stem}.npy", mmap_mode="r"))
+
+
+def _load_texts(folder: Path, stem: str) -> pa.StringArray:
+    with pa.memory_map(str(folder / f"{stem}.arrow")) as source:
+        return pa.ipc.open_file(source).get_batch(0).column(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,34 +309,12 @@ class Neighbors:
 
 @dataclass(frozen=True, kw_only=True)
 class NeighborLists:
-    """Lists of B triggers: one `Neighbors` per head and one of the merged lists."""
+    """Lists of B triggers: one `Neighbors` per head and one of the merged lists; `kept`: what the latter were made from, if asked for."""
 
     trigger: Ints
     source_names: tuple[str, ...]
     heads: Mapping[str, Neighbors]
-
-    def to_arrow(self, item_ids: pa.Array) -> pa.RecordBatch:
-        """One row per head and trigger, in ARROW_SCHEMA; a trigger without neighbors has an empty list.
-
-        Args:
-            item_ids: (N,) strings in index order, e.g. `Retriever.item_ids`.
-        """
-        items = item_ids.take(pa.array(np.tile(self.trigger, len(self.heads))))
-        names = pa.array([name for name in self.heads for _ in self.trigger], pa.string())
-        lists = pa.concat_arrays([self._list_array(neighbors, item_ids) for neighbors in self.heads.values()])
-        return pa.RecordBatch.from_arrays([items, names, lists], schema=ARROW_SCHEMA)
-
-    def _list_array(self, lists: Neighbors, item_ids: pa.Array) -> pa.ListArray:
-        masks, which = np.unique(lists.sources, return_inverse=True)
-        words = [[name for bit, name in enumerate(self.source_names) if mask >> bit & 1] for mask in masks.tolist()]
-        columns = [
-            item_ids.take(pa.array(lists.neighbor)),
-            pa.array(lists.score),
-            pa.array(words, pa.list_(pa.string())).take(pa.array(which)),
-            *(pa.array(getattr(lists, name)) for name in ("num_user_days", "relevance", "filled", "shared_depth")),
-        ]
-        structs = pa.StructArray.from_arrays(columns, fields=list(_NEIGHBOR_TYPE))
-        return pa.ListArray.from_arrays(pa.array(lists.offsets.astype(np.int32)), structs)
+    kept: Sequence[KeptCandidates] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,6 +368,7 @@ class Retriever:
     """An opened index."""
 
     item_ids: pa.StringArray
+    category_names: pa.StringArray
     heads: Mapping[str, _Head]
     content: Floats
     content_flat: _Flat
@@ -403,10 +385,9 @@ class Retriever:
         """Map what `build_index` wrote; from here on FAISS uses one thread in this process, as each Spark task has one core."""
         faiss.omp_set_num_threads(1)
         meta = json.loads((folder / _META).read_text())
-        with pa.memory_map(str(folder / "item_ids.arrow")) as source:
-            item_ids = pa.ipc.open_file(source).get_batch(0).column(0)
         return cls(
-            item_ids=item_ids,
+            item_ids=_load_texts(folder, "item_ids"),
+            category_names=_load_texts(folder, "category_names"),
             heads={name: _Head.open(folder, f"head-{number}", name) for number, name in enumerate(meta["heads"])},
             content=_load(folder, "content"),
             content_flat=_Flat.open(folder, "content"),
@@ -426,6 +407,10 @@ class Retriever:
         """What the bits of `Neighbors.sources` mean, lowest first."""
         return (COUNTS, *self.heads, CONTENT, POPULARITY, CATEGORY)
 
+    def to_arrow(self, lists: NeighborLists) -> pa.RecordBatch:
+        """Lists as rows, with reasons: see models.list_rows."""
+        return list_rows(lists, item_ids=self.item_ids, category_names=self.category_names, categories=self.categories)
+
     def policies_for(self, policies: Mapping[str, Policy], trigger: Ints) -> Policies:
         """The policy of each of (B,) triggers among rows of merge_policy by scope."""
         scopes = [scope for scope in policies if scope != DEFAULT_SCOPE]
@@ -436,7 +421,9 @@ class Retriever:
         """Filters and limits of every list."""
         return Rules.of(settings, self.filters, (*self.heads, MERGED), categories=self.categories)
 
-    def retrieve(self, trigger: Ints, counted: Counted, policies: Policies, *, settings: RetrievalSettings) -> NeighborLists:
+    def retrieve(
+        self, trigger: Ints, counted: Counted, policies: Policies, *, settings: RetrievalSettings, keep: bool = False
+    ) -> NeighborLists:
         """Lists of B triggers, computed `settings.block_size` at a time.
 
         Args:
@@ -444,14 +431,40 @@ class Retriever:
             counted: all their counted pairs: the row sums count, not only the heaviest.
             policies: of each trigger.
             settings: list length and candidates per source.
+            keep: return what `remerge` needs, too.
         """
         size, rules = settings.block_size, self.rules(settings)
         parts = [
             self._block(trigger[a : a + size], counted.part(a, min(a + size, len(trigger))), policies.part(a, a + size), settings, rules)
             for a in range(0, max(len(trigger), 1), size)
         ]
-        heads = {name: _concatenate([part[name] for part in parts]) for name in (*self.heads, MERGED)}
-        return NeighborLists(trigger=trigger, source_names=self.source_names, heads=heads)
+        heads = {name: _concatenate([lists[name] for lists, _ in parts]) for name in (*self.heads, MERGED)}
+        kept = tuple(candidates for _, candidates in parts) if keep else ()
+        return NeighborLists(trigger=trigger, source_names=self.source_names, heads=heads, kept=kept)
+
+    def remerge(self, kept: KeptCandidates, policies: Policies, *, settings: RetrievalSettings) -> NeighborLists:
+        """The merged lists that `retrieve` makes under these policies, from what it kept."""
+        counted = Counted(
+            indptr=kept.counted_offsets,
+            target=kept.target,
+            weight=np.zeros(len(kept.target), dtype=np.float32),
+            num_user_days=kept.num_user_days,
+        )
+        segment = segments(kept.offsets)
+        weight, num_user_days = self._counts_of(segment * len(self.eligible) + kept.item, counted)
+        pool = _Pool(
+            trigger=kept.trigger,
+            offsets=kept.offsets,
+            segment=segment,
+            item=kept.item,
+            sources=kept.sources,
+            weight=weight,
+            num_user_days=num_user_days,
+            scores={RELEVANCE: kept.relevance},
+        )
+        candidates = self._candidate_set(pool, kept.log_p)
+        lists = self._merged_lists(pool, candidates, counted, policies, settings.list_length, self.rules(settings))
+        return NeighborLists(trigger=kept.trigger, source_names=self.source_names, heads={MERGED: lists})
 
     def merge_under(self, trigger: Ints, counted: Counted, policies: Sequence[Policy], *, settings: RetrievalSettings) -> list[Neighbors]:
         """Merged lists of B triggers under each of several policies: candidates are found and scored once for all of them.
@@ -467,19 +480,31 @@ class Retriever:
         for start in range(0, max(len(trigger), 1), size):
             block, pairs = trigger[start : start + size], counted.part(start, min(start + size, len(trigger)))
             pool = self._mergeable(self._scored(block, pairs, *self._candidates(block, pairs, settings, rules)), rules)
-            candidates = self._candidate_set(pool, pairs)
+            candidates = self._candidate_set(pool, self._log_p(pool, pairs))
             rows = [Policies.same(policy, len(block)) for policy in policies]
             parts.append([self._merged_lists(pool, candidates, pairs, row, settings.list_length, rules) for row in rows])
         return [_concatenate(part) for part in zip(*parts, strict=True)]
 
     def _block(
         self, trigger: Ints, counted: Counted, policies: Policies, settings: RetrievalSettings, rules: Rules
-    ) -> dict[str, Neighbors]:
+    ) -> tuple[dict[str, Neighbors], KeptCandidates]:
         pool = self._scored(trigger, counted, *self._candidates(trigger, counted, settings, rules))
         lists = {name: self._head_lists(head, pool, settings.list_length, rules) for name, head in self.heads.items()}
         mergeable = self._mergeable(pool, rules)
-        candidates = self._candidate_set(mergeable, counted)
-        return lists | {MERGED: self._merged_lists(mergeable, candidates, counted, policies, settings.list_length, rules)}
+        candidates = self._candidate_set(mergeable, self._log_p(mergeable, counted))
+        merged = self._merged_lists(mergeable, candidates, counted, policies, settings.list_length, rules)
+        kept = KeptCandidates(
+            trigger=trigger,
+            offsets=mergeable.offsets,
+            item=mergeable.item,
+            sources=mergeable.sources,
+            log_p=candidates.log_p,
+            relevance=candidates.relevance,
+            counted_offsets=counted.indptr,
+            target=counted.target,
+            num_user_days=counted.num_user_days,
+        )
+        return lists | {MERGED: merged}, kept
 
     def _bit(self, name: str) -> int:
         return self.source_names.index(name)
@@ -567,10 +592,10 @@ class Retriever:
         """The candidates that the merged list may hold."""
         return pool.only(rules.allowed(MERGED, pool.trigger[pool.segment], pool.item)) if rules.restrict([MERGED]) else pool
 
-    def _candidate_set(self, pool: _Pool, counted: Counted) -> CandidateSet:
+    def _candidate_set(self, pool: _Pool, log_p: Floats) -> CandidateSet:
         return CandidateSet(
             offsets=pool.offsets,
-            log_p=self._log_p(pool, counted),
+            log_p=log_p,
             relevance=pool.scores[RELEVANCE],
             log_popularity=self.log_popularity[pool.item],
             found_by_relevance=(pool.sources >> self._bit(RELEVANCE) & 1).astype(np.bool_),

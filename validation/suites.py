@@ -264,6 +264,25 @@ def _publish_neighbors(context: GateContext) -> list[Rule]:
     ]
 
 
+def _remerge(context: GateContext) -> list[Rule]:
+    defect = "a defect of remerge: report it"
+    return [
+        _at_least("num_items", 1, "items with a merged list", "look at the eligibility of the items"),
+        _none("num_self_neighbors", "lists that hold their own trigger item", defect),
+        _none("num_duplicate_neighbors", "neighbors that a list holds twice", defect),
+        _none("num_ineligible_neighbors", "neighbors that may not be offered", defect),
+        _none("num_refused_neighbors", "neighbors that a filter or limit of their list refuses", defect),
+        Rule(
+            metric="churn",
+            minimum=0,
+            maximum=1,
+            severity="warning",
+            meaning="1 - mean Jaccard@10 of merged lists against those before",
+            remedy="the policy changes what is shown; if that is not wanted, `python -m jobs.rollback`",
+        ),
+    ]
+
+
 def _publish_online(context: GateContext) -> list[Rule]:
     again = "run `python -m jobs.publish_online` again: it goes on at the shard where it stopped"
     return [
@@ -300,6 +319,7 @@ _SUITES: dict[str, Callable[[GateContext], list[Rule]]] = {
     "train_model": _train_model,
     "publish_neighbors": _publish_neighbors,
     "publish_online": _publish_online,
+    "remerge": _remerge,
     "evaluate": _evaluate,
     "backtest_validation": _backtest,
     "backtest_final": _backtest,
