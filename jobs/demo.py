@@ -97,7 +97,7 @@ def _show_three_ways(console: Console, night: Night) -> None:
     register_views(night.lake)
     ranked = night.spark.sql("SELECT item_id, rank, neighbor_id FROM item_neighbor_rows WHERE head = 'merged' AND rank <= 5")
     by_sql = [row["neighbor_id"] for row in ranked.where(F.col("item_id") == F.lit(item_id)).orderBy("rank").collect()]
-    online = store.lookup_online(open_feature_store(night), [item_id], heads=["merged"], k=5)
+    online = store.lookup_online(open_feature_store(night.settings), [item_id], heads=["merged"], k=5)
     by_feast = online[item_id]["merged"]["ids"]
     by_reader = [neighbor["neighbor_id"] for neighbor in neighbors_of(night.lake.root, [item_id])[(item_id, "merged")][:5]]
     table = RichTable("fetched by", "first 5 merged neighbors", title=f"one list, three ways: item {item_id}", title_justify="left")

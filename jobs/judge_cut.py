@@ -23,7 +23,7 @@ from jobs.verdicts import RECALL, Board
 from models import metrics
 from models.contest import LIST_LENGTH, Tuned
 from models.data import Ints
-from models.merge import Policies, Policy, read_policies
+from models.merge import Policy, read_policies
 from models.metrics import Values
 from models.neighbors import MERGED, Counted, Neighbors, Retriever
 from models.ranking import Longs
@@ -130,7 +130,7 @@ def _our_lists(run: StageRun, data: CutData) -> tuple[dict[str, Ints], dict[str,
     retriever, counted, triggers = _opened(run, data)
     policies, length = _policies(run), _list_settings(settings)
     default = policies["default"]
-    scopes = Policies.for_triggers(policies, _coarsest(run, triggers))
+    scopes = retriever.policies_for(policies, triggers)
     found = retriever.retrieve(triggers, counted, scopes, settings=length)
     num_rows, rows = len(data.future.triggers), np.flatnonzero(data.future.triggers < data.future.num_known)
     heads = {head: _matrix(neighbors, num_rows, rows) for head, neighbors in found.heads.items()}
@@ -150,12 +150,6 @@ def _opened(run: StageRun, data: CutData) -> tuple[Retriever, Counted, Ints]:
     retriever = Retriever.open(index_items(run))
     triggers = data.future.triggers[data.future.triggers < data.future.num_known]
     return retriever, counted_of(run, triggers), triggers
-
-
-def _coarsest(run: StageRun, triggers: Ints) -> list[str | None]:
-    table = run.read(ITEM_FEATURES).select("item_index", F.get("categories", F.lit(0)).alias("coarsest")).orderBy("item_index").toArrow()
-    names = table["coarsest"].to_pylist()
-    return [names[item] for item in triggers.tolist()]
 
 
 def _matrix(neighbors: Neighbors, num_rows: int, rows: Longs) -> Ints:
@@ -184,7 +178,7 @@ def _churn(before: StageRun, data: CutData, merged: Ints) -> Values:
     back[place[place >= 0]] = np.flatnonzero(place >= 0)
     both = np.flatnonzero((back[data.future.triggers] >= 0) & (data.future.triggers < data.future.num_known))
     triggers = back[data.future.triggers[both]]
-    policies = Policies.for_triggers(_policies(before), _coarsest(before, triggers))
+    policies = retriever.policies_for(_policies(before), triggers)
     settings = _list_settings(before.settings)
     found = retriever.retrieve(triggers, counted_of(before, triggers), policies, settings=settings).heads[MERGED]
     lists = _matrix(found, len(triggers), np.arange(len(triggers)))

@@ -15,10 +15,10 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
-from conf.errors import MachineError, PublishError, TableError
+from conf.errors import MachineError, TableError
 from conf.settings import LakeSettings
 from conf.tables import Table
-from jobs.reader import lake_root, open_table, table_exists
+from jobs.reader import check_columns, lake_root, open_table, table_exists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,13 @@ class Lake:
         return reader.load(self.path(table))
 
     def create(self, table: Table) -> None:
-        """Create an empty table with its comments and NOT NULL constraints, unless it is there."""
+        """Create an empty table with its comments and NOT NULL constraints, unless it is there.
+
+        Raises:
+            TableError: it is there and lacks a declared column.
+        """
         if self.exists(table):
+            check_columns(self.root, table)
             return
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
         builder.addColumns(_schema(table)).execute()
@@ -111,20 +116,6 @@ class Lake:
     def delete_where(self, table: Table, where: str) -> None:
         """Delete rows; no commit is made when none satisfies `where`."""
         DeltaTable.forPath(self.spark, self.path(table)).delete(where)
-
-    def publish(self, table: Table, frame: DataFrame, *, expected: int | None, metadata: Mapping[str, object]) -> int:
-        """Replace the whole table if it still is at `expected` (None: not there yet).
-
-        Raises:
-            PublishError: somebody else published in between; nothing is written.
-        """
-        found = self.version(table) if self.exists(table) else None
-        if found != expected:
-            raise PublishError(
-                f"{table.name} is at version {found}, this night expected {expected}: another night published in between. "
-                "Nothing was written; run the night again if its lists are still wanted."
-            )
-        return self.replace(table, frame, metadata=metadata)
 
 
 def open_lake(spark: SparkSession, settings: LakeSettings) -> Lake:

@@ -27,7 +27,7 @@ def shared_folder(settings: LakeSettings) -> Path:
 
 
 def artifacts_of(settings: LakeSettings, run_id: str) -> Path:
-    """The folder of a night's files that are not tables: checkpoint, index, search index."""
+    """The folder of a night's files that are not tables: checkpoint, index, kept candidates."""
     return shared_folder(settings) / "_artifacts" / run_id
 
 
@@ -48,6 +48,20 @@ def open_table(root: str, table: Table, version: int | None = None) -> DeltaTabl
 def table_exists(root: str, table: Table) -> bool:
     """Whether the table has been created."""
     return DeltaTable.is_deltatable(f"{root}/{table.name}")
+
+
+def check_columns(root: str, table: Table) -> None:
+    """Refuse a table that an earlier version of this code made.
+
+    Raises:
+        TableError: it lacks a declared column.
+    """
+    found = [field.name for field in open_table(root, table).schema().fields]
+    if missing := set(table.column_names) - set(found):
+        raise TableError(
+            f"table {table.name} under {root} lacks columns {sorted(missing)}: an earlier version of this code made it; "
+            "set lake.root or lake.variant to a new place"
+        )
 
 
 def rows_where(

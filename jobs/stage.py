@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from conf.errors import TableError
 from conf.settings import Settings
-from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, TABLES, Table
+from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, RUNS, TABLES, Table
 from jobs.arguments import Arguments, parse, report_errors
 from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord, night_fingerprint, source_state
@@ -181,7 +181,7 @@ def make_night(
         run_id=f"{run_date}-{fingerprint[:8]}",
         fingerprint=fingerprint,
         lake=lake,
-        ledger=Ledger(lake=lake),
+        ledger=Ledger(root=lake.root),
         display=display,
         now=now or datetime.now(UTC),
         publish=publish,
@@ -204,6 +204,7 @@ def run_stage(night: Night, stage: str, function: Stage, *, force: bool = False)
         night.display.say(f"[green]✓[/green] {stage}: done before, {done.seconds:.0f} s, attempt {done.attempt}")
         return done
     night.display.say(f"[bold]▶ {stage}[/bold]")
+    night.lake.create(RUNS)
     run = StageRun(night=night, stage=stage)
     started, clock = datetime.now(UTC), time.monotonic()
     try:

@@ -5,7 +5,8 @@ processes, which then share one copy in memory. Candidates of a trigger:
 
     counted pairs (the heaviest)  +  nearest targets of every head (FAISS)  +  nearest in content  +  the most popular items
 
-never the trigger itself, never an ineligible item. A head's list is the best of its own candidates by its score, and is never filled with
+never the trigger itself, never an ineligible item, nor one that a filter or limit of the list refuses (models.eligibility): a search goes
+on until the list is full. A head's list is the best of its own candidates by its score, and is never filled with
 anything else; the merged list (models.merge) chooses among all. FAISS only proposes: scores are computed here, one way for all
 candidates, so that equal vectors have equal scores and ties fall by item index. Counts and weights are decayed as of the run date.
 
@@ -14,8 +15,9 @@ Shapes: `N` items (row = item_index, ascending by item_id), `B` triggers, `M` ca
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,27 +29,20 @@ import pyarrow as pa
 from conf.errors import TrainingError
 from conf.settings import RetrievalSettings
 from models.data import Bools, Floats, Ints
+from models.eligibility import CATEGORY, FilterColumns, Rules
 from models.factorization import log_popularity
-from models.merge import CandidateSet, FillOrder, Policies, Policy, merge_candidates
+from models.kept import KeptCandidates
+from models.list_rows import list_rows
+from models.merge import DEFAULT_SCOPE, CandidateSet, FillOrder, Policies, Policy, merge_candidates
 from models.ranking import Longs, best_per_segment, ends, segments
 from models.scorer import Scorer, candidate_features, log_softmax
 
 ENGAGEMENT, RELEVANCE, MERGED = "engagement", "relevance", "merged"
-COUNTS, CONTENT, POPULARITY, CATEGORY = "counts", "content", "popularity", "category"
+COUNTS, CONTENT, POPULARITY = "counts", "content", "popularity"
+_WIDER = 4  # times as many items are asked for where filters and limits left too few
+_MOST_RESULTS = 8_000_000  # of one search: 12 bytes each
 _SOURCE_BITS = 16  # of a packed candidate key: counts, content, popularity, category and up to 12 heads
 _META = "meta.json"
-_NEIGHBOR_TYPE = pa.struct(
-    [
-        ("neighbor_id", pa.string()),
-        ("score", pa.float64()),
-        ("sources", pa.list_(pa.string())),
-        ("num_user_days", pa.int64()),
-        ("relevance", pa.float64()),
-        ("filled", pa.bool_()),
-        ("shared_depth", pa.int8()),
-    ]
-)
-ARROW_SCHEMA = pa.schema([("item_id", pa.string()), ("head", pa.string()), ("neighbors", pa.list_(_NEIGHBOR_TYPE))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +84,8 @@ def build_index(
     popularity_p: Floats,
     eligible: Bools,
     category_codes: Ints,
+    category_names: Sequence[str],
+    filters: FilterColumns,
     scorer_file: Path | None,
     calibration: Mapping[str, Any],
 ) -> None:
@@ -102,6 +99,8 @@ def build_index(
         popularity_p: (N,) decayed user-days or any multiple of them, 0 for an item never engaged with; floored as in training.
         eligible: (N,) may be a neighbor.
         category_codes: (N, L) a code per level that stands for the whole path down to it, -1 for none.
+        category_names: a name per code.
+        filters: of the N items.
         scorer_file: written by `Scorer.save`; without one the fixed mixture.
         calibration: any JSON, kept in meta.json for readers of the index.
 
@@ -120,9 +119,10 @@ def build_index(
     for file, array in (("log_popularity", log_p), ("categories", category_codes), ("popular", order.popular),
                         ("fill_items", order.by_category), ("fill_categories", order.category), ("eligible", eligible)):  # fmt: skip
         _save(folder, file, array)
+    filters.save(folder)
     ids = pa.array(item_ids, pa.string()) if not isinstance(item_ids, pa.Array) else item_ids.cast(pa.string())
-    with pa.OSFile(str(folder / "item_ids.arrow"), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("item_id", pa.string())])) as writer:
-        writer.write_batch(pa.record_batch([ids], names=["item_id"]))
+    _save_texts(folder, "item_ids", ids)
+    _save_texts(folder, "category_names", pa.array(category_names, pa.string()))
     if scorer_file is not None:
         Scorer.load(scorer_file).save(folder / "scorer.json")
     meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "calibration": dict(calibration)}
@@ -158,6 +158,12 @@ def _save(folder: Path, stem: str, array: npt.NDArray[Any]) -> None:
     np.save(folder / f"{stem}.npy", np.ascontiguousarray(wide))
 
 
+def _save_texts(folder: Path, stem: str, texts: pa.Array) -> None:
+    batch = pa.record_batch([texts], names=[stem])
+    with pa.OSFile(str(folder / f"{stem}.arrow"), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
 def _write_flat(folder: Path, stem: str, vectors: Floats, items: Longs) -> None:
     """A flat inner-product index over some items, and which items its rows are."""
     _save(folder, f"{stem}-items", items.astype(np.int32))
@@ -173,6 +179,11 @@ def _write_flat(folder: Path, stem: str, vectors: Floats, items: Longs) -> None:
 def _load(folder: Path, stem: str) -> npt.NDArray[Any]:
     """A view of the file's pages: processes that open it share them."""
     return np.asarray(np.load(folder / f"{stem}.npy", mmap_mode="r"))
+
+
+def _load_texts(folder: Path, stem: str) -> pa.StringArray:
+    with pa.memory_map(str(folder / f"{stem}.arrow")) as source:
+        return pa.ipc.open_file(source).get_batch(0).column(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +208,60 @@ class _Flat:
         _, rows = self.index.search(np.ascontiguousarray(queries), k)
         asked = np.any(queries, axis=1, keepdims=True)
         return np.where((rows >= 0) & asked, self.items[rows], np.int32(-1))
+
+    def search_until(self, queries: Floats, k: int, chosen: "_Chosen") -> Ints:
+        """(B, V) -> (B, w) chosen items, best first, -1 behind the end: at least k of each list, or all that there are.
+
+        First a usual search, then a wider one for the queries that found too few, then a ranking of everything.
+        """
+        found, rows = [np.zeros(0, np.int32)] * len(queries), np.arange(len(queries))
+        for width in (k + 1, _WIDER * k, len(self.items)):
+            short = []
+            for part in np.array_split(rows, -(-len(rows) * width // _MOST_RESULTS) or 1):
+                ranked = self.search(queries[part], width)
+                held, enough = chosen(part, ranked, k)
+                found = _with_rows(found, part, [items[mine] for items, mine in zip(ranked, held, strict=True)])
+                short.append(part[~enough])
+            rows = np.concatenate(short)
+            if width >= len(self.items):
+                break
+        return _padded(found)
+
+
+_Chosen = Callable[[Longs, Ints, int], tuple[Bools, Bools]]
+"""Places of b triggers, their (b, w) items best first, k -> (b, w) what some list would hold, (b,) whether each list has k."""
+
+
+def _with_rows(rows: list[Ints], places: Longs, values: Sequence[Ints]) -> list[Ints]:
+    changed = dict(zip(places.tolist(), values, strict=True))
+    return [changed.get(place, row) for place, row in enumerate(rows)] if changed else rows
+
+
+def _padded(rows: Sequence[Ints]) -> Ints:
+    out = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
+    for place, row in enumerate(rows):
+        out[place, : len(row)] = row
+    return out
+
+
+def _nearest(flat: _Flat, queries: Floats, trigger: Ints, k: int, rules: Rules, names: Sequence[str]) -> Ints:
+    """(B, w) nearest items, -1 for none: at least k that each of the named lists may hold, as far as there are so many."""
+    if not rules.restrict(names):
+        return flat.search(queries, k + 1)  # one more: the trigger may be its own nearest
+
+    def chosen(places: Longs, ranked: Ints, k: int) -> tuple[Bools, Bools]:
+        mine = trigger[places]
+        row, column = np.nonzero((ranked >= 0) & (ranked != mine[:, None]))
+        held, enough = np.zeros(ranked.shape, np.bool_), np.ones(len(places), np.bool_)
+        for name in names:
+            kept = np.flatnonzero(rules.offered(name, mine[row], row, ranked[row, column]))
+            length = np.bincount(row[kept], minlength=len(places))
+            kept = kept[np.arange(len(kept)) - ends(length)[row[kept]] < k]
+            held[row[kept], column[kept]] = True
+            enough &= length >= k
+        return held, enough
+
+    return flat.search_until(queries, k, chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,34 +309,12 @@ class Neighbors:
 
 @dataclass(frozen=True, kw_only=True)
 class NeighborLists:
-    """Lists of B triggers: one `Neighbors` per head and one of the merged lists."""
+    """Lists of B triggers: one `Neighbors` per head and one of the merged lists; `kept`: what the latter were made from, if asked for."""
 
     trigger: Ints
     source_names: tuple[str, ...]
     heads: Mapping[str, Neighbors]
-
-    def to_arrow(self, item_ids: pa.Array) -> pa.RecordBatch:
-        """One row per head and trigger, in ARROW_SCHEMA; a trigger without neighbors has an empty list.
-
-        Args:
-            item_ids: (N,) strings in index order, e.g. `Retriever.item_ids`.
-        """
-        items = item_ids.take(pa.array(np.tile(self.trigger, len(self.heads))))
-        names = pa.array([name for name in self.heads for _ in self.trigger], pa.string())
-        lists = pa.concat_arrays([self._list_array(neighbors, item_ids) for neighbors in self.heads.values()])
-        return pa.RecordBatch.from_arrays([items, names, lists], schema=ARROW_SCHEMA)
-
-    def _list_array(self, lists: Neighbors, item_ids: pa.Array) -> pa.ListArray:
-        masks, which = np.unique(lists.sources, return_inverse=True)
-        words = [[name for bit, name in enumerate(self.source_names) if mask >> bit & 1] for mask in masks.tolist()]
-        columns = [
-            item_ids.take(pa.array(lists.neighbor)),
-            pa.array(lists.score),
-            pa.array(words, pa.list_(pa.string())).take(pa.array(which)),
-            *(pa.array(getattr(lists, name)) for name in ("num_user_days", "relevance", "filled", "shared_depth")),
-        ]
-        structs = pa.StructArray.from_arrays(columns, fields=list(_NEIGHBOR_TYPE))
-        return pa.ListArray.from_arrays(pa.array(lists.offsets.astype(np.int32)), structs)
+    kept: Sequence[KeptCandidates] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +329,13 @@ class _Pool:
     weight: Floats  # (M,)
     num_user_days: Longs  # (M,)
     scores: Mapping[str, Floats]  # (M,) per head
+
+    def only(self, kept: Bools) -> "_Pool":
+        """Some of the (M,) candidates."""
+        parts = {name: getattr(self, name)[kept] for name in ("segment", "item", "sources", "weight", "num_user_days")}
+        scores = {head: score[kept] for head, score in self.scores.items()}
+        offsets = ends(np.bincount(parts["segment"], minlength=len(self.trigger)))
+        return replace(self, offsets=offsets, scores=scores, **parts)
 
     def narrow(self, position: Longs, offsets: Longs, score: Floats, filled: Bools, categories: Ints) -> Neighbors:
         """Lists made of the candidates at `position`."""
@@ -318,12 +368,14 @@ class Retriever:
     """An opened index."""
 
     item_ids: pa.StringArray
+    category_names: pa.StringArray
     heads: Mapping[str, _Head]
     content: Floats
     content_flat: _Flat
     log_popularity: Floats
     categories: Ints
     eligible: Bools
+    filters: FilterColumns
     fill_order: FillOrder
     scorer: Scorer
     calibration: Mapping[str, Any]
@@ -333,16 +385,16 @@ class Retriever:
         """Map what `build_index` wrote; from here on FAISS uses one thread in this process, as each Spark task has one core."""
         faiss.omp_set_num_threads(1)
         meta = json.loads((folder / _META).read_text())
-        with pa.memory_map(str(folder / "item_ids.arrow")) as source:
-            item_ids = pa.ipc.open_file(source).get_batch(0).column(0)
         return cls(
-            item_ids=item_ids,
+            item_ids=_load_texts(folder, "item_ids"),
+            category_names=_load_texts(folder, "category_names"),
             heads={name: _Head.open(folder, f"head-{number}", name) for number, name in enumerate(meta["heads"])},
             content=_load(folder, "content"),
             content_flat=_Flat.open(folder, "content"),
             log_popularity=_load(folder, "log_popularity"),
             categories=_load(folder, "categories"),
             eligible=_load(folder, "eligible"),
+            filters=FilterColumns.open(folder),
             fill_order=FillOrder(
                 popular=_load(folder, "popular"), by_category=_load(folder, "fill_items"), category=_load(folder, "fill_categories")
             ),
@@ -355,7 +407,23 @@ class Retriever:
         """What the bits of `Neighbors.sources` mean, lowest first."""
         return (COUNTS, *self.heads, CONTENT, POPULARITY, CATEGORY)
 
-    def retrieve(self, trigger: Ints, counted: Counted, policies: Policies, *, settings: RetrievalSettings) -> NeighborLists:
+    def to_arrow(self, lists: NeighborLists) -> pa.RecordBatch:
+        """Lists as rows, with reasons: see models.list_rows."""
+        return list_rows(lists, item_ids=self.item_ids, category_names=self.category_names, categories=self.categories)
+
+    def policies_for(self, policies: Mapping[str, Policy], trigger: Ints) -> Policies:
+        """The policy of each of (B,) triggers among rows of merge_policy by scope."""
+        scopes = [scope for scope in policies if scope != DEFAULT_SCOPE]
+        chosen = self.filters.at(trigger).scope_of(scopes).tolist()
+        return Policies.for_triggers(policies, [scopes[number] if number >= 0 else None for number in chosen])
+
+    def rules(self, settings: RetrievalSettings) -> Rules:
+        """Filters and limits of every list."""
+        return Rules.of(settings, self.filters, (*self.heads, MERGED), categories=self.categories)
+
+    def retrieve(
+        self, trigger: Ints, counted: Counted, policies: Policies, *, settings: RetrievalSettings, keep: bool = False
+    ) -> NeighborLists:
         """Lists of B triggers, computed `settings.block_size` at a time.
 
         Args:
@@ -363,14 +431,40 @@ class Retriever:
             counted: all their counted pairs: the row sums count, not only the heaviest.
             policies: of each trigger.
             settings: list length and candidates per source.
+            keep: return what `remerge` needs, too.
         """
-        size = settings.block_size
+        size, rules = settings.block_size, self.rules(settings)
         parts = [
-            self._block(trigger[a : a + size], counted.part(a, min(a + size, len(trigger))), policies.part(a, a + size), settings)
+            self._block(trigger[a : a + size], counted.part(a, min(a + size, len(trigger))), policies.part(a, a + size), settings, rules)
             for a in range(0, max(len(trigger), 1), size)
         ]
-        heads = {name: _concatenate([part[name] for part in parts]) for name in (*self.heads, MERGED)}
-        return NeighborLists(trigger=trigger, source_names=self.source_names, heads=heads)
+        heads = {name: _concatenate([lists[name] for lists, _ in parts]) for name in (*self.heads, MERGED)}
+        kept = tuple(candidates for _, candidates in parts) if keep else ()
+        return NeighborLists(trigger=trigger, source_names=self.source_names, heads=heads, kept=kept)
+
+    def remerge(self, kept: KeptCandidates, policies: Policies, *, settings: RetrievalSettings) -> NeighborLists:
+        """The merged lists that `retrieve` makes under these policies, from what it kept."""
+        counted = Counted(
+            indptr=kept.counted_offsets,
+            target=kept.target,
+            weight=np.zeros(len(kept.target), dtype=np.float32),
+            num_user_days=kept.num_user_days,
+        )
+        segment = segments(kept.offsets)
+        weight, num_user_days = self._counts_of(segment * len(self.eligible) + kept.item, counted)
+        pool = _Pool(
+            trigger=kept.trigger,
+            offsets=kept.offsets,
+            segment=segment,
+            item=kept.item,
+            sources=kept.sources,
+            weight=weight,
+            num_user_days=num_user_days,
+            scores={RELEVANCE: kept.relevance},
+        )
+        candidates = self._candidate_set(pool, kept.log_p)
+        lists = self._merged_lists(pool, candidates, counted, policies, settings.list_length, self.rules(settings))
+        return NeighborLists(trigger=kept.trigger, source_names=self.source_names, heads={MERGED: lists})
 
     def merge_under(self, trigger: Ints, counted: Counted, policies: Sequence[Policy], *, settings: RetrievalSettings) -> list[Neighbors]:
         """Merged lists of B triggers under each of several policies: candidates are found and scored once for all of them.
@@ -381,49 +475,67 @@ class Retriever:
             policies: each for all triggers.
             settings: list length and candidates per source.
         """
-        size = settings.block_size
+        size, rules = settings.block_size, self.rules(settings)
         parts: list[list[Neighbors]] = []
         for start in range(0, max(len(trigger), 1), size):
             block, pairs = trigger[start : start + size], counted.part(start, min(start + size, len(trigger)))
-            pool = self._scored(block, pairs, *self._candidates(block, pairs, settings))
-            candidates = self._candidate_set(pool, pairs)
+            pool = self._mergeable(self._scored(block, pairs, *self._candidates(block, pairs, settings, rules)), rules)
+            candidates = self._candidate_set(pool, self._log_p(pool, pairs))
             rows = [Policies.same(policy, len(block)) for policy in policies]
-            parts.append([self._merged_lists(pool, candidates, pairs, row, settings.list_length) for row in rows])
+            parts.append([self._merged_lists(pool, candidates, pairs, row, settings.list_length, rules) for row in rows])
         return [_concatenate(part) for part in zip(*parts, strict=True)]
 
-    def _block(self, trigger: Ints, counted: Counted, policies: Policies, settings: RetrievalSettings) -> dict[str, Neighbors]:
-        pool = self._scored(trigger, counted, *self._candidates(trigger, counted, settings))
-        lists = {name: self._head_lists(head, pool, settings.list_length) for name, head in self.heads.items()}
-        merged = self._merged_lists(pool, self._candidate_set(pool, counted), counted, policies, settings.list_length)
-        return lists | {MERGED: merged}
+    def _block(
+        self, trigger: Ints, counted: Counted, policies: Policies, settings: RetrievalSettings, rules: Rules
+    ) -> tuple[dict[str, Neighbors], KeptCandidates]:
+        pool = self._scored(trigger, counted, *self._candidates(trigger, counted, settings, rules))
+        lists = {name: self._head_lists(head, pool, settings.list_length, rules) for name, head in self.heads.items()}
+        mergeable = self._mergeable(pool, rules)
+        candidates = self._candidate_set(mergeable, self._log_p(mergeable, counted))
+        merged = self._merged_lists(mergeable, candidates, counted, policies, settings.list_length, rules)
+        kept = KeptCandidates(
+            trigger=trigger,
+            offsets=mergeable.offsets,
+            item=mergeable.item,
+            sources=mergeable.sources,
+            log_p=candidates.log_p,
+            relevance=candidates.relevance,
+            counted_offsets=counted.indptr,
+            target=counted.target,
+            num_user_days=counted.num_user_days,
+        )
+        return lists | {MERGED: merged}, kept
 
     def _bit(self, name: str) -> int:
         return self.source_names.index(name)
 
     # --- candidates ---
 
-    def _candidates(self, trigger: Ints, counted: Counted, settings: RetrievalSettings) -> tuple[Longs, Ints]:
+    def _candidates(self, trigger: Ints, counted: Counted, settings: RetrievalSettings, rules: Rules) -> tuple[Longs, Ints]:
         """(M,) ascending keys row * N + item, and who proposed each."""
-        packed = [self._packed(source, items, trigger) for source, items in self._proposals(trigger, settings)]
+        packed = [self._packed(source, items, trigger) for source, items in self._proposals(trigger, settings, rules)]
         rows = segments(counted.indptr)
-        allowed = self.eligible[counted.target] & (counted.target != trigger[rows])
-        weight = np.where(allowed, counted.weight, -np.inf).astype(np.float32)
-        heaviest, _ = best_per_segment(weight, counted.indptr, settings.num_candidates_counts)
-        packed.append(self._pack(COUNTS, rows[heaviest], counted.target[heaviest]))
+        for name in rules.apart([name for name, head in self.heads.items() if head.biased] + [MERGED]):
+            allowed = self.eligible[counted.target] & (counted.target != trigger[rows])
+            allowed &= rules.allowed(name, trigger[rows], counted.target)
+            weight = np.where(allowed, counted.weight, -np.inf).astype(np.float32)
+            heaviest, _ = best_per_segment(weight, counted.indptr, settings.num_candidates_counts)
+            packed.append(self._pack(COUNTS, rows[heaviest], counted.target[heaviest]))
         found = np.sort(np.concatenate(packed))
         keys, source = found >> _SOURCE_BITS, (found & (1 << _SOURCE_BITS) - 1).astype(np.int32)
         first = np.flatnonzero(np.diff(keys, prepend=-1))
         return keys[first], np.bitwise_or.reduceat(source, first) if len(first) else source
 
-    def _proposals(self, trigger: Ints, settings: RetrievalSettings) -> list[tuple[str, Ints]]:
+    def _proposals(self, trigger: Ints, settings: RetrievalSettings, rules: Rules) -> list[tuple[str, Ints]]:
         """Per source its (B, w) items, -1 where there are fewer."""
-        near = max(settings.num_candidates_head, settings.list_length) + 1  # one more: the trigger may be its own nearest
+        near = max(settings.num_candidates_head, settings.list_length)
         found = []
         for name, head in self.heads.items():
-            items = head.flat.search(head.trigger[trigger], near)
-            found.append((name, np.where(head.blank[trigger][:, None], np.int32(-1), items)))
+            queries = np.where(head.blank[trigger][:, None], np.float32(0), head.trigger[trigger])  # which find nothing
+            found.append((name, _nearest(head.flat, queries, trigger, near, rules, (name, MERGED))))
         if settings.num_candidates_content:
-            found.append((CONTENT, self.content_flat.search(self.content[trigger], settings.num_candidates_content + 1)))
+            near = settings.num_candidates_content
+            found.append((CONTENT, _nearest(self.content_flat, self.content[trigger], trigger, near, rules, (MERGED,))))
         popular = self.fill_order.popular[: settings.num_candidates_popular]
         return [*found, (POPULARITY, np.broadcast_to(popular, (len(trigger), len(popular))))]
 
@@ -464,26 +576,36 @@ class Retriever:
 
     # --- lists ---
 
-    def _head_lists(self, head: _Head, pool: _Pool, k: int) -> Neighbors:
+    def _head_lists(self, head: _Head, pool: _Pool, k: int, rules: Rules) -> Neighbors:
         """Best of what this head's search found, and of counted pairs if it is about engagement."""
         mask = 1 << self._bit(head.name) | (1 << self._bit(COUNTS) if head.biased else 0)
-        score = np.where(pool.sources & mask, pool.scores[head.name], -np.inf).astype(np.float32)
-        position, offsets = best_per_segment(score, pool.offsets, k)
+        own = (pool.sources & mask).astype(np.bool_)
+        if rules.restrict([head.name]):
+            own &= rules.allowed(head.name, pool.trigger[pool.segment], pool.item)
+        score = np.where(own, pool.scores[head.name], -np.inf).astype(np.float32)
+        position, offsets = best_per_segment(score, pool.offsets, rules.depth(head.name, k, pool.offsets))
+        kept, offsets = rules.cut(head.name, offsets, pool.item[position], k)
+        position = position[kept]
         return pool.narrow(position, offsets, score[position], np.zeros(len(position), dtype=np.bool_), self.categories)
 
-    def _candidate_set(self, pool: _Pool, counted: Counted) -> CandidateSet:
+    def _mergeable(self, pool: _Pool, rules: Rules) -> _Pool:
+        """The candidates that the merged list may hold."""
+        return pool.only(rules.allowed(MERGED, pool.trigger[pool.segment], pool.item)) if rules.restrict([MERGED]) else pool
+
+    def _candidate_set(self, pool: _Pool, log_p: Floats) -> CandidateSet:
         return CandidateSet(
             offsets=pool.offsets,
-            log_p=self._log_p(pool, counted),
+            log_p=log_p,
             relevance=pool.scores[RELEVANCE],
             log_popularity=self.log_popularity[pool.item],
             found_by_relevance=(pool.sources >> self._bit(RELEVANCE) & 1).astype(np.bool_),
         )
 
-    def _merged_lists(self, pool: _Pool, candidates: CandidateSet, counted: Counted, policies: Policies, k: int) -> Neighbors:
-        merged = merge_candidates(candidates, policies, k=k)
+    def _merged_lists(self, pool: _Pool, candidates: CandidateSet, counted: Counted, policies: Policies, k: int, rules: Rules) -> Neighbors:
+        merged = merge_candidates(candidates, policies, k=rules.depth(MERGED, k, pool.offsets))
+        merged = merged.only(*rules.cut(MERGED, merged.offsets, pool.item[merged.position], k))
         lists = pool.narrow(merged.position, merged.offsets, merged.score, merged.filled, self.categories)
-        return self._filled_up(lists, pool.trigger, counted, k)
+        return self._filled_up(lists, pool.trigger, counted, k, rules)
 
     def _log_p(self, pool: _Pool, counted: Counted) -> Floats:
         """(M,) the scorer's log p(j|i) over the trigger's candidates, from the features it was fitted on."""
@@ -501,7 +623,7 @@ class Retriever:
         )
         return self.scorer.log_probability(features, segment)
 
-    def _filled_up(self, lists: Neighbors, trigger: Ints, counted: Counted, k: int) -> Neighbors:
+    def _filled_up(self, lists: Neighbors, trigger: Ints, counted: Counted, k: int, rules: Rules) -> Neighbors:
         """Short lists with items of the category, then popular ones, appended; score 0, as nothing proposed them."""
         short = np.flatnonzero(np.diff(lists.offsets) < min(k, len(self.fill_order.popular)))
         empty = np.zeros(0, dtype=np.int32)
@@ -510,7 +632,8 @@ class Retriever:
         for row in short.tolist():
             listed, item = lists.neighbor[lists.offsets[row] : lists.offsets[row + 1]], int(trigger[row])
             category = -1 if coarsest is None else int(coarsest[item])
-            items[row], num_category = self.fill_order.fill(listed, trigger=item, coarsest=category, k=k)
+            admit = partial(rules.admit, MERGED, item) if rules.restrict([MERGED]) else None
+            items[row], num_category = self.fill_order.fill(listed, trigger=item, coarsest=category, k=k, admit=admit)
             where = np.arange(len(items[row])) < num_category
             sources[row] = np.where(where, 1 << self._bit(CATEGORY), 1 << self._bit(POPULARITY)).astype(np.int32)
         extra = self._extra(trigger, counted, items, sources) if len(short) else None

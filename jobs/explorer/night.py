@@ -23,6 +23,7 @@ from conf.tables import (
 )
 from jobs.explorer import catalog
 from jobs.explorer.catalog import Catalog, Item
+from jobs.publication import base_run
 from jobs.reader import artifacts_of, lake_root, neighbors_of, open_table, rows_where, table_exists
 
 BASELINES = {
@@ -85,7 +86,7 @@ class PublishedNight:
         if not first:
             raise TableError(f"item_neighbors under {root} is empty; run `python -m jobs.nightly`")
         versions = pinned_versions(root, first[0]["run_id"])
-        path = artifacts_of(settings.lake, first[0]["run_id"]) / "explorer" / catalog.FILE
+        path = artifacts_of(settings.lake, base_run(first[0]["run_id"])) / "explorer" / catalog.FILE
         if not path.is_file():
             index_titles(root, versions, path, image_attribute=settings.explorer.image_attribute)
         return cls(settings=settings, root=root, version=table.version(), **first[0], versions=versions, catalog=Catalog.open(path))
@@ -93,7 +94,7 @@ class PublishedNight:
     @property
     def artifacts(self) -> Path:
         """Files of this night that are not tables."""
-        return artifacts_of(self.settings.lake, self.run_id)
+        return artifacts_of(self.settings.lake, base_run(self.run_id))
 
     def lists(self, item_id: str, *, since: str | None = None) -> dict[str, list[Neighbor]]:
         """Every list of an item by head, the merged one first; `since` a kept night's run id marks what has changed."""
@@ -135,7 +136,7 @@ class PublishedNight:
     def kept_nights(self) -> list[KeptNight]:
         """Other nights whose lists are in history, the newest first."""
         columns = ["run_id", "run_date", "status", "output_versions"]
-        rows = rows_where(self.root, RUNS, "stage", ["publish_neighbors"], columns).to_pylist()
+        rows = rows_where(self.root, RUNS, "stage", ["publish_neighbors", "remerge"], columns).to_pylist()
         newest = max((row["run_date"] for row in rows), default=self.run_date)
         nights = {
             KeptNight(run_id=row["run_id"], run_date=row["run_date"])

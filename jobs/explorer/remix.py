@@ -40,17 +40,15 @@ class Remixer:
         Raises:
             TableError: the night's index is gone, or it does not know the item.
         """
-        from models.merge import Policies, Policy, read_policies
+        from models.merge import Policy, read_policies
 
         with self._lock:  # the first two questions may come at once
             retriever = self._retriever
         trigger = _positions(retriever, [item_id])
         if trigger[0] < 0:
             raise TableError(f"item {item_id!r} is not in the index of night {self.night.run_id}")
-        item = self.night.catalog.known([item_id])[item_id]
-        coarsest = item.category.split(" › ")[0] or None
         policies = read_policies(open_table(self.night.root, MERGE_POLICY).to_pyarrow_table().to_pylist())
-        chosen = Policies.for_triggers(policies, [coarsest])
+        chosen = retriever.policies_for(policies, trigger)
         kind, own, exponent = str(chosen.kind[0]), _shortest(chosen.value[0]), _shortest(chosen.popularity_exponent[0])
         swept = self.night.settings.backtest.blend_values if kind == "blend" else self.night.settings.backtest.content_shares
         values = sorted({own, *swept})

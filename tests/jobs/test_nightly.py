@@ -9,6 +9,7 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 import pytest
+import yaml
 from playwright.sync_api import expect
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
@@ -39,10 +40,13 @@ from jobs.online import lists_served_at, open_feature_store
 from jobs.progress import Display
 from jobs.query import register_views
 from jobs.reader import neighbors_of, open_table
+from jobs.remerge import remerge
+from jobs.rollback import roll_back
 from jobs.show import side_by_side
 from jobs.stage import Night, make_night, run_stage
 from jobs.write_docs import duckdb_sql, example
 from tests.browser import needs_chromium, open_browser, served, sticking_out, watched
+from tests.conftest import ROOT
 from tests.lakes import write_table
 from tests.worlds import BundleWorld, write_config
 
@@ -74,6 +78,13 @@ def _vote(world: BundleWorld, days: int, category: int, grade: float | None) -> 
     return {"item_id": world.item_id(3, 2), "other_item_id": world.item_id(7, category), "rated_at": at, "grade": grade}
 
 
+def _items(world: BundleWorld, *sold_out: str) -> pd.DataFrame:
+    """The catalog with a stock, and two items of one category that are variants of each other."""
+    items, variants = world.items(), {world.item_id(8, 0), world.item_id(9, 0)}
+    parents = [("one" if sku in variants else sku) for sku in items["sku"]]
+    return items.assign(stock=["no" if sku in sold_out else "yes" for sku in items["sku"]], parent=parents)
+
+
 @pytest.fixture(scope="module")
 def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """The world after one night, with two torch processes."""
@@ -81,7 +92,14 @@ def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
     world = BundleWorld()
     world.write(folder)
     training = {"num_steps": 20, "batch_size": 64, "num_processes": 2}
-    config = write_config(folder, training=training)
+    in_stock = {"column": "stock", "rule": "any_of", "values": ["yes"]}
+    variants = {"column": "parent", "rule": "different", "heads": ["merged"]}
+    retrieval = {"list_length": 10, "filters": [in_stock, variants], "limits": [{"by": "category", "at_most": 9, "heads": ["merged"]}]}
+    config = write_config(folder, training=training, retrieval=retrieval)
+    content = yaml.safe_load(config.read_text())
+    content["source"]["items"]["columns"]["filters"] = ["stock", "parent"]
+    config.write_text(yaml.safe_dump(content))
+    _items(world).to_parquet(folder / "items" / "part-0.parquet", index=False)
     night = _night(spark, config, NIGHT)
     night.lake.create(RELEVANCE_FEEDBACK)
     write_table(Path(night.lake.root), RELEVANCE_FEEDBACK, [_vote(world, *vote) for vote in VOTES])
@@ -256,7 +274,7 @@ def test_one_list_read_five_ways(done: Done) -> None:
     files = open_table(root, ITEM_NEIGHBORS).file_uris()
     query = "SELECT list_transform(neighbors, lambda n: n.neighbor_id) FROM read_parquet(?) WHERE item_id = ? AND head = 'merged'"
     by_duckdb = duckdb.execute(query, [files, item_id]).fetchone()[0]
-    feature_store = open_feature_store(done.night)
+    feature_store = open_feature_store(done.night.settings)
     by_feast = store.lookup_online(feature_store, [item_id, "unknown"], heads=["merged"], k=100)
     export(root, str(done.folder / "lists.parquet"))
     exported = pd.read_parquet(done.folder / "lists.parquet").query("item_id == @item_id and head == 'merged'").sort_values("rank")
@@ -344,6 +362,28 @@ def test_a_failed_gate_keeps_the_published_table(done: Done) -> None:
     assert done.night.lake.version(ITEM_NEIGHBORS) == before
 
 
+def _readme_examples(done: Done) -> tuple[str, str]:
+    """The statement and the program that the README looks a list up with, for this lake."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    statement, program = (
+        re.findall(r'jobs\.query "(SELECT rank[^"]*)"', text)[0],
+        re.findall(r"```python\n(from deltalake.*?)```", text, re.S)[0],
+    )
+    item_id = done.world.item_id(3, 2)
+    return statement.replace("1029743", item_id), program.replace("1029743", item_id).replace("var/lake/demo", done.night.lake.root)
+
+
+def test_the_examples_of_the_readme_run(done: Done) -> None:
+    statement, program = _readme_examples(done)
+    register_views(done.night.lake)
+    by_sql = [row["neighbor_id"] for row in done.night.spark.sql(statement).collect()]
+    names: dict[str, object] = {}
+    exec(program, names)
+    merged = next(row for row in names["rows"] if row["head"] == "merged")  # type: ignore[attr-defined]
+    assert by_sql == [neighbor["neighbor_id"] for neighbor in merged["neighbors"]][:5]
+    assert names["by_duckdb"] == by_sql
+
+
 def _a_failed_publish_gate_publishes_nothing(done: Done, later: Night) -> None:
     """The same night with a gate that one lost item fails: its lists stay in history, and yesterday's are the current ones."""
     before = later.lake.version(ITEM_NEIGHBORS)
@@ -359,8 +399,8 @@ def _a_failed_publish_gate_publishes_nothing(done: Done, later: Night) -> None:
 
 def test_an_item_that_left_has_no_lists_and_an_older_night_goes_to_history_only(done: Done) -> None:
     """Runs last: it changes the sources."""
-    gone = done.world.item_id(0, 0)
-    items = done.world.items()
+    gone, sold_out = done.world.item_id(0, 0), done.world.item_id(1, 1)
+    items = _items(done.world, sold_out)
     items[items["sku"] != gone].to_parquet(done.folder / "items" / "part-0.parquet", index=False)
     later = _night(done.night.spark, done.config, NIGHT + timedelta(days=1))
     _a_failed_publish_gate_publishes_nothing(done, later)
@@ -372,8 +412,13 @@ def test_an_item_that_left_has_no_lists_and_an_older_night_goes_to_history_only(
     offered = {
         neighbor["neighbor_id"] for (_, _), found in neighbors_of(later.lake.root, items["sku"].tolist()).items() for neighbor in found
     }
-    assert gone not in offered
-    online = store.lookup_online(open_feature_store(later), [gone], heads=["merged"], k=5)
+    assert not offered & {gone, sold_out}
+    lists = neighbors_of(later.lake.root, [sold_out, done.world.item_id(8, 0)])
+    assert len(lists[sold_out, "merged"]) == 10  # not offered, yet a trigger
+    variant = done.world.item_id(9, 0)
+    assert variant not in {neighbor["neighbor_id"] for neighbor in lists[done.world.item_id(8, 0), "merged"]}
+    assert variant in offered
+    online = store.lookup_online(open_feature_store(later.settings), [gone], heads=["merged"], k=5)
     assert online[gone]["merged"]["ids"] == []
     assert online[gone]["run_id"] == later.run_id  # a tombstone of this night, not the list of the last one
     published = later.lake.version(ITEM_NEIGHBORS)
@@ -382,3 +427,27 @@ def test_an_item_that_left_has_no_lists_and_an_older_night_goes_to_history_only(
     assert older.lake.version(ITEM_NEIGHBORS) == published
     assert 'Night 2024-03-30: <span class="not">not published' in older.report_path.read_text()
     assert older.lake.read(ITEM_NEIGHBORS_HISTORY).where(f"run_id = '{older.run_id}'").count() > 0
+    _the_current_night_follows_a_changed_policy_and_is_rolled_back(done, later)
+
+
+def _the_current_night_follows_a_changed_policy_and_is_rolled_back(done: Done, later: Night) -> None:
+    """What jobs without Spark publish, Spark reads; each night has one publication in the offline view, and one more by the rollback."""
+    spark, item_id = later.spark, done.world.item_id(3, 2)
+    register_views(later.lake)
+    spark.sql("UPDATE merge_policy SET kind = 'rrf', value = 1.0 WHERE scope = 'default'")
+    again = remerge(later.settings, display=later.display)
+    assert again.run_id.startswith(f"{later.run_id}.m")
+    register_views(later.lake)
+    rows = spark.sql("SELECT run_id, head, rank, neighbor_id FROM item_neighbor_rows").where(F.col("item_id") == item_id).collect()
+    assert {row["run_id"] for row in rows} == {again.run_id}
+    merged, relevance = ({row["neighbor_id"]: row["rank"] for row in rows if row["head"] == head} for head in ("merged", "relevance"))
+    assert list(merged)[:3] == list(relevance)[:3]
+    assert store.lookup_online(open_feature_store(later.settings), [item_id], heads=["merged"], k=5)[item_id]["run_id"] == again.run_id
+    roll_back(later.settings, done.night.run_id, display=later.display)
+    gone = done.world.item_id(0, 0)
+    assert later.lake.read(ITEM_NEIGHBORS).where(F.col("item_id") == gone).count() == 3
+    assert store.lookup_online(open_feature_store(later.settings), [gone], heads=["merged"], k=5)[gone]["run_id"] == done.night.run_id
+    publications = [r.run_id for r in later.ledger.records(status="succeeded") if ITEM_NEIGHBORS.name in r.output_versions]
+    assert publications[-2:] == [again.run_id, done.night.run_id]
+    entities = spark.createDataFrame([(item_id, datetime.now(UTC))], "item_id string, event_timestamp timestamp")
+    assert lists_served_at(later, entities).collect()[0]["run_id"] == done.night.run_id
