@@ -200,7 +200,7 @@ def test_the_report_opens_from_the_disk_and_explains_every_number(done: Done, wi
         assert page.locator("h1").inner_text() == "Night 2024-03-31: published"
         for summary in page.locator("summary").all():
             summary.click()
-        number = r"/^[-−–]?[\\d.,]+( of [\\d,]+)?%?$/"
+        number = r"/^[-−–]?[\d.,]+( of [\d,]+)?%?$/"
         bare = f"[...document.querySelectorAll('td, b')].filter(e => {number}.test(e.innerText.trim()) && !e.closest('[title]'))"
         assert page.locator("td[title], b[title], div[title]").count() > 60
         assert page.evaluate(f"{bare}.map(e => e.outerHTML)") == []
