@@ -114,6 +114,7 @@ def _show_next(console: Console, night: Night) -> None:
     console.print("next:")
     for command in (
         f"python -m jobs.show {item_id} --config demo",
+        "python -m jobs.explore --config demo",
         'python -m jobs.query "SELECT head, count(*) FROM item_neighbor_rows GROUP BY head" --config demo',
         f"python -m jobs.nightly --run-date {night.run_date + timedelta(days=1)} --config demo --plan",
     ):

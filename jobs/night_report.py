@@ -83,6 +83,8 @@ class NightReport:
             said.append(f"{failed.stage}: {first_line(failed.error)}.")
         elif self.published:
             said.append(f"All {len(self.checks) - len(warnings)} critical expectations of the gates held.")
+        elif "publish_neighbors" not in {record.stage for record in self.records}:
+            said.append("The stage publish_neighbors was not run.")
         if not self.published:
             before = self.published_before
             said.append(f"The lists of {before.run_date} stay the current ones." if before else "No lists were published before either.")

@@ -112,19 +112,19 @@ async function mixes() {
   }
   const list = document.querySelector("#list-merged ol");
   if (!list) return;
-  const label = document.getElementById("mix");
-  const output = label.querySelector("output");
+  const control = document.getElementById("mix");
+  const name = control.querySelector("b");
   const own = made.values.findIndex((mix) => mix.value === made.own);
   const published = slider.dataset.mix === "" ? list.innerHTML : made.values[own].html;
   const wanted = slider.dataset.mix === "" ? made.own : Number(slider.dataset.mix);
   slider.max = made.values.length - 1;
   const distances = made.values.map((mix) => Math.abs(mix.value - wanted));
   slider.value = distances.indexOf(Math.min(...distances));
-  const name = (mix) => (made.kind === "blend" ? "λ = " : "relevance share ") + mix.value;
+  const words = (mix) => (made.kind === "blend" ? "λ = " : "relevance share ") + mix.value;
   const tell = () => {
     const mix = made.values[slider.value];
-    output.textContent = name(mix) + (mix.value === made.own ? " (as published)" : "");
-    slider.setAttribute("aria-valuetext", output.textContent);
+    name.textContent = words(mix) + (mix.value === made.own ? " (as published)" : "");
+    slider.setAttribute("aria-valuetext", name.textContent);
     return mix;
   };
   slider.addEventListener("input", () => {
@@ -139,7 +139,7 @@ async function mixes() {
     history.replaceState(null, "", "/?" + here);
   });
   tell();
-  label.hidden = false;
+  control.hidden = false;
 }
 
 document.addEventListener("click", async (event) => {
