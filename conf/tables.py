@@ -23,8 +23,7 @@ class Table:
     """A Delta table.
 
     `key` identifies a row; `restricted` tables hold user-level state and are never exported; what a failed stage wrote is taken back,
-    except where it is `kept_on_failure`, to be looked at. `rows_per_group` bounds a Parquet row group where readers look single keys up:
-    they read whole groups.
+    except where it is `kept_on_failure`, to be looked at.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Table:
     order_by: tuple[str, ...] = ()
     restricted: bool = False
     kept_on_failure: bool = False
-    rows_per_group: int | None = None
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -272,14 +270,11 @@ _LIST_COLUMNS = (
     _key("contract_version", "int", "Version of this table's meaning; a change that breaks readers raises it."),
 )
 
-_LISTS_PER_GROUP = 1_000  # of 26,000 rows one lookup took 0.6 s, of 1,000 it takes 0.03 s
-
 ITEM_NEIGHBORS_HISTORY = Table(
     name="item_neighbors_history",
     comment="Every night's lists, published or not; gates run here.",
     key=("run_date", "run_id", "item_id", "head"),
     order_by=("item_id", "head"),
-    rows_per_group=_LISTS_PER_GROUP,
     kept_on_failure=True,
     columns=_LIST_COLUMNS,
 )
@@ -289,7 +284,6 @@ ITEM_NEIGHBORS = Table(
     comment="The current good night: for every item the list of each head. Replaced by one commit a night.",
     key=("item_id", "head"),
     order_by=("item_id", "head"),
-    rows_per_group=_LISTS_PER_GROUP,
     columns=_LIST_COLUMNS,
 )
 

@@ -37,6 +37,7 @@ _NIGHT, _RUN = date(2024, 3, 31), "2024-03-31-bench"
 _HEADS = ("engagement", "merged", "relevance")
 _PORT = 8764
 _NUM_WORDS = 60_000
+_LISTS_PER_GROUP = 300  # of a row group, which a lookup reads whole
 _REASONS = pa.array([f"engaged together on {days} user-days; found by counts" for days in range(60)])
 
 
@@ -58,7 +59,7 @@ def lay_lake(folder: Path, *, num_items: int, list_length: int) -> Path:
     dates = pa.array(np.full(num_items, np.datetime64(_NIGHT)))
     popularity = {"item_id": ids, "num_users": days, "first_engaged_date": dates, "last_engaged_date": dates}
     write_deltalake(str(root / ITEM_POPULARITY.name), pa.table(popularity))
-    groups = WriterProperties(max_row_group_size=ITEM_NEIGHBORS.rows_per_group, compression="SNAPPY")
+    groups = WriterProperties(max_row_group_size=_LISTS_PER_GROUP, compression="SNAPPY")
     write_deltalake(str(root / ITEM_NEIGHBORS.name), _lists(rng, ids, list_length), writer_properties=groups)
     _write_runs(root)
     content = {"lake": {"root": str(root)}, "source": {name: {"path": "none"} for name in ("events", "items")}}

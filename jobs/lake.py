@@ -86,20 +86,8 @@ class Lake:
         writer = (conformed if presorted else _laid_out(conformed, table)).write.format("delta").mode("overwrite")
         if where is not None:
             writer = writer.option("replaceWhere", where)
-        with self._row_groups(table):
-            writer.option("userMetadata", json.dumps(dict(metadata or {}))).save(self.path(table))
+        writer.option("userMetadata", json.dumps(dict(metadata or {}))).save(self.path(table))
         return self.version(table)
-
-    @contextmanager
-    def _row_groups(self, table: Table) -> Iterator[None]:
-        """Bound the row groups of what is written inside the block; a setting of the session, as Delta hands no such option on."""
-        name = "parquet.block.row.count.limit"
-        if table.rows_per_group is not None:
-            self.spark.conf.set(name, str(table.rows_per_group))
-        try:
-            yield
-        finally:
-            self.spark.conf.unset(name)
 
     def restore(self, table: Table, version: int) -> None:
         """Make an earlier version the latest one, by a commit of its own; without Spark, whose session may be what has failed."""

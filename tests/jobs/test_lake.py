@@ -1,11 +1,9 @@
 """Tables: created with their comments, replaced in part, fenced when published, and readable outside Spark."""
 
-from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 
 import duckdb
-import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
@@ -53,10 +51,6 @@ def test_tables_carry_comments_and_no_feature_that_other_readers_lack(lake: Lake
 
 def test_readers_outside_spark_see_only_the_current_rows(lake: Lake) -> None:
     lake.replace(ITEM_POPULARITY, _popularity(lake, ("a", 1.0), ("b", 2.0)))
-    grouped = replace(ITEM_POPULARITY, rows_per_group=2)
-    lake.replace(grouped, _popularity(lake, *((item, 3.0) for item in "ccccc")).coalesce(1))
-    (file,) = open_table(lake.root, ITEM_POPULARITY).file_uris()
-    assert pq.ParquetFile(file.removeprefix("file://")).metadata.num_row_groups == 3
     lake.replace(ITEM_POPULARITY, _popularity(lake, ("c", 3.0)))
     table = open_table(lake.root, ITEM_POPULARITY)
     assert table.to_pyarrow_dataset().to_table(columns=["item_id"]).to_pydict() == {"item_id": ["c"]}
