@@ -130,6 +130,7 @@ class ListWorld:
             filters=FilterColumns.encode({}, coarsest=[f"section {code}" for code in codes[:, 0]], as_of=date(2024, 1, 1)),
             scorer_file=None,
             calibration={},
+            settings=self.settings.retrieval,
         )
         retriever, trigger = Retriever.open(night / "index"), np.arange(num_items, dtype=np.int32)
         target = (trigger[:, None] + np.arange(1, 4)) % num_items

@@ -92,7 +92,8 @@ class World:
         if scorer is not None:
             file = folder / "fitted.json"
             scorer.save(file)
-        build_index(folder / "index", **{**self.arrays, **changed}, scorer_file=file, calibration={"temperature": 3.0})
+        arrays = {**self.arrays, "settings": SETTINGS, **changed}
+        build_index(folder / "index", **arrays, scorer_file=file, calibration={"temperature": 3.0})
         return Retriever.open(folder / "index")
 
     def retrieve(self, retriever, policy=BLEND, settings=SETTINGS, triggers=None):
