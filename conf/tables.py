@@ -22,7 +22,8 @@ class Column:
 class Table:
     """A Delta table.
 
-    `key` identifies a row; `restricted` tables hold user-level state and are never exported; what a failed stage wrote is taken back,
+    `key` identifies a row; `row_group_mb` is the raw size of a Parquet row group where the writer's default of 128 MB is too much for a
+    point lookup, which decodes one whole group of rows per column; `restricted` tables hold user-level state and are never exported; what a failed stage wrote is taken back,
     except where it is `kept_on_failure`, to be looked at.
     """
 
@@ -31,6 +32,7 @@ class Table:
     key: tuple[str, ...]
     columns: tuple[Column, ...]
     order_by: tuple[str, ...] = ()
+    row_group_mb: int | None = None
     restricted: bool = False
     kept_on_failure: bool = False
 
@@ -261,6 +263,7 @@ ITEM_NEIGHBORS_HISTORY = Table(
     comment="Every night's lists, published or not; gates run here.",
     key=("run_date", "run_id", "item_id", "head"),
     order_by=("item_id", "head"),
+    row_group_mb=2,
     kept_on_failure=True,
     columns=_LIST_COLUMNS,
 )
@@ -270,6 +273,7 @@ ITEM_NEIGHBORS = Table(
     comment="The current good night: for every item the list of each head. Replaced by one commit a night.",
     key=("item_id", "head"),
     order_by=("item_id", "head"),
+    row_group_mb=2,
     columns=_LIST_COLUMNS,
 )
 
