@@ -23,8 +23,8 @@ class Table:
     """A Delta table.
 
     `key` identifies a row; `row_group_mb` is the raw size of a Parquet row group where the writer's default of 128 MB is too much for a
-    point lookup, which decodes one whole group of rows per column; `restricted` tables hold user-level state and are never exported; what a failed stage wrote is taken back,
-    except where it is `kept_on_failure`, to be looked at.
+    point lookup, which decodes one whole group of rows per column; `restricted` tables hold user-level state and are never exported; what
+    a failed stage wrote is taken back, except where it is `kept_on_failure`, to be looked at.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """The benchmark's numbers come in the form that every benchmark has, and one small work of it is right."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,6 @@ def test_rows_are_kept_in_the_common_form(tmp_path: Path, monkeypatch: pytest.Mo
     assert [row["method"] for row in content["rows"]] == ["exact", "mtmh"]
     wanted = {"work", "size", "method", "median_s", "min_s", "max_s", "runs", "peak_rss_mb"}
     assert all(wanted <= row.keys() for row in content["rows"])
-    assert "recall on 2,000 other queries 0.9" in content["rows"][1]["note"]
+    assert float(re.findall(r"recall on 2,000 other queries ([\d.]+)", content["rows"][1]["note"])[0]) > 0.95
     trigger, target = learned_vectors(500)
     assert trigger.shape == target.shape == (500, 128)
