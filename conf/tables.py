@@ -250,8 +250,9 @@ _LIST_COLUMNS = (
     _key(
         "neighbors",
         f"array<{NEIGHBOR_STRUCT}>",
-        "Best first. reason in words; sources that found it; num_user_days of counted co-engagement (0: none above the privacy minimum); "
-        "relevance in [-1,1]; filled: offered only to fill up the merged list.",
+        "Best first. score: of a head its own; in the merged list the policy's calibrated probability p(j|i), of a blend with its bonus, "
+        "so that it can be compared across triggers. reason in words; sources that found it; num_user_days of counted co-engagement "
+        "(0: none above the privacy minimum); relevance in [-1,1]; filled: offered only to fill up the merged list.",
     ),
     _key("model_version", "string", "Checkpoint behind the scores."),
     _key("list_hash", "string", "Hash of the neighbor ids in order: unchanged lists keep it."),

@@ -23,7 +23,7 @@ from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_EMBEDDINGS, ITEM_FEATURES, ITE
 from jobs.reader import shared_folder
 from jobs.stage import StageRun
 from models.data import TableRef, read_table
-from models.eligibility import FilterColumns
+from models.eligibility import FilterColumn, FilterColumns
 from models.merge import read_policies
 from models.neighbors import CONTENT, MERGED, Counted, Retriever, build_index
 from models.search import estimate_search
@@ -31,6 +31,7 @@ from models.search import estimate_search
 CANDIDATES = "candidates"
 """Artefact of a night: what its lists were merged from, a file per block of triggers."""
 _TRIGGERS_PER_TASK = 4_096
+_MOST_TAGS = 8  # of an item that reasons may name: comparing all with all grows with the square
 _LISTS_DDL = f"item_id string, head string, neighbors array<{NEIGHBOR_STRUCT}>, list_hash string"
 Rows = npt.NDArray[np.float32]
 
@@ -41,7 +42,7 @@ def index_items(run: StageRun) -> Path:
     def table(declared: Any, *columns: str) -> pa.Table:
         return read_table(TableRef(uri=run.night.lake.path(declared), version=run.version(declared)), columns)
 
-    columns = ("item_id", "item_index", "content_vector", "categories", "eligible", "filter_values")
+    columns = ("item_id", "item_index", "content_vector", "categories", "tags", "eligible", "filter_values")
     features = table(ITEM_FEATURES, *columns).sort_by("item_index")
     item_ids = features["item_id"].combine_chunks().cast(pa.string())
     popularity = table(ITEM_POPULARITY, "item_id", "weight")
@@ -64,6 +65,7 @@ def index_items(run: StageRun) -> Path:
         eligible=eligible,
         category_codes=codes,
         category_names=_category_names(paths, codes),
+        tags=FilterColumn.rarest(features["tags"].to_pylist(), _MOST_TAGS),
         filters=filters,
         scorer_file=model / "scorer.json",
         calibration=json.loads((model / "metrics.json").read_text()),

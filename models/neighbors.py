@@ -29,7 +29,7 @@ import pyarrow as pa
 from conf.errors import TrainingError
 from conf.settings import RetrievalSettings
 from models.data import Bools, Floats, Ints
-from models.eligibility import CATEGORY, FilterColumns, Rules
+from models.eligibility import CATEGORY, FilterColumn, FilterColumns, Rules
 from models.factorization import log_popularity
 from models.kept import KeptCandidates
 from models.list_rows import list_rows
@@ -85,6 +85,7 @@ def build_index(
     eligible: Bools,
     category_codes: Ints,
     category_names: Sequence[str],
+    tags: FilterColumn,
     filters: FilterColumns,
     scorer_file: Path | None,
     calibration: Mapping[str, Any],
@@ -101,6 +102,7 @@ def build_index(
         eligible: (N,) may be a neighbor.
         category_codes: (N, L) a code per level that stands for the whole path down to it, -1 for none.
         category_names: a name per code.
+        tags: of the N items, for reasons.
         filters: of the N items.
         scorer_file: written by `Scorer.save`; without one the fixed mixture.
         calibration: any JSON, kept in meta.json for readers of the index.
@@ -129,6 +131,8 @@ def build_index(
     ids = pa.array(item_ids, pa.string()) if not isinstance(item_ids, pa.Array) else item_ids.cast(pa.string())
     _save_texts(folder, "item_ids", ids)
     _save_texts(folder, "category_names", pa.array(category_names, pa.string()))
+    _save(folder, "tags", tags.codes)
+    _save_texts(folder, "tag_names", pa.array(tags.values, pa.string()))
     if scorer_file is not None:
         Scorer.load(scorer_file).save(folder / "scorer.json")
     meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "calibration": dict(calibration)}
@@ -313,6 +317,7 @@ class Retriever:
 
     item_ids: pa.StringArray
     category_names: pa.StringArray
+    tags: FilterColumn
     heads: Mapping[str, _Head]
     content: Floats
     content_flat: ItemIndex
@@ -332,6 +337,7 @@ class Retriever:
         return cls(
             item_ids=_load_texts(folder, "item_ids"),
             category_names=_load_texts(folder, "category_names"),
+            tags=FilterColumn(codes=_load(folder, "tags"), values=_load_texts(folder, "tag_names").to_pylist()),
             heads={name: _Head.open(folder, f"head-{number}", name) for number, name in enumerate(meta["heads"])},
             content=_load(folder, "content"),
             content_flat=ItemIndex.open(folder, "content"),
@@ -353,7 +359,8 @@ class Retriever:
 
     def to_arrow(self, lists: NeighborLists) -> pa.RecordBatch:
         """Lists as rows, with reasons: see models.list_rows."""
-        return list_rows(lists, item_ids=self.item_ids, category_names=self.category_names, categories=self.categories)
+        names, codes = self.category_names, self.categories
+        return list_rows(lists, item_ids=self.item_ids, category_names=names, categories=codes, tags=self.tags)
 
     def policies_for(self, policies: Mapping[str, Policy], trigger: Ints) -> Policies:
         """The policy of each of (B,) triggers among rows of merge_policy by scope."""
