@@ -118,10 +118,10 @@ def build_index(
     reports = {}
     for number, (name, (trigger, target)) in enumerate(head_vectors.items()):
         items = _write_head(folder, f"head-{number}", trigger, target, eligible, informed, engagement=name == ENGAGEMENT)
-        reports[name] = write_index(folder, f"head-{number}", target[items], items, queries=trigger[sample], settings=settings)
+        reports[name] = write_index(folder, f"head-{number}", target, items, queries=trigger[sample], settings=settings)
     _save(folder, "content", content)
     items = np.flatnonzero(eligible & (content != 0).any(axis=1)).astype(np.int32)
-    reports[CONTENT] = write_index(folder, "content", content[items], items, queries=content[sample], settings=settings)
+    reports[CONTENT] = write_index(folder, "content", content, items, queries=content[sample], settings=settings)
     log_p = log_popularity(popularity_p.astype(np.float32))
     order = FillOrder.build(log_p, eligible, category_codes[:, 0] if category_codes.shape[1] else np.full(len(log_p), -1, dtype=np.int32))
     for file, array in (("log_popularity", log_p), ("categories", category_codes), ("popular", order.popular),

@@ -9,7 +9,7 @@ Shapes: `N` items, `B` queries, `V` vector length.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +29,7 @@ _TRAINING_PER_LIST = 64  # vectors per center that k-means looks at
 _TRAINING_ROUNDS = 10
 _FIRST_EFFORT = 8
 _SEED = 17
+_ITEMS_PER_PART = 65_536
 _WORTHWHILE = 3.0  # times faster by the estimate: below, a failed attempt would cost more than it may gain
 
 
@@ -103,38 +104,46 @@ def write_index(folder: Path, stem: str, vectors: Floats, items: Ints, *, querie
     Args:
         folder: of the night's index.
         stem: of the file names.
-        vectors: (N, V) of the items in question.
-        items: (N,) their indices.
+        vectors: (A, V) of all items, mapped or in memory; no second copy of all is made.
+        items: (N,) indices of those that may be found.
         queries: (B, V) a sample of triggers, on which recall is measured; all-zero ones do not count.
         settings: `search`, `min_search_recall` and `list_length`, which is the K of the recall.
     """
     np.save(folder / f"{stem}-items.npy", items.astype(np.int32))
     if not (len(items) and vectors.shape[1]):
         return SearchReport(method="exact", recall=1.0, effort=0)
-    wide = np.ascontiguousarray(vectors, dtype=np.float32)
     asked = np.ascontiguousarray(queries[np.any(queries, axis=1)], dtype=np.float32)
-    estimate = estimate_search(len(items), len(items), wide.shape[1], num_cores=os.cpu_count() or 1, settings=settings)
-    report = SearchReport(method="exact", recall=1.0, effort=0)
+    dimension = vectors.shape[1]
+    estimate = estimate_search(len(items), len(items), dimension, num_cores=os.cpu_count() or 1, settings=settings)
+    index, report = None, SearchReport(method="exact", recall=1.0, effort=0)
     if estimate.chosen == "ivf" and len(asked):
-        index, report = _ivf(wide, asked, settings)
-    if report.method == "exact":
-        index = faiss.IndexFlatIP(wide.shape[1])
-        index.add(wide)
+        index, report = _ivf(vectors, items, asked, settings)
+    if index is None:
+        index = faiss.IndexFlatIP(dimension)
+        for part in _parts(vectors, items):
+            index.add(part)
     faiss.write_index(index, str(folder / f"{stem}.faiss"))
     return report
 
 
-def _ivf(vectors: Floats, queries: Floats, settings: RetrievalSettings) -> tuple[Any, SearchReport]:
+def _parts(vectors: Floats, items: Ints) -> Iterator[Floats]:
+    """The vectors of some items, so many at a time that a copy does not matter."""
+    for start in range(0, len(items), _ITEMS_PER_PART):
+        yield np.ascontiguousarray(vectors[items[start : start + _ITEMS_PER_PART]], dtype=np.float32)
+
+
+def _ivf(vectors: Floats, items: Ints, queries: Floats, settings: RetrievalSettings) -> tuple[Any, SearchReport]:
     """Train, fill, and raise the effort until the recall is reached; the report says exact where it is not."""
-    groups = num_lists(len(vectors))
+    groups, dimension = num_lists(len(items)), vectors.shape[1]
     faiss.omp_set_num_threads(os.cpu_count() or 1)
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(vectors.shape[1]), vectors.shape[1], groups, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, groups, faiss.METRIC_INNER_PRODUCT)
     index.cp.niter, index.cp.seed, index.cp.min_points_per_centroid = _TRAINING_ROUNDS, _SEED, 1
-    sample = np.random.default_rng(_SEED).permutation(len(vectors))[: _TRAINING_PER_LIST * groups]
-    index.train(vectors[np.sort(sample)])
-    index.add(vectors)
-    k = min(settings.list_length, len(vectors))
-    wanted = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    sample = np.random.default_rng(_SEED).permutation(len(items))[: _TRAINING_PER_LIST * groups]
+    index.train(np.ascontiguousarray(vectors[items[np.sort(sample)]], dtype=np.float32))
+    for part in _parts(vectors, items):
+        index.add(part)
+    k = min(settings.list_length, len(items))
+    wanted = _exact(vectors, items, queries, k)
     effort, recall = _FIRST_EFFORT, 0.0
     while recall < settings.min_search_recall and effort <= max(1, groups // 4):
         index.nprobe = effort
@@ -144,6 +153,18 @@ def _ivf(vectors: Floats, queries: Floats, settings: RetrievalSettings) -> tuple
     if recall < settings.min_search_recall:
         return None, SearchReport(method="exact", recall=recall, effort=0)
     return index, SearchReport(method="ivf", recall=recall, effort=index.nprobe)
+
+
+def _exact(vectors: Floats, items: Ints, queries: Floats, k: int) -> Longs:
+    """(B, k) places among the items of the nearest ones."""
+    scores, places, start = [], [], 0
+    for part in _parts(vectors, items):
+        score, place = faiss.knn(queries, part, min(k, len(part)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores.append(score)
+        places.append(place + start)
+        start += len(part)
+    best = np.argsort(-np.hstack(scores), axis=1, kind="stable")[:, :k]
+    return np.asarray(np.take_along_axis(np.hstack(places), best, axis=1), dtype=np.int64)
 
 
 Chosen = Callable[[Longs, Ints, int], tuple[Bools, Bools]]

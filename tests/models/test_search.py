@@ -24,7 +24,8 @@ def settings(**changed):
 
 def test_an_accepted_index_reaches_the_recall_on_other_queries(tmp_path):
     vectors, items = grouped(6000, 24, 0.4), np.arange(10_000, 16_000, dtype=np.int32)
-    report = write_index(tmp_path, "head", vectors, items, queries=vectors[:300], settings=settings())
+    whole = np.vstack([np.ones((10_000, 24), np.float32), vectors])  # of items that may not be found, too
+    report = write_index(tmp_path, "head", whole, items, queries=vectors[:300], settings=settings())
     assert (report.method, report.recall >= 0.98, 8 <= report.effort <= 77) == ("ivf", True, True)
     opened, queries = ItemIndex.open(tmp_path, "head"), vectors[3000:3400]
     found = opened.search(queries, 20)
