@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .NOTPARALLEL:       # the stages of set-up build on each other, and tests share the machine's cores
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo backtest explore bench-explorer docs test check env jars lock zip clean java
+.PHONY: help demo backtest explore bench-explorer bench-neighbors docs test check env jars lock zip clean java
 
 unexport SPARK_HOME PYTHONHOME PYTHONPATH   # another Spark or another Python's modules would be used instead of the pinned ones
 
@@ -40,7 +40,7 @@ fail_if = $(if $(strip $(1)),$(error $(strip $(1))))
 
 # --- Targets
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 demo: java env jars  ## run a whole night on anonymized grocery baskets, and show lists
 	$(PY) -m jobs.demo $(ARGS)
@@ -56,6 +56,9 @@ bench-explorer: env  ## times of the explorer on a made-up night of a million it
 
 docs: env  ## write the pages of docs/ that say what conf/ declares
 	$(PY) -m jobs.write_docs
+
+bench-neighbors: java env jars  ## time search, publication, lookups and a changed policy; ARGS="--works search ivf" chooses
+	$(PY) -m jobs.bench_neighbors $(ARGS)
 
 test: java env jars  ## run the tests; ARGS="-k pairs" chooses some
 	$(PY) -m pytest $(ARGS)

@@ -334,6 +334,15 @@ class RetrievalSettings(Section):
     num_candidates_content: int = Field(100, ge=0, description="Nearest items per trigger in content.")
     num_candidates_popular: int = Field(100, ge=0, description="Most popular items offered to every trigger.")
     block_size: int = Field(1024, ge=1, description="Triggers scored together in a task.")
+    search: Literal["auto", "exact", "ivf"] = Field(
+        "auto", description="How nearest items are found; auto: IVF where an estimate of its cost says that it is worth it."
+    )
+    min_search_recall: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="Least recall@list_length of an IVF search against the exact one; below, its effort rises, then exact.",
+    )
     keep_candidates: bool = Field(
         True, description="Keep the scored candidates of the published night, some 10 kB an item, so that a changed merge policy is quick."
     )

@@ -22,8 +22,9 @@ class Column:
 class Table:
     """A Delta table.
 
-    `key` identifies a row; `restricted` tables hold user-level state and are never exported; what a failed stage wrote is taken back,
-    except where it is `kept_on_failure`, to be looked at.
+    `key` identifies a row; `row_group_mb` is the raw size of a Parquet row group where the writer's default of 128 MB is too much for a
+    point lookup, which decodes one whole group of rows per column; `restricted` tables hold user-level state and are never exported; what
+    a failed stage wrote is taken back, except where it is `kept_on_failure`, to be looked at.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Table:
     key: tuple[str, ...]
     columns: tuple[Column, ...]
     order_by: tuple[str, ...] = ()
+    row_group_mb: int | None = None
     restricted: bool = False
     kept_on_failure: bool = False
 
@@ -262,8 +264,9 @@ _LIST_COLUMNS = (
     _key(
         "neighbors",
         f"array<{NEIGHBOR_STRUCT}>",
-        "Best first. reason in words; sources that found it; num_user_days of counted co-engagement (0: none above the privacy minimum); "
-        "relevance in [-1,1]; filled: offered only to fill up the merged list.",
+        "Best first. score: of a head its own; in the merged list the policy's calibrated probability p(j|i), of a blend with its bonus, "
+        "so that it can be compared across triggers. reason in words; sources that found it; num_user_days of counted co-engagement "
+        "(0: none above the privacy minimum); relevance in [-1,1]; filled: offered only to fill up the merged list.",
     ),
     _key("model_version", "string", "Checkpoint behind the scores."),
     _key("list_hash", "string", "Hash of the neighbor ids in order: unchanged lists keep it."),
@@ -275,6 +278,7 @@ ITEM_NEIGHBORS_HISTORY = Table(
     comment="Every night's lists, published or not; gates run here.",
     key=("run_date", "run_id", "item_id", "head"),
     order_by=("item_id", "head"),
+    row_group_mb=2,
     kept_on_failure=True,
     columns=_LIST_COLUMNS,
 )
@@ -284,6 +288,7 @@ ITEM_NEIGHBORS = Table(
     comment="The current good night: for every item the list of each head. Replaced by one commit a night.",
     key=("item_id", "head"),
     order_by=("item_id", "head"),
+    row_group_mb=2,
     columns=_LIST_COLUMNS,
 )
 

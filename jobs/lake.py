@@ -20,6 +20,8 @@ from conf.settings import LakeSettings
 from conf.tables import Table
 from jobs.reader import check_columns, lake_root, open_table, table_exists
 
+_ROW_GROUP = "parquet.block.size"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lake:
@@ -86,7 +88,8 @@ class Lake:
         writer = (conformed if presorted else _laid_out(conformed, table)).write.format("delta").mode("overwrite")
         if where is not None:
             writer = writer.option("replaceWhere", where)
-        writer.option("userMetadata", json.dumps(dict(metadata or {}))).save(self.path(table))
+        with _row_groups(self.spark, table):
+            writer.option("userMetadata", json.dumps(dict(metadata or {}))).save(self.path(table))
         return self.version(table)
 
     def restore(self, table: Table, version: int) -> None:
@@ -134,6 +137,19 @@ def in_memory(frame: DataFrame) -> Iterator[DataFrame]:
         yield cached
     finally:
         cached.unpersist()
+
+
+@contextmanager
+def _row_groups(spark: SparkSession, table: Table) -> Iterator[None]:
+    """The table's size of row groups for writes inside the block; Delta passes no such option of a writer on."""
+    if table.row_group_mb is None:
+        yield
+        return
+    spark.conf.set(_ROW_GROUP, str(table.row_group_mb << 20))
+    try:
+        yield
+    finally:
+        spark.conf.unset(_ROW_GROUP)
 
 
 def only_row(frame: DataFrame) -> dict[str, Any]:

@@ -33,11 +33,24 @@ _MAX_SHORT_LISTS = 2_000
 
 def publish_neighbors(run: StageRun) -> None:
     """Index, retrieve, write history, gate, publish."""
-    lake = run.night.lake
-    lake.create(ITEM_NEIGHBORS)
-    expected = lake.version(ITEM_NEIGHBORS)
+    run.night.lake.create(ITEM_NEIGHBORS)
+    expected = run.night.lake.version(ITEM_NEIGHBORS)
     _start_policy(run)
-    lists = retrieved_lists(run, index_items(run)).transform(_with_identity(run))
+    version = only_row(run.read(ITEM_EMBEDDINGS).agg(F.max("model_version").alias("version")))["version"]
+    publish_lists(run, retrieved_lists(run, index_items(run)), model_version=version, expected=expected)
+
+
+def publish_lists(run: StageRun, lists: DataFrame, *, model_version: str, expected: int) -> None:
+    """History, gate, commit.
+
+    Args:
+        run: of this stage.
+        lists: item_id, head, neighbors, list_hash; a partition holds all lists of its items.
+        model_version: behind the scores.
+        expected: version of item_neighbors seen before anything was read.
+    """
+    lake = run.night.lake
+    lists = lists.transform(_with_identity(run, model_version))
     run.replace(ITEM_NEIGHBORS_HISTORY, lists, where=_this_run(run))
     run.gate(_metrics(run, expected), list_length=run.settings.retrieval.list_length)
     _index_titles(run)
@@ -63,9 +76,7 @@ def _this_run(run: StageRun) -> str:
     return f"run_date = '{run.run_date}' AND run_id = '{run.night.run_id}'"
 
 
-def _with_identity(run: StageRun) -> Callable[[DataFrame], DataFrame]:
-    version = only_row(run.read(ITEM_EMBEDDINGS).agg(F.max("model_version").alias("version")))["version"]
-
+def _with_identity(run: StageRun, model_version: str) -> Callable[[DataFrame], DataFrame]:
     def transform(lists: DataFrame) -> DataFrame:
         return lists.select(
             F.lit(run.run_date).alias("run_date"),
@@ -73,7 +84,7 @@ def _with_identity(run: StageRun) -> Callable[[DataFrame], DataFrame]:
             "item_id",
             "head",
             "neighbors",
-            F.lit(version).alias("model_version"),
+            F.lit(model_version).alias("model_version"),
             "list_hash",
             F.lit(CONTRACT_VERSION).alias("contract_version"),
         )

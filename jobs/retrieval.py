@@ -4,6 +4,7 @@ Shapes: `N` items of `item_features` by `item_index`; a task sees blocks of trig
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -22,13 +23,15 @@ from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_EMBEDDINGS, ITEM_FEATURES, ITE
 from jobs.reader import shared_folder
 from jobs.stage import StageRun
 from models.data import TableRef, read_table
-from models.eligibility import FilterColumns
+from models.eligibility import FilterColumn, FilterColumns
 from models.merge import read_policies
-from models.neighbors import MERGED, Counted, Retriever, build_index
+from models.neighbors import CONTENT, MERGED, Counted, Retriever, build_index
+from models.search import estimate_search
 
 CANDIDATES = "candidates"
 """Artefact of a night: what its lists were merged from, a file per block of triggers."""
 _TRIGGERS_PER_TASK = 4_096
+_MOST_TAGS = 8  # of an item that reasons may name: comparing all with all grows with the square
 _LISTS_DDL = f"item_id string, head string, neighbors array<{NEIGHBOR_STRUCT}>, list_hash string"
 Rows = npt.NDArray[np.float32]
 
@@ -39,7 +42,7 @@ def index_items(run: StageRun) -> Path:
     def table(declared: Any, *columns: str) -> pa.Table:
         return read_table(TableRef(uri=run.night.lake.path(declared), version=run.version(declared)), columns)
 
-    columns = ("item_id", "item_index", "content_vector", "categories", "eligible", "filter_values")
+    columns = ("item_id", "item_index", "content_vector", "categories", "tags", "eligible", "filter_values")
     features = table(ITEM_FEATURES, *columns).sort_by("item_index")
     item_ids = features["item_id"].combine_chunks().cast(pa.string())
     popularity = table(ITEM_POPULARITY, "item_id", "weight")
@@ -49,20 +52,35 @@ def index_items(run: StageRun) -> Path:
     paths = features["categories"].to_pylist()
     codes = category_codes(paths)
     filters = _filter_columns(run, features["filter_values"], paths)
-    build_index(
+    eligible = features["eligible"].to_numpy() & filters.everywhere(run.settings.retrieval.filters)
+    vectors = {head: _vectors(embeddings, head, item_ids) for head in run.settings.model.heads}
+    content = _rows(features["content_vector"])
+    _say_estimates(run, int(eligible.sum()), {head: target.shape[1] for head, (_, target) in vectors.items()} | {CONTENT: content.shape[1]})
+    reports = build_index(
         folder,
         item_ids=item_ids,
-        head_vectors={head: _vectors(embeddings, head, item_ids) for head in run.settings.model.heads},
-        content=_rows(features["content_vector"]),
+        head_vectors=vectors,
+        content=content,
         popularity_p=_aligned(popularity, "weight", item_ids),
-        eligible=features["eligible"].to_numpy() & filters.everywhere(run.settings.retrieval.filters),
+        eligible=eligible,
         category_codes=codes,
         category_names=_category_names(paths, codes),
+        tags=FilterColumn.rarest(features["tags"].to_pylist(), _MOST_TAGS),
         filters=filters,
         scorer_file=model / "scorer.json",
         calibration=json.loads((model / "metrics.json").read_text()),
+        settings=run.settings.retrieval,
     )
+    run.note("search: " + "; ".join(f"{name} {report}" for name, report in reports.items()))
+    run.metrics |= {f"{name}_search_recall": report.recall for name, report in reports.items() if report.method == "ivf"}
     return folder
+
+
+def _say_estimates(run: StageRun, num_items: int, dimensions: Mapping[str, int]) -> None:
+    cores = os.cpu_count() or 1
+    for name, dimension in dimensions.items():
+        estimate = estimate_search(num_items, num_items, dimension, num_cores=cores, settings=run.settings.retrieval)
+        run.night.display.say(f"  search of {name}, {estimate}")
 
 
 def _filter_columns(run: StageRun, values: pa.ChunkedArray, paths: Sequence[Sequence[str] | None]) -> FilterColumns:

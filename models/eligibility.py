@@ -8,6 +8,7 @@ Shapes: `N` items, `M` (trigger, neighbor) pairs, `W` values of the item that ha
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -42,6 +43,12 @@ class FilterColumn:
             codes[row, : len(some or ())] = [code[value] for value in some or ()]
         return cls(codes=codes, values=known)
 
+    @classmethod
+    def rarest(cls, values: Sequence[Sequence[str] | None], most: int) -> Self:
+        """From N items' values, at most some of each: those that the fewest items have, the rarest first."""
+        counts = Counter(value for some in values for value in set(some or ()))
+        return cls.encode([sorted(set(some or ()), key=lambda value: (counts[value], value))[:most] for some in values])
+
     @property
     def known(self) -> Bools:
         """(N,) the item has a value."""
@@ -53,8 +60,12 @@ class FilterColumn:
 
     def shared(self, left: Ints, right: Ints) -> Bools:
         """(M,) items left and right have a value in common."""
+        return np.asarray(self.shared_values(left, right).any(axis=1))
+
+    def shared_values(self, left: Ints, right: Ints) -> Bools:
+        """(M, W) which of item left's values item right has, too."""
         mine, other = self.codes[left], self.codes[right]
-        return np.asarray(((mine[:, :, None] == other[:, None, :]) & (mine >= 0)[:, :, None]).any(axis=(1, 2)))
+        return np.asarray(((mine[:, :, None] == other[:, None, :]) & (mine >= 0)[:, :, None]).any(axis=2))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ Shapes: `N` items (row = item_index, ascending by item_id), `B` triggers, `M` ca
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,18 +29,18 @@ import pyarrow as pa
 from conf.errors import TrainingError
 from conf.settings import RetrievalSettings
 from models.data import Bools, Floats, Ints
-from models.eligibility import CATEGORY, FilterColumns, Rules
+from models.eligibility import CATEGORY, FilterColumn, FilterColumns, Rules
 from models.factorization import log_popularity
 from models.kept import KeptCandidates
 from models.list_rows import list_rows
 from models.merge import DEFAULT_SCOPE, CandidateSet, FillOrder, Policies, Policy, merge_candidates
 from models.ranking import Longs, best_per_segment, ends, segments
 from models.scorer import Scorer, candidate_features, log_softmax
+from models.search import ItemIndex, SearchReport, write_index
 
 ENGAGEMENT, RELEVANCE, MERGED = "engagement", "relevance", "merged"
 COUNTS, CONTENT, POPULARITY = "counts", "content", "popularity"
-_WIDER = 4  # times as many items are asked for where filters and limits left too few
-_MOST_RESULTS = 8_000_000  # of one search: 12 bytes each
+_NUM_SAMPLED = 256  # triggers on which the recall of a search is measured
 _SOURCE_BITS = 16  # of a packed candidate key: counts, content, popularity, category and up to 12 heads
 _META = "meta.json"
 
@@ -85,11 +85,13 @@ def build_index(
     eligible: Bools,
     category_codes: Ints,
     category_names: Sequence[str],
+    tags: FilterColumn,
     filters: FilterColumns,
     scorer_file: Path | None,
     calibration: Mapping[str, Any],
-) -> None:
-    """Write everything lists are made from.
+    settings: RetrievalSettings,
+) -> dict[str, SearchReport]:
+    """Write everything lists are made from; returns how each head, and content, is searched.
 
     Args:
         folder: created; must not be in use by a `Retriever`.
@@ -100,9 +102,11 @@ def build_index(
         eligible: (N,) may be a neighbor.
         category_codes: (N, L) a code per level that stands for the whole path down to it, -1 for none.
         category_names: a name per code.
+        tags: of the N items, for reasons.
         filters: of the N items.
         scorer_file: written by `Scorer.save`; without one the fixed mixture.
         calibration: any JSON, kept in meta.json for readers of the index.
+        settings: how to search.
 
     Raises:
         TrainingError: a head is missing, shapes disagree, or a vector is not finite.
@@ -110,10 +114,14 @@ def build_index(
     _check(len(item_ids), head_vectors, content=content, popularity_p=popularity_p, eligible=eligible, category_codes=category_codes)
     folder.mkdir(parents=True, exist_ok=True)
     informed = (content != 0).any(axis=1) | (popularity_p > 0)
+    sample = np.sort(np.random.default_rng(0).permutation(len(eligible))[:_NUM_SAMPLED])
+    reports = {}
     for number, (name, (trigger, target)) in enumerate(head_vectors.items()):
-        _write_head(folder, f"head-{number}", trigger, target, eligible, informed, engagement=name == ENGAGEMENT)
+        items = _write_head(folder, f"head-{number}", trigger, target, eligible, informed, engagement=name == ENGAGEMENT)
+        reports[name] = write_index(folder, f"head-{number}", target, items, queries=trigger[sample], settings=settings)
     _save(folder, "content", content)
-    _write_flat(folder, "content", content, np.flatnonzero(eligible & (content != 0).any(axis=1)))
+    items = np.flatnonzero(eligible & (content != 0).any(axis=1)).astype(np.int32)
+    reports[CONTENT] = write_index(folder, "content", content, items, queries=content[sample], settings=settings)
     log_p = log_popularity(popularity_p.astype(np.float32))
     order = FillOrder.build(log_p, eligible, category_codes[:, 0] if category_codes.shape[1] else np.full(len(log_p), -1, dtype=np.int32))
     for file, array in (("log_popularity", log_p), ("categories", category_codes), ("popular", order.popular),
@@ -123,10 +131,13 @@ def build_index(
     ids = pa.array(item_ids, pa.string()) if not isinstance(item_ids, pa.Array) else item_ids.cast(pa.string())
     _save_texts(folder, "item_ids", ids)
     _save_texts(folder, "category_names", pa.array(category_names, pa.string()))
+    _save(folder, "tags", tags.codes)
+    _save_texts(folder, "tag_names", pa.array(tags.values, pa.string()))
     if scorer_file is not None:
         Scorer.load(scorer_file).save(folder / "scorer.json")
     meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "calibration": dict(calibration)}
     (folder / _META).write_text(json.dumps(meta))
+    return reports
 
 
 def _check(num_items: int, head_vectors: Mapping[str, tuple[Floats, Floats]], **arrays: npt.NDArray[Any]) -> None:
@@ -143,14 +154,18 @@ def _check(num_items: int, head_vectors: Mapping[str, tuple[Floats, Floats]], **
             raise TrainingError(f"{name} holds numbers that are not finite; lower training.learning_rate or check the content vectors")
 
 
-def _write_head(folder: Path, stem: str, trigger: Floats, target: Floats, eligible: Bools, informed: Bools, *, engagement: bool) -> None:
-    """Vectors, FAISS index, and per item whether it is blank: a head without popularity says nothing about an item it knows nothing of."""
+def _write_head(folder: Path, stem: str, trigger: Floats, target: Floats, eligible: Bools, informed: Bools, *, engagement: bool) -> Ints:
+    """Vectors, and per item whether it is blank: a head without popularity says nothing about an item it knows nothing of.
+
+    Returns:
+        The items to be found.
+    """
     biased = np.array([engagement or target[:, -1].any()])
     blank_trigger, blank_target = (~biased & ~(informed & np.any(side[:, :-1], axis=1)) for side in (trigger, target))
     parts = {"trigger": trigger, "target": target, "blank": blank_trigger, "biased": biased}
     for part, array in parts.items():
         _save(folder, f"{stem}-{part}", array)
-    _write_flat(folder, stem, target, np.flatnonzero(eligible & ~blank_target))
+    return np.flatnonzero(eligible & ~blank_target).astype(np.int32)
 
 
 def _save(folder: Path, stem: str, array: npt.NDArray[Any]) -> None:
@@ -162,15 +177,6 @@ def _save_texts(folder: Path, stem: str, texts: pa.Array) -> None:
     batch = pa.record_batch([texts], names=[stem])
     with pa.OSFile(str(folder / f"{stem}.arrow"), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-
-
-def _write_flat(folder: Path, stem: str, vectors: Floats, items: Longs) -> None:
-    """A flat inner-product index over some items, and which items its rows are."""
-    _save(folder, f"{stem}-items", items.astype(np.int32))
-    if len(items) and vectors.shape[1]:
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(np.ascontiguousarray(vectors[items], dtype=np.float32))
-        faiss.write_index(index, str(folder / f"{stem}.faiss"))
 
 
 # --- reading ---
@@ -186,65 +192,7 @@ def _load_texts(folder: Path, stem: str) -> pa.StringArray:
         return pa.ipc.open_file(source).get_batch(0).column(0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Flat:
-    """A FAISS index and the items its rows are."""
-
-    index: Any
-    items: Ints
-
-    @classmethod
-    def open(cls, folder: Path, stem: str) -> Self:
-        """Mapped, not read."""
-        path = folder / f"{stem}.faiss"
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC) if path.exists() else None  # plain IO_FLAG_MMAP would copy
-        return cls(index=index, items=_load(folder, f"{stem}-items"))
-
-    def search(self, queries: Floats, k: int) -> Ints:
-        """(B, V) -> (B, at most k) items, -1 behind the end; all-zero queries find nothing."""
-        k = min(k, len(self.items))
-        if self.index is None or k <= 0:
-            return np.empty((len(queries), 0), dtype=np.int32)
-        _, rows = self.index.search(np.ascontiguousarray(queries), k)
-        asked = np.any(queries, axis=1, keepdims=True)
-        return np.where((rows >= 0) & asked, self.items[rows], np.int32(-1))
-
-    def search_until(self, queries: Floats, k: int, chosen: "_Chosen") -> Ints:
-        """(B, V) -> (B, w) chosen items, best first, -1 behind the end: at least k of each list, or all that there are.
-
-        First a usual search, then a wider one for the queries that found too few, then a ranking of everything.
-        """
-        found, rows = [np.zeros(0, np.int32)] * len(queries), np.arange(len(queries))
-        for width in (k + 1, _WIDER * k, len(self.items)):
-            short = []
-            for part in np.array_split(rows, -(-len(rows) * width // _MOST_RESULTS) or 1):
-                ranked = self.search(queries[part], width)
-                held, enough = chosen(part, ranked, k)
-                found = _with_rows(found, part, [items[mine] for items, mine in zip(ranked, held, strict=True)])
-                short.append(part[~enough])
-            rows = np.concatenate(short)
-            if width >= len(self.items):
-                break
-        return _padded(found)
-
-
-_Chosen = Callable[[Longs, Ints, int], tuple[Bools, Bools]]
-"""Places of b triggers, their (b, w) items best first, k -> (b, w) what some list would hold, (b,) whether each list has k."""
-
-
-def _with_rows(rows: list[Ints], places: Longs, values: Sequence[Ints]) -> list[Ints]:
-    changed = dict(zip(places.tolist(), values, strict=True))
-    return [changed.get(place, row) for place, row in enumerate(rows)] if changed else rows
-
-
-def _padded(rows: Sequence[Ints]) -> Ints:
-    out = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
-    for place, row in enumerate(rows):
-        out[place, : len(row)] = row
-    return out
-
-
-def _nearest(flat: _Flat, queries: Floats, trigger: Ints, k: int, rules: Rules, names: Sequence[str]) -> Ints:
+def _nearest(flat: ItemIndex, queries: Floats, trigger: Ints, k: int, rules: Rules, names: Sequence[str]) -> Ints:
     """(B, w) nearest items, -1 for none: at least k that each of the named lists may hold, as far as there are so many."""
     if not rules.restrict(names):
         return flat.search(queries, k + 1)  # one more: the trigger may be its own nearest
@@ -273,13 +221,13 @@ class _Head:
     target: Floats
     blank: Bools
     biased: bool
-    flat: _Flat
+    flat: ItemIndex
 
     @classmethod
     def open(cls, folder: Path, stem: str, name: str) -> Self:
         """Mapped, not read."""
         arrays = {part: _load(folder, f"{stem}-{part}") for part in ("trigger", "target", "blank")}
-        return cls(name=name, **arrays, biased=bool(_load(folder, f"{stem}-biased")[0]), flat=_Flat.open(folder, stem))
+        return cls(name=name, **arrays, biased=bool(_load(folder, f"{stem}-biased")[0]), flat=ItemIndex.open(folder, stem))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,9 +317,10 @@ class Retriever:
 
     item_ids: pa.StringArray
     category_names: pa.StringArray
+    tags: FilterColumn
     heads: Mapping[str, _Head]
     content: Floats
-    content_flat: _Flat
+    content_flat: ItemIndex
     log_popularity: Floats
     categories: Ints
     eligible: Bools
@@ -388,9 +337,10 @@ class Retriever:
         return cls(
             item_ids=_load_texts(folder, "item_ids"),
             category_names=_load_texts(folder, "category_names"),
+            tags=FilterColumn(codes=_load(folder, "tags"), values=_load_texts(folder, "tag_names").to_pylist()),
             heads={name: _Head.open(folder, f"head-{number}", name) for number, name in enumerate(meta["heads"])},
             content=_load(folder, "content"),
-            content_flat=_Flat.open(folder, "content"),
+            content_flat=ItemIndex.open(folder, "content"),
             log_popularity=_load(folder, "log_popularity"),
             categories=_load(folder, "categories"),
             eligible=_load(folder, "eligible"),
@@ -409,7 +359,8 @@ class Retriever:
 
     def to_arrow(self, lists: NeighborLists) -> pa.RecordBatch:
         """Lists as rows, with reasons: see models.list_rows."""
-        return list_rows(lists, item_ids=self.item_ids, category_names=self.category_names, categories=self.categories)
+        names, codes = self.category_names, self.categories
+        return list_rows(lists, item_ids=self.item_ids, category_names=names, categories=codes, tags=self.tags)
 
     def policies_for(self, policies: Mapping[str, Policy], trigger: Ints) -> Policies:
         """The policy of each of (B,) triggers among rows of merge_policy by scope."""

@@ -18,7 +18,7 @@ from conf.tables import CONTRACT_VERSION, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from jobs.ledger import Ledger, StageRecord
 from jobs.publication import publish_run
 from jobs.reader import artifacts_of, lake_root, open_table
-from models.eligibility import FilterColumns
+from models.eligibility import FilterColumn, FilterColumns
 from models.merge import read_policies
 from models.neighbors import Counted, Retriever, build_index
 from tests.worlds import write_config
@@ -126,10 +126,12 @@ class ListWorld:
             popularity_p=rng.pareto(1, num_items).astype(np.float32) + 1,
             eligible=rng.random(num_items) < 0.9,
             category_codes=codes,
+            tags=FilterColumn.encode([None] * num_items),
             category_names=[f"section {code}" for code in range(4)],
             filters=FilterColumns.encode({}, coarsest=[f"section {code}" for code in codes[:, 0]], as_of=date(2024, 1, 1)),
             scorer_file=None,
             calibration={},
+            settings=self.settings.retrieval,
         )
         retriever, trigger = Retriever.open(night / "index"), np.arange(num_items, dtype=np.int32)
         target = (trigger[:, None] + np.arange(1, 4)) % num_items

@@ -441,8 +441,8 @@ def _the_current_night_follows_a_changed_policy_and_is_rolled_back(done: Done, l
     register_views(later.lake)
     rows = spark.sql("SELECT run_id, head, rank, neighbor_id FROM item_neighbor_rows").where(F.col("item_id") == item_id).collect()
     assert {row["run_id"] for row in rows} == {again.run_id}
-    merged, relevance = ({row["neighbor_id"]: row["rank"] for row in rows if row["head"] == head} for head in ("merged", "relevance"))
-    assert list(merged)[:3] == list(relevance)[:3]
+    merged, relevance = ({row["rank"]: row["neighbor_id"] for row in rows if row["head"] == head} for head in ("merged", "relevance"))
+    assert [merged[rank] for rank in (1, 2, 3)] == [relevance[rank] for rank in (1, 2, 3)]
     assert store.lookup_online(open_feature_store(later.settings), [item_id], heads=["merged"], k=5)[item_id]["run_id"] == again.run_id
     roll_back(later.settings, done.night.run_id, display=later.display)
     gone = done.world.item_id(0, 0)

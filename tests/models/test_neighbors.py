@@ -11,7 +11,7 @@ import pytest
 
 from conf.errors import TrainingError
 from conf.settings import LimitSettings, RetrievalSettings
-from models.eligibility import FilterColumns
+from models.eligibility import FilterColumn, FilterColumns
 from models.factorization import log_popularity
 from models.kept import KeptCandidates
 from models.list_rows import ARROW_SCHEMA
@@ -71,6 +71,7 @@ class World:
             "popularity_p": popularity.astype(np.float32),
             "eligible": rng.random(n) < 0.8,
             "category_codes": codes[:, : self.num_levels].astype(np.int32),
+            "tags": FilterColumn.rarest([list("abcdefgh"[item % 5 : item % 5 + 3]) if item % 7 else None for item in range(n)], 8),
             "category_names": [f"category {code}" for code in range(9)],
             "filters": FilterColumns.encode({}, coarsest=[None if code < 0 else f"category {code}" for code in coarse], as_of=NIGHT),
         }
@@ -92,7 +93,8 @@ class World:
         if scorer is not None:
             file = folder / "fitted.json"
             scorer.save(file)
-        build_index(folder / "index", **{**self.arrays, **changed}, scorer_file=file, calibration={"temperature": 3.0})
+        arrays = {**self.arrays, "settings": SETTINGS, **changed}
+        build_index(folder / "index", **arrays, scorer_file=file, calibration={"temperature": 3.0})
         return Retriever.open(folder / "index")
 
     def retrieve(self, retriever, policy=BLEND, settings=SETTINGS, triggers=None):
@@ -379,6 +381,12 @@ def test_two_items(tmp_path):
 
 def test_arrow_rows(tmp_path):
     world = World()
+    all_tags = [tag for item in range(70) for tag in ("abcdefgh"[item % 5 : item % 5 + 3] if item % 7 else "")]
+
+    def tags_of(item):
+        """The rarest first."""
+        return sorted("abcdefgh"[item % 5 : item % 5 + 3] if item % 7 else "", key=lambda tag: (all_tags.count(tag), tag))
+
     retriever = world.open(tmp_path)
     assert retriever.calibration == {"temperature": 3.0}
     lists = world.retrieve(retriever, triggers=[9, 40])
@@ -393,6 +401,8 @@ def test_arrow_rows(tmp_path):
             depth = one.pop("shared_depth")
             reason = [f"engaged together on {one['num_user_days']} user-days"] if one["num_user_days"] else []
             reason += [f"same category {codes[depth - 1]}"] if depth else []
+            shared = [tag for tag in tags_of(int(row["item_id"][1:])) if tag in tags_of(one["neighbor"])]
+            reason += ["both " + ", ".join(shared[:2])] if shared else []
             by = ", ".join(name for name in lists.source_names if name in one["sources"])
             reason.append("fills up the list" if one["filled"] else f"found by {by}")
             assert neighbor.pop("reason") == "; ".join(reason)
