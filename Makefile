@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .NOTPARALLEL:       # the stages of set-up build on each other, and tests share the machine's cores
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo backtest test check env jars lock zip clean java
+.PHONY: help demo backtest explore bench-explorer bench-neighbors docs test check env jars lock zip clean java
 
 unexport SPARK_HOME PYTHONHOME PYTHONPATH   # another Spark or another Python's modules would be used instead of the pinned ones
 
@@ -40,13 +40,25 @@ fail_if = $(if $(strip $(1)),$(error $(strip $(1))))
 
 # --- Targets
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 demo: java env jars  ## run a whole night on anonymized grocery baskets, and show lists
 	$(PY) -m jobs.demo $(ARGS)
 
 backtest: java env jars  ## judge lists of past days: CONFIG=demo, and ARGS=--final to read the last slice too
 	$(PY) -m jobs.backtest --config $(or $(CONFIG),demo) $(ARGS)
+
+explore: env  ## look at the published lists in a browser: CONFIG=demo
+	$(PY) -m jobs.explore --config $(or $(CONFIG),demo) $(ARGS)
+
+bench-explorer: env  ## times of the explorer on a made-up night of a million items; ARGS="--items 100000" for fewer
+	$(PY) -m jobs.bench_explorer $(ARGS)
+
+docs: env  ## write the pages of docs/ that say what conf/ declares
+	$(PY) -m jobs.write_docs
+
+bench-neighbors: java env jars  ## time search, publication, lookups and a changed policy; ARGS="--works search ivf" chooses
+	$(PY) -m jobs.bench_neighbors $(ARGS)
 
 test: java env jars  ## run the tests; ARGS="-k pairs" chooses some
 	$(PY) -m pytest $(ARGS)
@@ -143,7 +155,7 @@ define WRITE_ZIP
 import zipfile
 from pathlib import Path
 roots = [Path(name) for name in ("conf", "features", "jobs", "models", "validation")]
-files = sorted(file for root in roots for file in root.rglob("*") if file.suffix in (".py", ".yaml"))
+files = sorted(file for root in roots for file in root.rglob("*") if file.suffix in (".py", ".yaml", ".html", ".css", ".js"))
 partial = Path("var/mtmh.zip.partial")
 with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
     for file in files:

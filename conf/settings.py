@@ -121,6 +121,11 @@ class ItemColumns(Section):
     attributes: list[str] = Field(default_factory=list, description="Text columns kept as named attributes.")
     embedding: str | None = Field(None, description="Array of numbers: your own content vector.")
     eligible: str | None = Field(None, description="Boolean: may be offered as a neighbor; null counts as true.")
+    filters: list[str] = Field(
+        default_factory=list,
+        description="Columns that retrieval.filters, retrieval.limits and scopes read, e.g. stock, market, release day, brand, parent id; "
+        "text is split at `list_separator`, an array holds several values.",
+    )
     event_timestamp: str | None = Field(None, description="From when the row holds; null: the catalog is not point-in-time.")
     created_timestamp: str | None = Field(None, description="When the row became known; null: equal to event_timestamp.")
 
@@ -290,6 +295,36 @@ class TrainingSettings(Section):
     num_validation_triggers: int = Field(1000, ge=10, description="Triggers sampled for that.")
 
 
+class FilterSettings(Section):
+    """What a list may offer. A neighbor must pass every filter that rules its list."""
+
+    column: str = Field(min_length=1, description="One of source.items.columns.filters.")
+    rule: Literal["any_of", "none_of", "released", "shared", "different"] = Field(
+        description="any_of, none_of: some, none of the neighbor's values is among `values`; released: its value is a day (YYYY-MM-DD…) "
+        "not after the run date; shared, different: it has some, no value in common with the trigger, e.g. the market, the parent id."
+    )
+    values: list[str] = Field(default_factory=list, description="Values of any_of and none_of.")
+    missing: bool = Field(True, description="Whether an item without a value passes; of `shared`, whether either side may lack one.")
+    heads: list[str] = Field(default_factory=list, description="Lists it rules, by head name or `merged`; empty: all.")
+    scopes: list[str] = Field(
+        default_factory=list, description="Triggers whose lists it rules: coarsest categories, or column=value; empty: all."
+    )
+
+    @model_validator(mode="after")
+    def _values(self) -> Self:
+        if (self.rule in ("any_of", "none_of")) != bool(self.values):
+            raise ValueError(f"values belong to the rules any_of and none_of, which need some; found {self.values} with {self.rule}")
+        return self
+
+
+class LimitSettings(Section):
+    """How many neighbors of a list may be alike; lists take the next best instead."""
+
+    by: str = Field(min_length=1, description="`category` (the finest one), or one of source.items.columns.filters (its first value).")
+    at_most: int = Field(ge=1, description="Neighbors of one value in a list; an item without a value is not limited.")
+    heads: list[str] = Field(default_factory=list, description="Lists it rules, by head name or `merged`; empty: all.")
+
+
 class RetrievalSettings(Section):
     """Candidates and lists."""
 
@@ -300,20 +335,36 @@ class RetrievalSettings(Section):
     num_candidates_content: int = Field(100, ge=0, description="Nearest items per trigger in content.")
     num_candidates_popular: int = Field(100, ge=0, description="Most popular items offered to every trigger.")
     block_size: int = Field(1024, ge=1, description="Triggers scored together in a task.")
+    search: Literal["auto", "exact", "ivf"] = Field(
+        "auto", description="How nearest items are found; auto: IVF where an estimate of its cost says that it is worth it."
+    )
+    min_search_recall: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="Least recall@list_length of an IVF search against the exact one; below, its effort rises, then exact.",
+    )
+    keep_candidates: bool = Field(
+        True, description="Keep the scored candidates of the published night, some 10 kB an item, so that a changed merge policy is quick."
+    )
+    filters: list[FilterSettings] = Field(default_factory=list, description="What lists may offer, beyond source.items.columns.eligible.")
+    limits: list[LimitSettings] = Field(default_factory=list, description="How many neighbors may be alike; at most one limit a list.")
 
 
 class PolicySettings(Section):
     """A starting row of merge_policy; written once, then the table rules."""
 
-    scope: str = Field("default", min_length=1, description="default or a coarsest category.")
-    kind: Literal["blend", "quota"] = Field("blend", description="blend: p + value * relevance; quota: interleave.")
-    value: float = Field(ge=0, description="blend: lambda; quota: share of the relevance head in [0,1].")
+    scope: str = Field("default", min_length=1, description="default, a coarsest category, or column=value of a mapped filter column.")
+    kind: Literal["blend", "quota", "rrf"] = Field(
+        "blend", description="blend: p + value * relevance; quota: interleave; rrf: reciprocal rank fusion."
+    )
+    value: float = Field(ge=0, description="blend: lambda; quota, rrf: share or weight of the relevance order in [0,1].")
     popularity_exponent: float = Field(0.0, ge=0, le=1, description="Discount of popularity.")
 
     @model_validator(mode="after")
     def _share(self) -> Self:
-        if self.kind == "quota" and self.value > 1:
-            raise ValueError(f"a quota is a share in [0,1], found {self.value}")
+        if self.kind != "blend" and self.value > 1:
+            raise ValueError(f"a {self.kind} is a share in [0,1], found {self.value}")
         return self
 
 
@@ -324,6 +375,14 @@ class OnlineSettings(Section):
     store: Literal["sqlite", "redis"] = Field("sqlite", description="Where lists are served from.")
     redis_connection_env: str = Field("MTMH_REDIS", description="Environment variable with host:port[,password=...] of Redis.")
     shard_items: int = Field(5_000, ge=1, description="Items written per call: bounds memory, a killed publication resumes at a shard.")
+
+
+class ExplorerSettings(Section):
+    """The page that shows lists."""
+
+    port: int = Field(8765, ge=1, le=65535, description="Port on loopback.")
+    image_attribute: str = Field("image_url", description="Attribute of an item (source.items.columns.attributes) with its image's URL.")
+    num_shown: int = Field(20, ge=1, description="Neighbors of a list that are shown before more are asked for.")
 
 
 class EvaluationSettings(Section):
@@ -440,6 +499,7 @@ class Settings(Section):
     retrieval: RetrievalSettings = Field(description="Candidates and lists.")
     merge: list[PolicySettings] = Field(min_length=1, description="First content of merge_policy.")
     online: OnlineSettings = Field(description="Online store.")
+    explorer: ExplorerSettings = Field(description="Looking at lists.")
     evaluation: EvaluationSettings = Field(description="Judging.")
     backtest: BacktestSettings = Field(description="Judging on the past.")
     gates: GateSettings = Field(description="Thresholds.")
@@ -450,6 +510,23 @@ class Settings(Section):
         scopes = [policy.scope for policy in self.merge]
         if "default" not in scopes or len(scopes) != len(set(scopes)):
             raise ValueError(f"merge needs one policy per scope and one of scope default, found scopes {scopes}")
+        return self
+
+    @model_validator(mode="after")
+    def _known_filters(self) -> Self:
+        """Filters and limits name columns that are mapped and lists that exist."""
+        mapped, names, faults = self.source.items.columns.filters, self.list_names, list[str]()
+        for number, rule in enumerate(self.retrieval.filters):
+            asked = {rule.column, *(scope.partition("=")[0] for scope in rule.scopes if "=" in scope)}
+            faults += [f"filters[{number}] reads column {name!r}" for name in sorted(asked - set(mapped))]
+            faults += [f"filters[{number}] rules list {name!r}" for name in rule.heads if name not in names]
+        for number, limit in enumerate(self.retrieval.limits):
+            faults += [f"limits[{number}] reads column {limit.by!r}"] if limit.by not in ("category", *mapped) else []
+            faults += [f"limits[{number}] rules list {name!r}" for name in limit.heads if name not in names]
+        ruled = [name for limit in self.retrieval.limits for name in limit.heads or names]
+        faults += [f"{ruled.count(name)} limits rule list {name!r}, wanted one" for name in names if ruled.count(name) > 1]
+        if faults:
+            raise ValueError(f"retrieval: {'; '.join(faults)}; source.items.columns.filters maps {mapped}, lists are {names}")
         return self
 
     @model_validator(mode="wrap")
@@ -472,7 +549,7 @@ class Settings(Section):
 
     def fingerprint(self) -> str:
         """Hash of every setting that can change a table; session, lake place and gates cannot."""
-        content = self.model_dump(mode="json", exclude={"spark", "lake", "gates", "online", "backtest"})
+        content = self.model_dump(mode="json", exclude={"spark", "lake", "gates", "online", "backtest", "explorer"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -524,6 +601,11 @@ def _parse(text: str, where: str) -> Json:
     return content
 
 
+def base_content() -> Json:
+    """The defaults of every configuration, as conf/base.yaml gives them."""
+    return _parse(resources.files("conf").joinpath("base.yaml").read_text(encoding="utf-8"), "conf/base.yaml")
+
+
 def _overlay(config: str) -> tuple[str, Json]:
     """The overlay's name and content: a packaged one by name, or a file by path."""
     if config.endswith((".yaml", ".yml")):
@@ -566,8 +648,7 @@ def load_settings(config: str, assignments: Sequence[str] = ()) -> Settings:
         SettingsError: with every fault found, one a line.
     """
     name, overlay = _overlay(config)
-    base = _parse(resources.files("conf").joinpath("base.yaml").read_text(encoding="utf-8"), "conf/base.yaml")
-    content = _merge(_merge(base, {"name": name}), overlay)
+    content = _merge(_merge(base_content(), {"name": name}), overlay)
     for assignment in assignments:
         _assign(content, assignment)
     try:

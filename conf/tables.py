@@ -22,8 +22,9 @@ class Column:
 class Table:
     """A Delta table.
 
-    `key` identifies a row; `restricted` tables hold user-level state and are never exported; what a failed stage wrote is taken back,
-    except where it is `kept_on_failure`, to be looked at.
+    `key` identifies a row; `row_group_mb` is the raw size of a Parquet row group where the writer's default of 128 MB is too much for a
+    point lookup, which decodes one whole group of rows per column; `restricted` tables hold user-level state and are never exported; what
+    a failed stage wrote is taken back, except where it is `kept_on_failure`, to be looked at.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Table:
     key: tuple[str, ...]
     columns: tuple[Column, ...]
     order_by: tuple[str, ...] = ()
+    row_group_mb: int | None = None
     restricted: bool = False
     kept_on_failure: bool = False
 
@@ -90,6 +92,7 @@ ITEM_ANNOTATIONS = Table(
         _col("attributes", "map<string,string>", "Further named properties: brand, size, author."),
         _col("embedding", "array<float>", "Content vector brought by the user; null lets the night fit one from text and labels."),
         _key("eligible", "boolean", "Whether the item may be offered as a neighbor."),
+        _col("filter_values", "map<string,array<string>>", "Values of the columns that filters and limits read, by column."),
         _key("deleted", "boolean", "True in the marker row of an item that left the catalog."),
     ),
 )
@@ -105,6 +108,20 @@ PAIR_RELEVANCE = Table(
         _key("rated_at", "timestamp", "When, UTC."),
         _key("grade", "double", "Relevance in [0,1]."),
         _col("source_version", "string", "Version of the guideline or model behind the grade."),
+    ),
+)
+
+RELEVANCE_FEEDBACK = Table(
+    name="relevance_feedback",
+    comment="Inbox of the explorer: thumbs up and down. The next ingest takes each pair's latest vote into pair_relevance as source human.",
+    key=("item_id", "other_item_id", "rated_at"),
+    columns=(
+        _key("item_id", "string", "The trigger whose list was looked at."),
+        _key("other_item_id", "string", "The neighbor that was judged."),
+        _key("rated_at", "timestamp", "When, UTC."),
+        _col("grade", "double", "1 thumbs up, 0 thumbs down, null: the vote before is withdrawn."),
+        _key("head", "string", "The list that was looked at."),
+        _key("run_id", "string", "The night of that list."),
     ),
 )
 
@@ -198,6 +215,7 @@ ITEM_FEATURES = Table(
         _key("content_vector", "array<float>", "Unit-length content vector; all zeros for an item without any text or label."),
         _key("in_catalog", "boolean", "The catalog holds the item at the run date."),
         _key("eligible", "boolean", "In the catalog and allowed as a neighbor."),
+        _col("filter_values", "map<string,array<string>>", "Values of the columns that filters and limits read, by column."),
         _key("age_days", "int", "Days since first engagement or first annotation, whichever is earlier; 0 on the first day."),
         _key("num_user_days", "bigint", "Undecayed engagements, from item_popularity; 0 for a new item."),
         _key("as_of", "date", "The run date."),
@@ -246,8 +264,9 @@ _LIST_COLUMNS = (
     _key(
         "neighbors",
         f"array<{NEIGHBOR_STRUCT}>",
-        "Best first. reason in words; sources that found it; num_user_days of counted co-engagement (0: none above the privacy minimum); "
-        "relevance in [-1,1]; filled: offered only to fill up the merged list.",
+        "Best first. score: of a head its own; in the merged list the policy's calibrated probability p(j|i), of a blend with its bonus, "
+        "so that it can be compared across triggers. reason in words; sources that found it; num_user_days of counted co-engagement "
+        "(0: none above the privacy minimum); relevance in [-1,1]; filled: offered only to fill up the merged list.",
     ),
     _key("model_version", "string", "Checkpoint behind the scores."),
     _key("list_hash", "string", "Hash of the neighbor ids in order: unchanged lists keep it."),
@@ -258,7 +277,8 @@ ITEM_NEIGHBORS_HISTORY = Table(
     name="item_neighbors_history",
     comment="Every night's lists, published or not; gates run here.",
     key=("run_date", "run_id", "item_id", "head"),
-    order_by=("head", "item_id"),
+    order_by=("item_id", "head"),
+    row_group_mb=2,
     kept_on_failure=True,
     columns=_LIST_COLUMNS,
 )
@@ -268,6 +288,7 @@ ITEM_NEIGHBORS = Table(
     comment="The current good night: for every item the list of each head. Replaced by one commit a night.",
     key=("item_id", "head"),
     order_by=("item_id", "head"),
+    row_group_mb=2,
     columns=_LIST_COLUMNS,
 )
 
@@ -276,12 +297,13 @@ MERGE_POLICY = Table(
     comment="How head lists become the merged list; data, so that it changes without training.",
     key=("scope",),
     columns=(
-        _key("scope", "string", "default, or a coarsest category name that the row applies to."),
-        _key("kind", "string", "blend or quota."),
+        _key("scope", "string", "default, a coarsest category of the trigger, or column=value of a mapped filter column, e.g. market=de."),
+        _key("kind", "string", "blend, quota or rrf (reciprocal rank fusion)."),
         _key(
             "value",
             "double",
-            "blend: lambda, relevance per unit of probability; quota: share of the list taken from the relevance head, in [0,1].",
+            "blend: lambda, relevance per unit of probability; quota: share of the list taken from the relevance head, in [0,1]; "
+            "rrf: weight of the relevance order, in [0,1].",
         ),
         _key("popularity_exponent", "double", "Discount of popularity in the engagement score, 0 (none) to 1."),
     ),
@@ -308,6 +330,7 @@ RUNS = Table(
         _col("gates", "string", "Gate results as JSON."),
         _col("notes", "array<string>", "What a reader should know, e.g. catalog not point-in-time."),
         _col("error", "string", "Message of the failure."),
+        _col("report", "string", "Page about the night, there once `nightly` has ended."),
     ),
 )
 
@@ -338,6 +361,7 @@ TABLES: dict[str, Table] = {
         ENGAGEMENTS,
         ITEM_ANNOTATIONS,
         PAIR_RELEVANCE,
+        RELEVANCE_FEEDBACK,
         REJECTED_ROWS,
         CO_ENGAGEMENT_DAILY,
         CO_ENGAGEMENT_PAIRS,

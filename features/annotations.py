@@ -62,6 +62,7 @@ def check_items(frame: DataFrame, *, source: ItemSource) -> DataFrame:
         "attributes": _attributes(frame, source),
         "embedding": _embedding(frame, source),
         "eligible": _eligible(frame, source),
+        "filter_values": _filter_values(frame, source),
         "deleted": F.lit(False),
         "row": source_row(list(_wanted(source).values())),
     }
@@ -114,6 +115,18 @@ def check_pair_relevance(frame: DataFrame, *, source: RelevanceSource, now: date
         judged, key=PAIR_RELEVANCE.key, latest_by=None, content=[*PAIR_RELEVANCE.key, "grade", "source_version"], fault=fault
     )
     return unique.select(*PAIR_RELEVANCE.column_names, "reason", "row")
+
+
+def votes_as_labels(feedback: DataFrame, *, run_date: date) -> DataFrame:
+    """Rows of relevance_feedback to rows of pair_relevance of source `human`.
+
+    Of several votes on a pair the latest before the end of the run date counts; a withdrawn one leaves no row.
+    """
+    cast = feedback.where(F.col("rated_at") < F.lit(start_of(run_date + timedelta(days=1))))
+    last = Window.partitionBy("item_id", "other_item_id").orderBy(F.col("rated_at").desc(), F.col("grade").desc_nulls_last())
+    latest = cast.withColumn("_rank", F.row_number().over(last)).where((F.col("_rank") == 1) & F.col("grade").isNotNull())
+    named = latest.withColumns({"source": F.lit("human"), "source_version": F.lit("explorer")})
+    return named.select(*PAIR_RELEVANCE.column_names)
 
 
 def merge_annotations(
@@ -288,6 +301,27 @@ def _attributes(frame: DataFrame, source: ItemSource) -> Column:
     values = [part for name in names for part in (F.lit(name), text_column(frame, name, setting=f"{_SETTING}.attributes"))]
     present = F.map_filter(F.create_map(*values), lambda _, value: value.isNotNull())
     return F.when(F.size(present) > 0, present)
+
+
+def _filter_values(frame: DataFrame, source: ItemSource) -> Column:
+    """Distinct values that are not blank, per column; a column without any is left out."""
+    names, setting = list(dict.fromkeys(source.columns.filters)), f"{_SETTING}.filters"
+    if not names:
+        return F.lit(None).cast("map<string,array<string>>")
+    parts = [part for name in names for part in (F.lit(name), _values(frame, name, source, setting=setting))]
+    present = F.map_filter(F.create_map(*parts), lambda _, values: F.size(values) > 0)
+    return F.when(F.size(present) > 0, present)
+
+
+def _values(frame: DataFrame, name: str, source: ItemSource, *, setting: str) -> Column:
+    """An array of text, or the text of a column: split if it is text, whole if it is a number, a time or a boolean."""
+    type_ = type_of(frame, name)
+    if is_text(type_) or isinstance(type_, T.ArrayType):
+        values = _list(frame, name, source, setting=setting)
+    else:
+        values = F.array(text_column(frame, name, setting=setting))
+    trimmed = F.transform(F.coalesce(values, F.array().cast("array<string>")), lambda value: F.trim(value))
+    return F.array_distinct(F.filter(trimmed, lambda value: value != ""))
 
 
 def _embedding(frame: DataFrame, source: ItemSource) -> Column:

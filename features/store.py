@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -36,6 +37,7 @@ ANNOTATIONS_VIEW = "item_annotations_view"
 HISTORY_VIEW = "neighbor_history_view"
 """Temporary view behind the feature view item_neighbors: `pivot_neighbors` of item_neighbors_history."""
 _TIMES = ("event_timestamp", "created_timestamp")
+_MAPS = tuple(column.name for column in ITEM_ANNOTATIONS.columns if column.type.startswith("map<"))
 _KNOWLEDGE = tuple(name for name in ITEM_ANNOTATIONS.column_names if name not in ("item_id", *_TIMES))
 
 
@@ -146,22 +148,20 @@ def neighbors_at(spark: SparkSession, store: "FeatureStore", *, history: DataFra
     return _point_in_time(spark, store, "item_neighbors", source=history, view=HISTORY_VIEW, entities=rows)
 
 
-def pivot_neighbors(neighbors: DataFrame, heads: Sequence[str], *, published_at: datetime | Column) -> DataFrame:
-    """Lists by item and head as one row per item and run: what both sources of `item_neighbors` hold.
+def pivot_neighbors(neighbors: DataFrame, heads: Sequence[str], *, published_at: str) -> DataFrame:
+    """Lists by item and head as one row per item and publication: what stands behind the offline view of `item_neighbors`.
 
     Args:
-        neighbors: rows of item_neighbors or item_neighbors_history.
+        neighbors: rows of item_neighbors_history, once for every publication of their run.
         heads: the lists wanted; a head without a row gives an empty list.
-        published_at: aware time of publication, or a column of `neighbors` with it (one value per run).
+        published_at: the column with the time of publication.
 
     Returns:
         item_id, `<head>_ids` array<string> and `<head>_scores` array<double> per head, run_id, as_of (run date as text),
         event_timestamp = max(published_at, run date + 1 day 00:00), created_timestamp = published_at.
     """
-    published = published_at if isinstance(published_at, Column) else F.lit(published_at)
     lists = [F.first(F.when(F.col("head") == head, F.col("neighbors")), ignorenulls=True).alias(head) for head in heads]
-    times = F.max(published.cast("timestamp")).alias("created_timestamp")
-    pivoted = neighbors.groupBy("run_date", "run_id", "item_id").agg(*lists, times)
+    pivoted = neighbors.groupBy("run_date", "run_id", "item_id", F.col(published_at).alias("created_timestamp")).agg(*lists)
     day_after = F.date_add("run_date", 1).cast("timestamp")
     return pivoted.select(
         "item_id",
@@ -173,18 +173,37 @@ def pivot_neighbors(neighbors: DataFrame, heads: Sequence[str], *, published_at:
     )
 
 
-def empty_lists(items: DataFrame, heads: Sequence[str], *, like: DataFrame) -> DataFrame:
-    """Tombstones: rows without neighbors, dated as the latest run of `like` (a `pivot_neighbors` frame); an online store never deletes."""
-    run = ("event_timestamp", "created_timestamp", "run_id", "as_of")
-    latest = like.agg(F.max(F.struct(*run)).alias("run")).where(F.col("run").isNotNull())
-    dated = items.select("item_id").crossJoin(F.broadcast(latest)).select("item_id", "run.*")
-    nothing = {f"{head}_ids": F.array().cast("array<string>") for head in heads}
-    nothing |= {f"{head}_scores": F.array().cast("array<double>") for head in heads}
-    return dated.withColumns(nothing).select(*like.columns)
+def online_rows(lists: pa.Table, heads: Sequence[str], *, run_id: str, as_of: str, written_at: datetime) -> pa.Table:
+    """Lists by item and head as the online store holds them, one row an item.
+
+    Args:
+        lists: item_id, head, ids list<string> and scores list<double>; an item without a row of a head has an empty list, and one whose
+            head is null none at all: a tombstone of an item that has left, since an online store never deletes.
+        heads: all lists.
+        run_id: night that wrote the lists.
+        as_of: its run date as text.
+        written_at: aware time. It is the event time online: Redis ignores a write that is not newer than what it holds, and a list may
+            be published twice before the day after its run date.
+
+    Returns:
+        item_id in order of first appearance, `<head>_ids` and `<head>_scores` per head, run_id, as_of, event_timestamp, created_timestamp.
+    """
+    items = pc.unique(lists["item_id"])
+    columns: dict[str, pa.Array] = {"item_id": items}
+    for head in heads:
+        mine = lists.filter(pc.equal(lists["head"], head)).combine_chunks()
+        at = pc.index_in(items, mine["item_id"].combine_chunks())
+        for part in ("ids", "scores"):
+            empty = pa.array([[]], mine.schema.field(part).type)  # behind the lists, for items without one
+            values = pa.concat_arrays([*mine[part].chunks, empty])
+            columns[f"{head}_{part}"] = values.take(pc.fill_null(at, mine.num_rows))
+    moment = pa.scalar(written_at, pa.timestamp("us", tz="UTC"))
+    same = {"run_id": run_id, "as_of": as_of, "event_timestamp": moment, "created_timestamp": moment}
+    return pa.table(columns | {name: pa.repeat(value, len(items)) for name, value in same.items()})
 
 
 def write_online(store: "FeatureStore", shards: Iterable[pa.Table], *, on_shard: Callable[[int], None]) -> None:
-    """Write shards of `pivot_neighbors` rows, one in memory at a time; the last write of an item wins.
+    """Write shards of `online_rows`, one in memory at a time; the last write of an item wins.
 
     Args:
         store: a store with definitions applied.
@@ -249,6 +268,7 @@ def _annotations_definition(item: Any) -> Any:
         "array<double>": Array(Float64),
         "array<float>": Array(Float32),
         "map<string,string>": Map,
+        "map<string,array<string>>": Map,
         "boolean": Bool,
     }
     source = SparkSource(name=ANNOTATIONS_VIEW, table=ANNOTATIONS_VIEW, timestamp_field=_TIMES[0], created_timestamp_column=_TIMES[1])
@@ -347,7 +367,7 @@ def _one_row_a_time(annotations: DataFrame) -> DataFrame:
     """
     created = F.coalesce("created_timestamp", "event_timestamp").alias("created_timestamp")
     rows = annotations.select("item_id", "event_timestamp", created, *_KNOWLEDGE)
-    comparable = [F.to_json(name) if name == "attributes" else F.col(name) for name in _KNOWLEDGE]  # maps have no order
+    comparable = [F.to_json(name) if name in _MAPS else F.col(name) for name in _KNOWLEDGE]  # maps have no order
     latest = F.max_by(F.struct(*_KNOWLEDGE), F.struct(F.xxhash64(*comparable))).alias("known")
     return rows.groupBy("item_id", *_TIMES).agg(latest).select("item_id", *_TIMES, "known.*")
 

@@ -7,57 +7,11 @@ from pathlib import Path
 from string import Template
 
 from jobs import backtest_tables as tables
+from jobs import pages
 from jobs.backtest_picture import frontier_svg
 from jobs.backtest_results import Report
 from jobs.backtest_tables import Cell, Grid
 from jobs.backtest_words import summary_words
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2027; --soft: #656c78; --line: #dfe2e7;
-  --wins: #137a4b; --ties: #8a6100; --loses: #bb2a1f; --best: #eef3fb; }
-@media (prefers-color-scheme: dark) { :root { --page: #14161a; --card: #1d2026; --ink: #e6e8ec; --soft: #9aa2af; --line: #343943;
-  --wins: #4cc38a; --ties: #e0b04a; --loses: #ff7a6b; --best: #27303f; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 28px 20px 48px; }
-h1 { font-size: 25px; line-height: 1.25; margin: 0; }
-h2 { font-size: 17px; margin: 0 0 8px; }
-p, ul { margin: 0 0 9px; max-width: 100ch; overflow-wrap: anywhere; }
-ul { padding-left: 20px; margin-top: -5px; } li { margin: 2px 0; }
-.sub, .interval, figcaption { color: var(--soft); }
-.sub { margin: 4px 0 16px; }
-.tally { display: flex; gap: 12px; margin: 0 0 16px; }
-.tally div { flex: 1; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; }
-.tally b { font-size: 24px; margin-right: 8px; font-variant-numeric: tabular-nums; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px; margin: 0 0 16px; }
-.wins { color: var(--wins); } .ties { color: var(--ties); } .loses { color: var(--loses); }
-td.wins, td.ties, td.loses { font-weight: 600; }
-figure { margin: 0; }
-figure svg { display: block; width: 100%; height: auto; background: #fff; border-radius: 6px; }
-figcaption { font-size: 13px; margin-top: 8px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13px; line-height: 1.3; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 8px; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-tbody tr:last-child td { border-bottom: 0; }
-.label { text-align: left; } td { white-space: nowrap; } td.label:first-child { white-space: normal; }
-.best { background: var(--best); font-weight: 600; }
-.interval { display: block; font-size: 11px; font-weight: 400; white-space: nowrap; }
-details { margin: 0 0 16px; } summary { cursor: pointer; font-weight: 600; padding: 4px 0; }
-details section { margin: 8px 0; }
-@page { size: A4; margin: 11mm; }
-@media print {
-  :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #555; --line: #ccc;
-    --wins: #137a4b; --ties: #8a6100; --loses: #bb2a1f; --best: #eee; }
-  body { font-size: 9.5px; line-height: 1.35; } main { max-width: none; padding: 0; } h1 { font-size: 16px; } h2 { font-size: 11px; }
-  section { border: 0; padding: 0; margin: 0 0 8px; } .tally, .sub { margin-bottom: 6px; } .tally div { padding: 2px 8px; }
-  .tally b { font-size: 13px; } p, ul { margin-bottom: 4px; max-width: none; } ul { margin-top: -3px; } li { margin: 0; }
-  details { display: none; }
-  figure, tr { break-inside: avoid; } figure svg { max-height: 88mm; } h2 { break-after: avoid; }
-  table, figcaption { font-size: 8px; line-height: 1.15; } th, td { padding: 1px 3px; }
-  .interval { display: inline; font-size: 6.5px; margin-left: 3px; }
-}
-"""
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -106,7 +60,7 @@ def _page(report: Report) -> str:
     more = (tables.mixes(report), tables.further(report), *by_decile, tables.chosen(report))
     return _PAGE.substitute(
         title=escape(report.title),
-        style=_STYLE,
+        style=pages.text("page.css"),
         subtitle=escape(_subtitle(report)),
         tally=_tally(report),
         words="\n".join(_paragraph(words) for words in summary_words(report)),

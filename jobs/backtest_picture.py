@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Point = tuple[Row, Row]
 """A recall row and a relevance row."""
 
-_SETTINGS: Any = {  # Any, since the type of its keys is private to matplotlib
+SVG_SETTINGS: Any = {  # Any, since the type of its keys is private to matplotlib
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the reader's font
     "svg.hashsalt": "mtmh",  # ids inside the file are random otherwise, and the same report would differ each time
     "font.family": "sans-serif",
@@ -50,7 +50,7 @@ def frontier_svg(report: Report) -> str:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context(_SETTINGS):
+    with rc_context(SVG_SETTINGS):
         figure = Figure(figsize=(10, 6.4), dpi=72, layout="constrained")  # at 72 dpi a pixel is a point, in which SVG counts
         FigureCanvasAgg(figure)  # a canvas of its own needs no display and leaves pyplot's state alone
         axes = figure.add_subplot()

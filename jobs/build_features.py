@@ -47,7 +47,7 @@ def _annotations(run: StageRun, popularity: DataFrame) -> DataFrame:
     annotations = run.read(ITEM_ANNOTATIONS)
     items = annotations.select("item_id").union(popularity.select("item_id")).distinct()
     as_of = datetime.combine(run.run_date + timedelta(days=1), time(), UTC) - timedelta(microseconds=1)
-    feature_store = open_feature_store(run.night)
+    feature_store = open_feature_store(run.night.settings)
     return store.annotations_at(run.night.spark, feature_store, annotations=annotations, item_ids=items, as_of=as_of)
 
 

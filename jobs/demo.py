@@ -97,7 +97,7 @@ def _show_three_ways(console: Console, night: Night) -> None:
     register_views(night.lake)
     ranked = night.spark.sql("SELECT item_id, rank, neighbor_id FROM item_neighbor_rows WHERE head = 'merged' AND rank <= 5")
     by_sql = [row["neighbor_id"] for row in ranked.where(F.col("item_id") == F.lit(item_id)).orderBy("rank").collect()]
-    online = store.lookup_online(open_feature_store(night), [item_id], heads=["merged"], k=5)
+    online = store.lookup_online(open_feature_store(night.settings), [item_id], heads=["merged"], k=5)
     by_feast = online[item_id]["merged"]["ids"]
     by_reader = [neighbor["neighbor_id"] for neighbor in neighbors_of(night.lake.root, [item_id])[(item_id, "merged")][:5]]
     table = RichTable("fetched by", "first 5 merged neighbors", title=f"one list, three ways: item {item_id}", title_justify="left")
@@ -114,6 +114,7 @@ def _show_next(console: Console, night: Night) -> None:
     console.print("next:")
     for command in (
         f"python -m jobs.show {item_id} --config demo",
+        "python -m jobs.explore --config demo",
         'python -m jobs.query "SELECT head, count(*) FROM item_neighbor_rows GROUP BY head" --config demo',
         f"python -m jobs.nightly --run-date {night.run_date + timedelta(days=1)} --config demo --plan",
     ):

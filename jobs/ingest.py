@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from conf.tables import ENGAGEMENTS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS
+from conf.tables import ENGAGEMENTS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, RELEVANCE_FEEDBACK
 from features import annotations, engagements
 from features.sources import rejected_rows
 from jobs.lake import in_memory, only_row
@@ -25,7 +25,7 @@ def ingest(run: StageRun) -> None:
         events, labels = checked_events(run), _checked_labels(run)
         run.replace(ENGAGEMENTS, _accepted_events(run, events), where=f"event_date <= '{run.run_date}'")
         run.replace(ITEM_ANNOTATIONS, _merged_annotations(run, items))
-        run.replace(PAIR_RELEVANCE, _accepted_labels(run, labels))
+        run.replace(PAIR_RELEVANCE, _accepted_labels(run, labels).unionByName(_votes(run)))
         checked = {"events": events, "items": items, **({} if labels is None else {"pair_relevance": labels})}
         refused = [rejected_rows(frame, run_id=run.night.run_id, source=name) for name, frame in checked.items()]
         run.replace(REJECTED_ROWS, _union(refused), where=f"run_id = '{run.night.run_id}'")
@@ -76,6 +76,16 @@ def _accepted_labels(run: StageRun, checked: DataFrame | None) -> DataFrame:
     if checked is None:
         return run.night.spark.createDataFrame([], PAIR_RELEVANCE.ddl)
     return checked.where(F.col("reason").isNull()).select(*PAIR_RELEVANCE.column_names)
+
+
+def _votes(run: StageRun) -> DataFrame:
+    """What people have said in the explorer by the end of the run date.
+
+    The inbox is no pinned input: a vote that comes later waits for the next night, and does not make this one run again.
+    """
+    lake = run.night.lake
+    lake.create(RELEVANCE_FEEDBACK)
+    return annotations.votes_as_labels(lake.read(RELEVANCE_FEEDBACK), run_date=run.run_date)
 
 
 def _union(frames: Sequence[DataFrame]) -> DataFrame:

@@ -24,7 +24,7 @@ from models import metrics
 from models.baselines import score_lists
 from models.contest import LIST_LENGTH, Tuned
 from models.data import Ints
-from models.merge import Policies, Policy, read_policies
+from models.merge import Policy, read_policies
 from models.metrics import Values
 from models.neighbors import ENGAGEMENT, MERGED, Counted, Neighbors, Retriever
 from models.ranking import Longs
@@ -134,7 +134,7 @@ def _our_lists(run: StageRun, data: CutData) -> tuple[dict[str, Ints], dict[str,
     retriever, counted, triggers = _opened(run, data)
     policies, length = _policies(run), _list_settings(settings)
     default = policies["default"]
-    scopes = Policies.for_triggers(policies, _coarsest(run, triggers))
+    scopes = retriever.policies_for(policies, triggers)
     found = retriever.retrieve(triggers, counted, scopes, settings=length)
     num_rows, rows = len(data.future.triggers), np.flatnonzero(data.future.triggers < data.future.num_known)
     heads = {head: _matrix(neighbors, num_rows, rows) for head, neighbors in found.heads.items()}
@@ -164,12 +164,6 @@ def _opened(run: StageRun, data: CutData) -> tuple[Retriever, Counted, Ints]:
     return retriever, counted_of(run, triggers), triggers
 
 
-def _coarsest(run: StageRun, triggers: Ints) -> list[str | None]:
-    table = run.read(ITEM_FEATURES).select("item_index", F.get("categories", F.lit(0)).alias("coarsest")).orderBy("item_index").toArrow()
-    names = table["coarsest"].to_pylist()
-    return [names[item] for item in triggers.tolist()]
-
-
 def _matrix(neighbors: Neighbors, num_rows: int, rows: Longs) -> Ints:
     """(T, K) item indices, -1 behind the end; row r of the neighbors goes to rows[r], other rows stay empty."""
     inside = np.arange(LIST_LENGTH) < np.diff(neighbors.offsets)[:, None]
@@ -196,7 +190,7 @@ def _churn(before: StageRun, data: CutData, merged: Ints) -> Values:
     back[place[place >= 0]] = np.flatnonzero(place >= 0)
     both = np.flatnonzero((back[data.future.triggers] >= 0) & (data.future.triggers < data.future.num_known))
     triggers = back[data.future.triggers[both]]
-    policies = Policies.for_triggers(_policies(before), _coarsest(before, triggers))
+    policies = retriever.policies_for(_policies(before), triggers)
     settings = _list_settings(before.settings)
     found = retriever.retrieve(triggers, counted_of(before, triggers), policies, settings=settings).heads[MERGED]
     lists = _matrix(found, len(triggers), np.arange(len(triggers)))

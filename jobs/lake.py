@@ -15,10 +15,12 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
-from conf.errors import MachineError, PublishError, TableError
+from conf.errors import MachineError, TableError
 from conf.settings import LakeSettings
 from conf.tables import Table
-from jobs.reader import lake_root, open_table, table_exists
+from jobs.reader import check_columns, lake_root, open_table, table_exists
+
+_ROW_GROUP = "parquet.block.size"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,13 @@ class Lake:
         return reader.load(self.path(table))
 
     def create(self, table: Table) -> None:
-        """Create an empty table with its comments and NOT NULL constraints, unless it is there."""
+        """Create an empty table with its comments and NOT NULL constraints, unless it is there.
+
+        Raises:
+            TableError: it is there and lacks a declared column.
+        """
         if self.exists(table):
+            check_columns(self.root, table)
             return
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
         builder.addColumns(_schema(table)).execute()
@@ -81,7 +88,8 @@ class Lake:
         writer = (conformed if presorted else _laid_out(conformed, table)).write.format("delta").mode("overwrite")
         if where is not None:
             writer = writer.option("replaceWhere", where)
-        writer.option("userMetadata", json.dumps(dict(metadata or {}))).save(self.path(table))
+        with _row_groups(self.spark, table):
+            writer.option("userMetadata", json.dumps(dict(metadata or {}))).save(self.path(table))
         return self.version(table)
 
     def restore(self, table: Table, version: int) -> None:
@@ -99,26 +107,6 @@ class Lake:
     def delete_where(self, table: Table, where: str) -> None:
         """Delete rows; no commit is made when none satisfies `where`."""
         DeltaTable.forPath(self.spark, self.path(table)).delete(where)
-
-    def publish(self, table: Table, frame: DataFrame, *, expected: int | None, metadata: Mapping[str, object]) -> int:
-        """Replace the whole table if it still is at `expected` (None: not there yet).
-
-        Raises:
-            PublishError: somebody else published in between; nothing is written.
-        """
-        found = self.version(table) if self.exists(table) else None
-        if found != expected:
-            raise PublishError(
-                f"{table.name} is at version {found}, this night expected {expected}: another night published in between. "
-                "Nothing was written; run the night again if its lists are still wanted."
-            )
-        return self.replace(table, frame, metadata=metadata)
-
-
-def shared_folder(settings: LakeSettings) -> Path:
-    """Where files that are not tables lie: below `lake.artifacts`, or below the lake itself."""
-    root = settings.root if settings.artifacts is None else settings.artifacts
-    return Path(lake_root(settings.model_copy(update={"root": root})))
 
 
 def open_lake(spark: SparkSession, settings: LakeSettings) -> Lake:
@@ -149,6 +137,19 @@ def in_memory(frame: DataFrame) -> Iterator[DataFrame]:
         yield cached
     finally:
         cached.unpersist()
+
+
+@contextmanager
+def _row_groups(spark: SparkSession, table: Table) -> Iterator[None]:
+    """The table's size of row groups for writes inside the block; Delta passes no such option of a writer on."""
+    if table.row_group_mb is None:
+        yield
+        return
+    spark.conf.set(_ROW_GROUP, str(table.row_group_mb << 20))
+    try:
+        yield
+    finally:
+        spark.conf.unset(_ROW_GROUP)
 
 
 def only_row(frame: DataFrame) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from importlib import resources
 from typing import Any
 
@@ -13,11 +15,11 @@ from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError
 from py4j.protocol import Py4JJavaError
 
-from conf.errors import SourceError, TableError
+from conf.errors import SourceError
 from conf.settings import Settings, SourceTable
 from conf.tables import RUNS
 from jobs.lake import Lake
-from jobs.reader import open_table
+from jobs.reader import check_columns, open_table, table_exists
 
 _CODE = ("conf", "features", "models", "validation", "jobs")
 
@@ -42,37 +44,75 @@ class StageRecord:
     gates: str | None = None
     notes: list[str] = field(default_factory=list)
     error: str | None = None
+    report: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
     """Reads and appends `runs`, without Spark: a failure is recorded even when the session has died."""
 
-    lake: Lake
+    root: str
 
     def append(self, record: StageRecord) -> None:
-        """Write one row."""
-        self.lake.create(RUNS)
-        table = open_table(self.lake.root, RUNS)
+        """Write one row; the table must have been created."""
+        table = open_table(self.root, RUNS)
         write_deltalake(table, pa.Table.from_pylist([asdict(record)], schema=pa.schema(table.schema().to_arrow())), mode="append")
 
     def records(self, **equal: object) -> list[StageRecord]:
         """Rows whose columns equal the arguments, oldest first."""
-        if not self.lake.exists(RUNS):
+        if not table_exists(self.root, RUNS):
             return []
-        table = open_table(self.lake.root, RUNS).to_pyarrow_table()
-        if missing := set(RUNS.column_names) - set(table.column_names):
-            raise TableError(
-                f"table runs under {self.lake.root} lacks columns {sorted(missing)}: an earlier version of this code made it; "
-                "set lake.root or lake.variant to a new place"
-            )
-        rows = table.sort_by("ended_at").to_pylist()
+        check_columns(self.root, RUNS)
+        rows = open_table(self.root, RUNS).to_pyarrow_table().sort_by("ended_at").to_pylist()
         return [_record(row) for row in rows if all(row[column] == value for column, value in equal.items())]
 
     def last_success(self, **equal: object) -> StageRecord | None:
         """The newest succeeded row among `records`."""
         found = self.records(status="succeeded", **equal)
         return found[-1] if found else None
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """What a job without Spark collects for its row."""
+
+    inputs: dict[str, int] = field(default_factory=dict)
+    outputs: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    gates: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def recorded(ledger: Ledger, stage: str, *, run_id: str, run_date: date, like: StageRecord) -> Iterator[Attempt]:
+    """Write a row of `runs` at the end of the block, also when it fails; fingerprints are those of the run that it builds on."""
+    attempt, started, clock = Attempt(), datetime.now(UTC), time.monotonic()
+    error: BaseException | None = None
+    try:
+        yield attempt
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        record = StageRecord(
+            run_id=run_id,
+            run_date=run_date,
+            stage=stage,
+            attempt=1 + len(ledger.records(run_id=run_id, stage=stage)),
+            status="succeeded" if error is None else "failed",
+            started_at=started,
+            ended_at=datetime.now(UTC),
+            seconds=time.monotonic() - clock,
+            input_versions=attempt.inputs,
+            output_versions=attempt.outputs,
+            fingerprint=like.fingerprint,
+            settings_fingerprint=like.settings_fingerprint,
+            metrics=attempt.metrics,
+            gates=attempt.gates,
+            notes=attempt.notes,
+            error=None if error is None else f"{type(error).__name__}: {error}"[:4000],
+        )
+        ledger.append(record)
 
 
 def _record(row: dict[str, Any]) -> StageRecord:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from jobs.arguments import parse, report_errors
@@ -10,6 +11,7 @@ from jobs.build_pairs import build_pairs
 from jobs.evaluate import evaluate
 from jobs.ingest import ingest
 from jobs.ledger import StageRecord
+from jobs.night_report import write_report
 from jobs.publish_neighbors import publish_neighbors
 from jobs.publish_online import publish_online
 from jobs.stage import Night, Stage, finished, open_night, run_stage
@@ -28,9 +30,20 @@ STAGES: Mapping[str, Stage] = {
 
 
 def run_night(night: Night, *, force: bool = False) -> list[StageRecord]:
-    """Run every stage that has not succeeded yet in this night."""
+    """Run every stage that has not succeeded yet in this night, and report on it however it ends."""
     night.display.say(f"[bold]night {night.run_date}[/bold], run {night.run_id}, lake {night.lake.root}")
-    return [run_stage(night, name, stage, force=force) for name, stage in STAGES.items()]
+    try:
+        return [run_stage(night, name, stage, force=force) for name, stage in STAGES.items()]
+    finally:
+        _report(night)
+
+
+def _report(night: Night) -> None:
+    """Write the night's page. A night is what it is without it: trouble here must hide neither its success nor why it failed."""
+    try:
+        night.display.say(f"report: {write_report(night, list(STAGES))}")
+    except Exception as trouble:
+        night.display.say(f"[red]no report was written[/red]: {type(trouble).__name__}: {escape(str(trouble))}")
 
 
 def plan(night: Night) -> RichTable:

@@ -7,10 +7,10 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from conf.errors import MachineError
-from conf.settings import LakeSettings, OnlineSettings
+from conf.settings import LakeSettings, OnlineSettings, Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
-from jobs.lake import shared_folder
+from jobs.reader import shared_folder
 from jobs.stage import Night
 
 
@@ -36,31 +36,24 @@ def feature_store_folder(lake: LakeSettings) -> str:
     return str(shared_folder(lake) / "_feast")
 
 
-def open_feature_store(night: Night) -> Any:
-    """The night's Feast store with all definitions applied."""
-    online = night.settings.online
-    feature_store = store.open_store(
-        folder=feature_store_folder(night.settings.lake), online=online, redis_connection=redis_connection(online)
-    )
-    store.apply_definitions(feature_store, heads=night.settings.list_names)
+def open_feature_store(settings: Settings) -> Any:
+    """The Feast store of the settings with all definitions applied."""
+    folder = feature_store_folder(settings.lake)
+    feature_store = store.open_store(folder=folder, online=settings.online, redis_connection=redis_connection(settings.online))
+    store.apply_definitions(feature_store, heads=settings.list_names)
     return feature_store
 
 
 def published_history(night: Night) -> DataFrame:
-    """One row per item and published night with the time of its publication: what Feast's offline view of the lists reads."""
-    records = [
-        record
-        for record in night.ledger.records(stage="publish_neighbors", status="succeeded")
-        if ITEM_NEIGHBORS.name in record.output_versions
-    ]
+    """One row per item and publication with its time: what Feast's offline view of the lists reads.
+
+    A run may be published more than once: by a rollback, or by a night that was forced.
+    """
+    records = [record for record in night.ledger.records(status="succeeded") if ITEM_NEIGHBORS.name in record.output_versions]
     rows = [(record.run_id, record.ended_at) for record in records]
-    published = (
-        night.spark.createDataFrame(rows, "run_id string, published_at timestamp")
-        .groupBy("run_id")
-        .agg(F.min("published_at").alias("published_at"))
-    )
-    history = night.lake.read(ITEM_NEIGHBORS_HISTORY).join(F.broadcast(published), "run_id", how="inner")
-    return store.pivot_neighbors(history, night.settings.list_names, published_at=F.col("published_at"))
+    publications = night.spark.createDataFrame(rows, "run_id string, published_at timestamp")
+    history = night.lake.read(ITEM_NEIGHBORS_HISTORY).join(F.broadcast(publications), "run_id", how="inner")
+    return store.pivot_neighbors(history, night.settings.list_names, published_at="published_at")
 
 
 def lists_served_at(night: Night, entities: DataFrame) -> DataFrame:
@@ -69,4 +62,4 @@ def lists_served_at(night: Night, entities: DataFrame) -> DataFrame:
     A list of run date D exists from its publication on, and not before D+1 00:00 UTC, so that a ranker never trains on a list that could
     not have been shown yet.
     """
-    return store.neighbors_at(night.spark, open_feature_store(night), history=published_history(night), entities=entities)
+    return store.neighbors_at(night.spark, open_feature_store(night.settings), history=published_history(night), entities=entities)

@@ -6,7 +6,7 @@ A night older than the published one goes to history only, unless `--publish` as
 
 from collections.abc import Callable, Sequence
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from conf.tables import (
@@ -15,25 +15,54 @@ from conf.tables import (
     ITEM_FEATURES,
     ITEM_NEIGHBORS,
     ITEM_NEIGHBORS_HISTORY,
+    ITEM_POPULARITY,
     MERGE_POLICY,
 )
+from jobs.explorer import catalog
+from jobs.explorer.night import index_titles
 from jobs.lake import only_row
-from jobs.retrieval import index_items, retrieved_lists
+from jobs.publication import publish_run
+from jobs.retrieval import drop_candidates, index_items, possible_lengths, retrieved_lists
 from jobs.stage import StageRun, stage_main
+from validation.eligibility import excess_neighbors, refused_neighbors
 
 STAGE = "publish_neighbors"
+_MAX_SHORT_LISTS = 2_000
+"""Short lists whose possible length is counted."""
 
 
 def publish_neighbors(run: StageRun) -> None:
     """Index, retrieve, write history, gate, publish."""
-    lake, table = run.night.lake, ITEM_NEIGHBORS
-    expected = lake.version(table) if lake.exists(table) else None
+    run.night.lake.create(ITEM_NEIGHBORS)
+    expected = run.night.lake.version(ITEM_NEIGHBORS)
     _start_policy(run)
-    lists = retrieved_lists(run, index_items(run)).transform(_with_reasons(run)).transform(_with_identity(run))
+    version = only_row(run.read(ITEM_EMBEDDINGS).agg(F.max("model_version").alias("version")))["version"]
+    publish_lists(run, retrieved_lists(run, index_items(run)), model_version=version, expected=expected)
+
+
+def publish_lists(run: StageRun, lists: DataFrame, *, model_version: str, expected: int) -> None:
+    """History, gate, commit.
+
+    Args:
+        run: of this stage.
+        lists: item_id, head, neighbors, list_hash; a partition holds all lists of its items.
+        model_version: behind the scores.
+        expected: version of item_neighbors seen before anything was read.
+    """
+    lake = run.night.lake
+    lists = lists.transform(_with_identity(run, model_version))
     run.replace(ITEM_NEIGHBORS_HISTORY, lists, where=_this_run(run))
     run.gate(_metrics(run, expected), list_length=run.settings.retrieval.list_length)
+    _index_titles(run)
     _publish(run, expected)
     lake.delete_where(ITEM_NEIGHBORS_HISTORY, f"run_date < date_sub('{run.run_date}', {run.settings.lake.keep_nights})")
+
+
+def _index_titles(run: StageRun) -> None:
+    """What the explorer finds items by, beside the night's other files."""
+    versions = {table.name: run.version(table) for table in (ITEM_FEATURES, ITEM_POPULARITY)}
+    path = run.night.artifacts("explorer") / catalog.FILE
+    index_titles(run.night.lake.root, versions, path, image_attribute=run.settings.explorer.image_attribute)
 
 
 def _start_policy(run: StageRun) -> None:
@@ -47,52 +76,23 @@ def _this_run(run: StageRun) -> str:
     return f"run_date = '{run.run_date}' AND run_id = '{run.night.run_id}'"
 
 
-def _with_reasons(run: StageRun) -> Callable[[DataFrame], DataFrame]:
-    """Codes of the retriever to words: how often engaged together, the finest category in common, which source found it."""
-    categories = run.read(ITEM_FEATURES).select("item_id", "categories")
-
-    def reason(neighbor: Column) -> Column:
-        depth = neighbor["shared_depth"].cast("int")
-        together = F.when(
-            neighbor["num_user_days"] > 0, F.concat(F.lit("engaged together on "), neighbor["num_user_days"], F.lit(" user-days"))
-        )
-        same = F.when(depth > 0, F.concat(F.lit("same "), F.get("categories", depth - 1)))
-        found = F.when(neighbor["filled"], F.lit("fills up the list")).otherwise(
-            F.concat(F.lit("found by "), F.array_join(neighbor["sources"], ", "))
-        )
-        return F.concat_ws("; ", together, same, found)
-
-    def described(neighbor: Column) -> Column:
-        names = ("neighbor_id", "score", "sources", "num_user_days", "relevance", "filled")
-        fields = {name: neighbor[name].alias(name) for name in names} | {"reason": reason(neighbor).alias("reason")}
-        return F.struct(*(fields[name] for name in ("neighbor_id", "score", "reason", "sources", "num_user_days", "relevance", "filled")))
-
+def _with_identity(run: StageRun, model_version: str) -> Callable[[DataFrame], DataFrame]:
     def transform(lists: DataFrame) -> DataFrame:
-        return lists.join(F.broadcast(categories), "item_id", how="left").withColumn("neighbors", F.transform("neighbors", described))
-
-    return transform
-
-
-def _with_identity(run: StageRun) -> Callable[[DataFrame], DataFrame]:
-    version = only_row(run.read(ITEM_EMBEDDINGS).agg(F.max("model_version").alias("version")))["version"]
-
-    def transform(lists: DataFrame) -> DataFrame:
-        ids = F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])
         return lists.select(
             F.lit(run.run_date).alias("run_date"),
             F.lit(run.night.run_id).alias("run_id"),
             "item_id",
             "head",
             "neighbors",
-            F.lit(version).alias("model_version"),
-            F.sha1(F.array_join(ids, "\x1f")).alias("list_hash"),
+            F.lit(model_version).alias("model_version"),
+            "list_hash",
             F.lit(CONTRACT_VERSION).alias("contract_version"),
         )
 
     return transform
 
 
-def _metrics(run: StageRun, expected: int | None) -> dict[str, float]:
+def _metrics(run: StageRun, expected: int) -> dict[str, float]:
     """Numbers of the lists just written to history; the published table, if any, is what churn is against."""
     lists = run.read_output(ITEM_NEIGHBORS_HISTORY).where(_this_run(run))
     ids = F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])
@@ -102,25 +102,44 @@ def _metrics(run: StageRun, expected: int | None) -> dict[str, float]:
     row = only_row(
         lists.agg(
             F.count_if(merged & (F.size("neighbors") > 0)).alias("num_items"),
-            F.avg(F.when(merged, F.size("neighbors"))).alias("mean_length"),
             F.count_if(F.array_contains(ids, F.col("item_id"))).alias("num_self_neighbors"),
             F.count_if(F.size(F.array_distinct(ids)) < F.size(ids)).alias("num_duplicate_neighbors"),
             F.count_if(~merged & rising).alias("num_unordered"),
         )
     )
-    items = only_row(run.read(ITEM_FEATURES).agg(F.count_if("in_catalog").alias("catalog"), F.count_if("eligible").alias("eligible")))
-    possible = max(1, min(run.settings.retrieval.list_length, items["eligible"] - 1))
+    catalog = run.read(ITEM_FEATURES).where("in_catalog").count()
     measured = {name: float(row[name]) for name in ("num_items", "num_self_neighbors", "num_duplicate_neighbors", "num_unordered")}
-    measured |= {"coverage": row["num_items"] / max(1, items["catalog"]), "fullness": min(1.0, (row["mean_length"] or 0.0) / possible)}
-    measured["num_ineligible_neighbors"] = _num_ineligible(run, lists)
-    return measured | ({} if expected is None else _churn(run, lists.where(merged), expected))
+    measured |= {"coverage": row["num_items"] / max(1, catalog), "fullness": _fullness(run, lists.where(merged))}
+    measured |= _refused(run, lists)
+    return measured | _churn(run, lists.where(merged), expected)
 
 
-def _num_ineligible(run: StageRun, lists: DataFrame) -> float:
-    allowed = run.read(ITEM_FEATURES).where("eligible").select(F.col("item_id").alias("neighbor_id"))
-    offered = lists.select(F.explode(F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])).alias("neighbor_id"))
+def _fullness(run: StageRun, merged: DataFrame) -> float:
+    """Mean length of merged lists as a share of the possible length; of short ones that filters and limits leave, of a sample."""
+    length = run.settings.retrieval.list_length
+    sizes = merged.select("item_id", F.size("neighbors").alias("size"))
+    counted = only_row(sizes.agg(F.count("*").alias("all"), F.count_if(F.col("size") < length).alias("short")))
+    sample = sizes.where(F.col("size") < length).orderBy(F.xxhash64("item_id")).limit(_MAX_SHORT_LISTS).collect()
+    if not sample:
+        return 1.0
+    possible = possible_lengths(run, [row["item_id"] for row in sample])
+    shares = [min(1.0, row["size"] / max(1, min(length, most))) if most else 1.0 for row, most in zip(sample, possible, strict=True)]
+    return float(1.0 - counted["short"] / counted["all"] * (1.0 - sum(shares) / len(shares)))
+
+
+def _refused(run: StageRun, lists: DataFrame) -> dict[str, float]:
+    """Neighbors that may not be offered: by the catalog's eligibility, by a filter, beyond a limit."""
+    features, settings, names = run.read(ITEM_FEATURES), run.settings.retrieval, run.settings.list_names
+    offered = lists.select("item_id", "head", F.explode(F.transform("neighbors", lambda n: n["neighbor_id"])).alias("neighbor_id"))
+    allowed = features.where("eligible").select(F.col("item_id").alias("neighbor_id"))
     forbidden = offered.groupBy("neighbor_id").count().join(allowed, "neighbor_id", how="left_anti")
-    return float(only_row(forbidden.agg(F.sum("count").alias("total")))["total"] or 0)
+    refused = {"num_ineligible_neighbors": float(only_row(forbidden.agg(F.sum("count").alias("total")))["total"] or 0)}
+    if settings.filters:
+        rows = refused_neighbors(offered, features, filters=settings.filters, names=names, run_date=run.run_date)
+        refused["num_refused_neighbors"] = float(rows.count())
+    if settings.limits:
+        refused["num_lists_over_limit"] = float(excess_neighbors(offered, features, limits=settings.limits, names=names).count())
+    return refused
 
 
 def _churn(run: StageRun, merged: DataFrame, expected: int) -> dict[str, float]:
@@ -133,20 +152,16 @@ def _churn(run: StageRun, merged: DataFrame, expected: int) -> dict[str, float]:
     return {} if jaccard is None else {"churn": 1.0 - jaccard}
 
 
-def _publish(run: StageRun, expected: int | None) -> None:
+def _publish(run: StageRun, expected: int) -> None:
     """One commit, fenced on the version seen at the start; an older night stays in history."""
-    lake = run.night.lake
-    if expected is not None and not run.night.publish:
-        current = only_row(lake.read(ITEM_NEIGHBORS, expected).agg(F.max("run_date").alias("date")))["date"]
-        if current is not None and current > run.run_date:
-            run.note(f"the lists of {current} are published; this older night went to history only (--publish overrides)")
-            return
-    lists = run.read_output(ITEM_NEIGHBORS_HISTORY).where(_this_run(run))
-    versions = {name: str(version) for name, version in run.inputs.items()}
-    metadata = {"run_id": run.night.run_id, "run_date": run.run_date.isoformat(), "inputs": versions}
-    ordered = lists.repartitionByRange("item_id").sortWithinPartitions("item_id", "head")
-    run.outputs[ITEM_NEIGHBORS.name] = lake.publish(ITEM_NEIGHBORS, ordered, expected=expected, metadata=metadata)
-    run.night.display.say(f"  published item_neighbors version {run.outputs[ITEM_NEIGHBORS.name]}")
+    lake, night = run.night.lake, run.night
+    current = only_row(lake.read(ITEM_NEIGHBORS, expected).agg(F.max("run_date").alias("date"), F.max("run_id").alias("run_id")))
+    if current["date"] is not None and current["date"] > run.run_date and not night.publish:
+        run.note(f"the lists of {current['date']} are published; this older night went to history only (--publish overrides)")
+        return
+    run.outputs[ITEM_NEIGHBORS.name] = publish_run(lake.root, night.run_id, expected=expected, inputs=run.inputs)
+    night.display.say(f"  published item_neighbors version {run.outputs[ITEM_NEIGHBORS.name]}")
+    drop_candidates(run.settings.lake, keep=night.run_id)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

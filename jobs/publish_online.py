@@ -1,4 +1,4 @@
-"""Stage 6: the current lists go to the Feast online store, a shard of items at a time.
+"""Stage 6: the current lists go to the Feast online store, a shard of items at a time; without Spark.
 
 Publication is atomic per item, not across items: `run_id` beside each list shows which night it is from. An item that left the catalog
 gets empty lists, since an online store never deletes. A killed publication goes on at the shard where it stopped.
@@ -6,57 +6,126 @@ gets empty lists, since an online store never deletes. A killed publication goes
 
 import json
 from collections.abc import Iterator, Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 
+from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
+from jobs.ledger import Ledger, StageRecord, recorded
 from jobs.online import open_feature_store
+from jobs.progress import Display
+from jobs.publication import item_ids_ever, published
+from jobs.reader import artifacts_of, lake_root, open_table
 from jobs.stage import StageRun, stage_main
+from validation.gates import run_gate
+from validation.suites import GateContext, rules_for
 
 STAGE = "publish_online"
+_LISTS = pa.schema([("item_id", pa.string()), ("head", pa.string()), ("ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float64()))])
 
 
 def publish_online(run: StageRun) -> None:
-    """Pivot to one row an item, write shard by shard, gate."""
+    """Write the current lists online, gate."""
     if not run.settings.online.enabled:
         run.note("online.enabled is false: nothing was written online")
         return
-    rows = _rows(run)
-    num_items = rows.count()
-    folder = run.night.artifacts(f"online-{run.inputs[ITEM_NEIGHBORS.name]}")
-    shards = _stage_shards(run, rows, folder, num_items)
-    written = _Written(folder / "written.json")
-    feature_store = open_feature_store(run.night)
-    with run.night.display.watch("publish online", lambda: (written.num_items, num_items, "items")):
-        store.write_online(feature_store, written.remaining(shards), on_shard=written.add)
-    run.gate({"num_items_written": written.num_items, "num_items_expected": num_items})
+    version = run.version(ITEM_NEIGHBORS)
+    run.version(ITEM_NEIGHBORS_HISTORY)
+    run.gate(write_current(run.settings, version, now=run.night.now, display=run.night.display))
 
 
-def _rows(run: StageRun) -> DataFrame:
-    """One row an item of the current night, and one with empty lists for each item that only earlier nights had."""
-    heads = run.settings.list_names
-    current = run.read(ITEM_NEIGHBORS)
-    published = store.pivot_neighbors(current, heads, published_at=run.night.now)
-    gone = run.read(ITEM_NEIGHBORS_HISTORY).select("item_id").distinct().join(published.select("item_id"), "item_id", how="left_anti")
-    return published.unionByName(store.empty_lists(gone, heads, like=published))
+def write_current(settings: Settings, version: int, *, now: datetime, display: Display) -> dict[str, float]:
+    """Write all lists of a version of item_neighbors, and empty ones for items that only other kept nights had.
+
+    Returns:
+        num_items_written and num_items_expected; of a resumed publication both count what was written before.
+    """
+    root = lake_root(settings.lake)
+    current, shards = published(root, version), _Shards(root, version, settings.online.shard_items)
+    folder = artifacts_of(settings.lake, current.run_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = _Written(folder / f"online-{version}.json")
+    row = partial(store.online_rows, heads=settings.list_names, run_id=current.run_id, as_of=current.run_date.isoformat(), written_at=now)
+    rows = map(row, written.remaining(shards))
+    feature_store = open_feature_store(settings)
+    with display.watch("publish online", lambda: (written.num_items, shards.num_items, "items")):
+        store.write_online(feature_store, rows, on_shard=written.add)
+    written.finish()
+    return {"num_items_written": written.num_items, "num_items_expected": shards.num_items}
 
 
-def _stage_shards(run: StageRun, rows: DataFrame, folder: Path, num_items: int) -> list[Path]:
-    """Parquet shards of about `shard_items` items, written once; a resumed publication finds them."""
-    staged = folder / "shards"
-    if not (staged / "_SUCCESS").is_file():
-        num_shards = max(1, -(-num_items // run.settings.online.shard_items))
-        rows.repartition(num_shards, F.xxhash64("item_id")).write.mode("overwrite").parquet(str(staged))
-    return sorted(staged.glob("part-*.parquet"))
+def follow_online(settings: Settings, *, like: StageRecord, display: Display, now: datetime) -> None:
+    """Bring the online store to the published version, unless it is there, with a row in `runs`; after a kill it goes on.
+
+    Args:
+        settings: where.
+        like: the row of the run whose lists are published.
+        display: progress.
+        now: aware time of this publication.
+    """
+    root = lake_root(settings.lake)
+    ledger, current = Ledger(root=root), published(root)
+    if not settings.online.enabled or is_online(ledger, current.version):
+        return
+    with recorded(ledger, STAGE, run_id=current.run_id, run_date=current.run_date, like=like) as attempt:
+        attempt.inputs[ITEM_NEIGHBORS.name] = current.version
+        attempt.metrics |= write_current(settings, current.version, now=now, display=display)
+        report = run_gate(STAGE, attempt.metrics, rules_for(STAGE, GateContext(gates=settings.gates, source=settings.source)))
+        attempt.gates = report.to_json()
+    display.say(f"the online store serves run {current.run_id}: {attempt.metrics['num_items_written']:,.0f} items")
+
+
+def is_online(ledger: Ledger, version: int) -> bool:
+    """Whether a version of item_neighbors is what the online store was last brought to."""
+    done = ledger.last_success(stage=STAGE)
+    return done is not None and done.input_versions.get(ITEM_NEIGHBORS.name) == version
+
+
+class _Shards:
+    """The lists of one version, at most `most` items at a time; a file of the table holds all lists of its items."""
+
+    def __init__(self, root: str, version: int, most: int) -> None:
+        self._dataset = open_table(root, ITEM_NEIGHBORS, version).to_pyarrow_dataset()
+        self._most = most
+        current = pc.unique(self._dataset.to_table(columns=["item_id"])["item_id"].cast(pa.string()))
+        ever = item_ids_ever(root)
+        self._gone = ever.filter(pc.invert(pc.is_in(ever, current)))
+        self.num_items = len(current) + len(self._gone)
+
+    def __iter__(self) -> Iterator[tuple[str, pa.Table]]:
+        """A name that stays the same when a killed publication goes on, and rows as `store.online_rows` wants them."""
+        for fragment in self._dataset.get_fragments():
+            lists = _ids_and_scores(pq.ParquetFile(fragment.open()))
+            items = pc.unique(lists["item_id"])
+            for start in range(0, len(items), self._most):
+                yield f"{Path(fragment.path).name} {start}", lists.filter(pc.is_in(lists["item_id"], items.slice(start, self._most)))
+        for start in range(0, len(self._gone), self._most):
+            ids = self._gone.slice(start, self._most)
+            nothing = [pa.nulls(len(ids), field.type) for field in list(_LISTS)[1:]]
+            yield f"gone {start}", pa.table([ids, *nothing], schema=_LISTS)
+
+
+def _ids_and_scores(file: pq.ParquetFile) -> pa.Table:
+    """Item, head, neighbor ids and scores of a file; nothing else of a neighbor is read."""
+    paths = [file.metadata.schema.column(number).path for number in range(file.metadata.num_columns)]
+    wanted = [path for path in paths if path in ("item_id", "head") or path.endswith((".neighbor_id", ".score"))]
+    rows = file.read(columns=wanted).combine_chunks()
+    neighbors = rows["neighbors"].chunk(0) if rows.num_rows else pa.array([], rows.schema.field("neighbors").type)
+    flat, lengths = neighbors.flatten(), pc.fill_null(pc.list_value_length(neighbors), 0).to_numpy(zero_copy_only=False)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    lists = [pa.ListArray.from_arrays(offsets, flat.field(name)) for name in ("neighbor_id", "score")]
+    return pa.table([rows["item_id"], rows["head"], *lists], names=_LISTS.names).cast(_LISTS)
 
 
 class _Written:
-    """Which shards are online already, kept in a file beside them."""
+    """Which shards are online already, kept in a file until all of them are."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -67,17 +136,21 @@ class _Written:
     def num_items(self) -> int:
         return sum(self._shards.values())
 
-    def remaining(self, shards: Sequence[Path]) -> Iterator[pa.Table]:
-        for shard in shards:
-            if shard.name not in self._shards:
-                self._current = shard.name
-                yield pq.read_table(shard)
+    def remaining(self, shards: _Shards) -> Iterator[pa.Table]:
+        for name, lists in shards:
+            if name not in self._shards:
+                self._current = name
+                yield lists
 
     def add(self, num_items: int) -> None:
         self._shards[self._current] = num_items
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._shards))
-        partial.replace(self._path)
+        half = self._path.with_suffix(".partial")
+        half.write_text(json.dumps(self._shards))
+        half.replace(self._path)
+
+    def finish(self) -> None:
+        """From here on a repeated publication writes everything anew."""
+        self._path.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

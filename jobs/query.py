@@ -1,4 +1,7 @@
-"""Spark SQL over the lake: every table is a view by its name, and `item_neighbor_rows` has one row a neighbor with its rank."""
+"""Spark SQL over the lake: every table is a view by its name, and `item_neighbor_rows` has one row a neighbor with its rank.
+
+`merge_policy` is a table that statements may change, e.g. `UPDATE merge_policy SET value = 0.05`; then `jobs.remerge` follows it.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -7,7 +10,7 @@ from pyspark.errors import PySparkException
 
 from conf.errors import TableError
 from conf.settings import load_settings
-from conf.tables import ITEM_NEIGHBORS, TABLES
+from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, TABLES
 from jobs.arguments import add_config, report_errors
 from jobs.lake import Lake, open_lake
 from jobs.session import start_session
@@ -20,10 +23,13 @@ FROM item_neighbors LATERAL VIEW posexplode(neighbors) AS position, neighbor
 
 
 def register_views(lake: Lake) -> None:
-    """Make every existing table, and `item_neighbor_rows`, a temporary view of the session."""
+    """Make every existing table, and `item_neighbor_rows`, a temporary view of the session; merge_policy a table of its catalog."""
     for table in TABLES.values():
-        if lake.exists(table):
+        if lake.exists(table) and table is not MERGE_POLICY:
             lake.read(table).createOrReplaceTempView(table.name)
+    if lake.exists(MERGE_POLICY):  # external, so that dropping the name of another lake's table drops nothing else
+        lake.spark.sql(f"DROP TABLE IF EXISTS {MERGE_POLICY.name}")
+        lake.spark.sql(f"CREATE TABLE {MERGE_POLICY.name} USING delta LOCATION '{lake.path(MERGE_POLICY)}'")
     if lake.exists(ITEM_NEIGHBORS):
         lake.spark.sql(NEIGHBOR_ROWS)
 
@@ -43,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             spark.sql(values.sql).show(values.rows, truncate=80)
         except PySparkException as error:
-            views = ", ".join(sorted(row["viewName"] for row in spark.sql("SHOW VIEWS").collect()))
-            raise TableError(f"cannot run the statement: {str(error).splitlines()[0]}\nviews: {views}") from error
+            names = ", ".join(sorted({row["tableName"] for row in spark.sql("SHOW TABLES").collect()}))
+            raise TableError(f"cannot run the statement: {str(error).splitlines()[0]}\ntables: {names}") from error
 
     report_errors(run)
 

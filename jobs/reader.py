@@ -20,6 +20,17 @@ def lake_root(settings: LakeSettings) -> str:
     return root if "://" in root else str(Path(root).absolute())
 
 
+def shared_folder(settings: LakeSettings) -> Path:
+    """Where files that are not tables lie: below `lake.artifacts`, or below the lake itself."""
+    root = settings.root if settings.artifacts is None else settings.artifacts
+    return Path(lake_root(settings.model_copy(update={"root": root})))
+
+
+def artifacts_of(settings: LakeSettings, run_id: str) -> Path:
+    """The folder of a night's files that are not tables: checkpoint, index, kept candidates."""
+    return shared_folder(settings) / "_artifacts" / run_id
+
+
 def open_table(root: str, table: Table, version: int | None = None) -> DeltaTable:
     """A table at a version (None: latest).
 
@@ -39,9 +50,25 @@ def table_exists(root: str, table: Table) -> bool:
     return DeltaTable.is_deltatable(f"{root}/{table.name}")
 
 
-def rows_where(root: str, table: Table, column: str, values: Sequence[str], columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows whose column is one of the values; files without any are skipped by their statistics."""
-    dataset = open_table(root, table).to_pyarrow_dataset()
+def check_columns(root: str, table: Table) -> None:
+    """Refuse a table that an earlier version of this code made.
+
+    Raises:
+        TableError: it lacks a declared column.
+    """
+    found = [field.name for field in open_table(root, table).schema().fields]
+    if missing := set(table.column_names) - set(found):
+        raise TableError(
+            f"table {table.name} under {root} lacks columns {sorted(missing)}: an earlier version of this code made it; "
+            "set lake.root or lake.variant to a new place"
+        )
+
+
+def rows_where(
+    root: str, table: Table, column: str, values: Sequence[str], columns: Sequence[str] | None = None, version: int | None = None
+) -> pa.Table:
+    """Rows whose column is one of the values, at a version (None: latest); files without any are skipped by their statistics."""
+    dataset = open_table(root, table, version).to_pyarrow_dataset()
     return dataset.to_table(filter=ds.field(column).isin(list(values)), columns=list(columns) if columns else None)
 
 

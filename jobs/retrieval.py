@@ -4,6 +4,8 @@ Shapes: `N` items of `item_features` by `item_index`; a task sees blocks of trig
 """
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,19 +18,22 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from conf.settings import RetrievalSettings
-from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_EMBEDDINGS, ITEM_FEATURES, ITEM_POPULARITY, MERGE_POLICY
+from conf.settings import LakeSettings, RetrievalSettings
+from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_EMBEDDINGS, ITEM_FEATURES, ITEM_POPULARITY, MERGE_POLICY, NEIGHBOR_STRUCT
+from jobs.reader import shared_folder
 from jobs.stage import StageRun
 from models.data import TableRef, read_table
-from models.merge import Policies, read_policies
-from models.neighbors import Counted, Retriever, build_index
+from models.eligibility import FilterColumn, FilterColumns
+from models.merge import read_policies
+from models.neighbors import CONTENT, MERGED, Counted, Retriever, build_index
+from models.search import estimate_search
 from models.user_level import UserLevel
 
+CANDIDATES = "candidates"
+"""Artefact of a night: what its lists were merged from, a file per block of triggers."""
 _TRIGGERS_PER_TASK = 4_096
-_LISTS_DDL = (
-    "item_id string, head string, neighbors array<struct<neighbor_id: string, score: double, sources: array<string>, "
-    "num_user_days: bigint, relevance: double, filled: boolean, shared_depth: tinyint>>"
-)
+_MOST_TAGS = 8  # of an item that reasons may name: comparing all with all grows with the square
+_LISTS_DDL = f"item_id string, head string, neighbors array<{NEIGHBOR_STRUCT}>, list_hash string"
 Rows = npt.NDArray[np.float32]
 
 
@@ -38,26 +43,58 @@ def index_items(run: StageRun) -> Path:
     def table(declared: Any, *columns: str) -> pa.Table:
         return read_table(TableRef(uri=run.night.lake.path(declared), version=run.version(declared)), columns)
 
-    features = table(ITEM_FEATURES, "item_id", "item_index", "content_vector", "categories", "eligible").sort_by("item_index")
+    columns = ("item_id", "item_index", "content_vector", "categories", "tags", "eligible", "filter_values")
+    features = table(ITEM_FEATURES, *columns).sort_by("item_index")
     item_ids = features["item_id"].combine_chunks().cast(pa.string())
     popularity = table(ITEM_POPULARITY, "item_id", "weight")
     embeddings = table(ITEM_EMBEDDINGS, "item_id", "head", "trigger_vector", "target_vector")
     model = run.night.artifacts("model")
     folder = run.night.artifacts("index")
-    build_index(
+    paths = features["categories"].to_pylist()
+    codes = category_codes(paths)
+    filters = _filter_columns(run, features["filter_values"], paths)
+    eligible = features["eligible"].to_numpy() & filters.everywhere(run.settings.retrieval.filters)
+    vectors = {head: _vectors(embeddings, head, item_ids) for head in run.settings.model.heads}
+    content = _rows(features["content_vector"])
+    _say_estimates(run, int(eligible.sum()), {head: target.shape[1] for head, (_, target) in vectors.items()} | {CONTENT: content.shape[1]})
+    reports = build_index(
         folder,
         item_ids=item_ids,
-        head_vectors={head: _vectors(embeddings, head, item_ids) for head in run.settings.model.heads},
-        content=_rows(features["content_vector"]),
+        head_vectors=vectors,
+        content=content,
         popularity_p=_aligned(popularity, "weight", item_ids),
-        eligible=features["eligible"].to_numpy(),
-        category_codes=category_codes(features["categories"].to_pylist()),
+        eligible=eligible,
+        category_codes=codes,
+        category_names=_category_names(paths, codes),
+        tags=FilterColumn.rarest(features["tags"].to_pylist(), _MOST_TAGS),
+        filters=filters,
         trends=np.load(model / "signals" / "trends.npy"),
         user_level=UserLevel.open(model / "signals"),
         scorer_file=model / "scorer.json",
         calibration=json.loads((model / "metrics.json").read_text()),
+        settings=run.settings.retrieval,
     )
+    run.note("search: " + "; ".join(f"{name} {report}" for name, report in reports.items()))
+    run.metrics |= {f"{name}_search_recall": report.recall for name, report in reports.items() if report.method == "ivf"}
     return folder
+
+
+def _say_estimates(run: StageRun, num_items: int, dimensions: Mapping[str, int]) -> None:
+    cores = os.cpu_count() or 1
+    for name, dimension in dimensions.items():
+        estimate = estimate_search(num_items, num_items, dimension, num_cores=cores, settings=run.settings.retrieval)
+        run.night.display.say(f"  search of {name}, {estimate}")
+
+
+def _filter_columns(run: StageRun, values: pa.ChunkedArray, paths: Sequence[Sequence[str] | None]) -> FilterColumns:
+    """The mapped columns of all items, from maps as Arrow gives them: lists of (column, values)."""
+    by_item = [dict(item or ()) for item in values.to_pylist()]
+    columns = {name: [item.get(name) for item in by_item] for name in dict.fromkeys(run.settings.source.items.columns.filters)}
+    filters = FilterColumns.encode(columns, coarsest=[path[0] if path else None for path in paths], as_of=run.run_date)
+    for rule in run.settings.retrieval.filters:
+        if bad := filters.not_days(rule):
+            run.note(f"{len(bad)} values of column {rule.column} are no day YYYY-MM-DD, e.g. {bad[0]!r}: not released")
+    return filters
 
 
 def category_codes(paths: Sequence[Sequence[str] | None]) -> npt.NDArray[np.int32]:
@@ -69,6 +106,15 @@ def category_codes(paths: Sequence[Sequence[str] | None]) -> npt.NDArray[np.int3
         for level in range(len(path or ())):
             codes[row, level] = seen.setdefault(tuple(path[: level + 1]) if path else (), len(seen))
     return codes
+
+
+def _category_names(paths: Sequence[Sequence[str] | None], codes: npt.NDArray[np.int32]) -> list[str]:
+    """The name of each code: the last level of its path."""
+    names = [""] * (int(codes.max(initial=-1)) + 1)
+    for path, row in zip(paths, codes.tolist(), strict=True):
+        for name, code in zip(path or (), row, strict=False):
+            names[code] = name
+    return names
 
 
 def _rows(vectors: pa.ChunkedArray) -> Rows:
@@ -90,19 +136,45 @@ def _aligned(table: pa.Table, column: str, item_ids: pa.Array) -> npt.NDArray[np
 
 
 def retrieved_lists(run: StageRun, index: Path) -> DataFrame:
-    """item_id, head, neighbors with codes: one row per catalog item and head, from Spark tasks that map one index."""
-    triggers = run.read(ITEM_FEATURES).where("in_catalog")
-    num_tasks = max(2, -(-triggers.count() // _TRIGGERS_PER_TASK))
-    counted = _counted(run).withColumnRenamed("trigger_index", "item_index")
+    """item_id, head, neighbors, list_hash: one row per catalog item and head, from Spark tasks that map one index.
+
+    Each partition holds all lists of a range of items, so that history and published table need no further exchange.
+    """
+    triggers = run.read(ITEM_FEATURES).where("in_catalog").select("item_index")
+    num_items = run.read(ITEM_FEATURES).count()
+    num_tasks = max(2, -(-num_items // _TRIGGERS_PER_TASK))
     blocks = (
-        triggers.select("item_index", F.get("categories", F.lit(0)).alias("coarsest"))
-        .join(counted, "item_index", how="left")
-        .repartition(num_tasks, "item_index")
+        triggers.join(_counted(run).withColumnRenamed("trigger_index", "item_index"), "item_index", how="left")
+        .repartitionById(num_tasks, F.floor(F.col("item_index").cast("bigint") * num_tasks / num_items).cast("int"))
         .sortWithinPartitions("item_index")
     )
     policies = [row.asDict() for row in run.read(MERGE_POLICY).collect()]
     read_policies(policies)  # a bad row is reported here, not by a task
-    return blocks.mapInArrow(partial(search_batches, index=str(index), policies=policies, settings=run.settings.retrieval), _LISTS_DDL)
+    keep = str(new_candidates(run)) if run.settings.retrieval.keep_candidates else None
+    search = partial(search_batches, index=str(index), policies=policies, settings=run.settings.retrieval, keep=keep)
+    return blocks.mapInArrow(search, _LISTS_DDL)
+
+
+def new_candidates(run: StageRun) -> Path:
+    """The folder of this night's kept candidates, emptied."""
+    folder = run.night.artifacts(CANDIDATES)
+    shutil.rmtree(folder)
+    return run.night.artifacts(CANDIDATES)
+
+
+def drop_candidates(lake: LakeSettings, *, keep: str) -> None:
+    """Remove the kept candidates of all nights but one: those of nights that are not current are never merged again."""
+    for folder in shared_folder(lake).glob(f"_artifacts/*/{CANDIDATES}"):
+        if folder.parent.name != keep:
+            shutil.rmtree(folder)
+
+
+def possible_lengths(run: StageRun, item_ids: Sequence[str]) -> list[int]:
+    """How many neighbors the merged lists of some items could hold: all eligible items but those that the rules refuse."""
+    retriever = Retriever.open(run.night.artifacts("index"))
+    rules, eligible = retriever.rules(run.settings.retrieval), np.flatnonzero(retriever.eligible).astype(np.int32)
+    triggers = pc.index_in(pa.array(item_ids), retriever.item_ids).to_pylist()
+    return [rules.num_possible(MERGED, trigger, eligible) for trigger in triggers]
 
 
 def counted_of(run: StageRun, triggers: npt.NDArray[np.int32]) -> Counted:
@@ -131,18 +203,20 @@ def _counted(run: StageRun) -> DataFrame:
 
 
 def search_batches(
-    batches: Iterator[pa.RecordBatch], *, index: str, policies: Sequence[Mapping[str, Any]], settings: RetrievalSettings
+    batches: Iterator[pa.RecordBatch], *, index: str, policies: Sequence[Mapping[str, Any]], settings: RetrievalSettings, keep: str | None
 ) -> Iterator[pa.RecordBatch]:
-    """Batches of triggers to batches of lists; runs inside a Spark task."""
+    """Batches of triggers to batches of lists, what they were merged from kept in a folder; runs inside a Spark task."""
     retriever = Retriever.open(Path(index))
     by_scope = read_policies(policies)
     for batch in batches:
         for start in range(0, batch.num_rows, settings.block_size):
             block = batch.slice(start, settings.block_size)
             trigger = block.column("item_index").to_numpy().astype(np.int32)
-            chosen = Policies.for_triggers(by_scope, block.column("coarsest").to_pylist())
-            lists = retriever.retrieve(trigger, _counted_block(block), chosen, settings=settings)
-            yield lists.to_arrow(retriever.item_ids)
+            policies_of = retriever.policies_for(by_scope, trigger)
+            lists = retriever.retrieve(trigger, _counted_block(block), policies_of, settings=settings, keep=keep is not None)
+            for candidates in lists.kept:
+                candidates.save(Path(keep or ""))
+            yield retriever.to_arrow(lists)
 
 
 def _counted_block(block: pa.RecordBatch) -> Counted:

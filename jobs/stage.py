@@ -14,11 +14,12 @@ from pyspark.sql import DataFrame, SparkSession
 
 from conf.errors import TableError
 from conf.settings import Settings
-from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, TABLES, Table
+from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, RUNS, TABLES, Table
 from jobs.arguments import Arguments, parse, report_errors
-from jobs.lake import Lake, open_lake, shared_folder
+from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord, night_fingerprint, source_state
 from jobs.progress import Display, spark_tasks
+from jobs.reader import artifacts_of
 from jobs.session import start_session
 from validation.gates import GateReport, check_metrics, check_schema, raise_on_failure
 from validation.suites import GateContext, rules_for
@@ -70,9 +71,14 @@ class Night:
 
     def artifacts(self, name: str) -> Path:
         """A folder for files of this night that are not tables: checkpoints, indexes."""
-        folder = shared_folder(self.settings.lake) / "_artifacts" / self.run_id / name
+        folder = artifacts_of(self.settings.lake, self.run_id) / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    @property
+    def report_path(self) -> Path:
+        """Where the page about this night lies once `nightly` has ended."""
+        return artifacts_of(self.settings.lake, self.run_id) / "report.html"
 
 
 @dataclass(kw_only=True)
@@ -175,7 +181,7 @@ def make_night(
         run_id=f"{run_date}-{fingerprint[:8]}",
         fingerprint=fingerprint,
         lake=lake,
-        ledger=Ledger(lake=lake),
+        ledger=Ledger(root=lake.root),
         display=display,
         now=now or datetime.now(UTC),
         publish=publish,
@@ -198,6 +204,7 @@ def run_stage(night: Night, stage: str, function: Stage, *, force: bool = False)
         night.display.say(f"[green]✓[/green] {stage}: done before, {done.seconds:.0f} s, attempt {done.attempt}")
         return done
     night.display.say(f"[bold]▶ {stage}[/bold]")
+    night.lake.create(RUNS)
     run = StageRun(night=night, stage=stage)
     started, clock = datetime.now(UTC), time.monotonic()
     try:
@@ -236,6 +243,7 @@ def _record(run: StageRun, started: datetime, seconds: float, error: BaseExcepti
         gates=run.report.to_json() if run.report is not None else None,
         notes=run.notes,
         error=f"{type(error).__name__}: {error}"[:4000] if error is not None else None,
+        report=str(night.report_path),
     )
 
 

@@ -2,6 +2,7 @@
 
     blend   score = p(j|i) + value * max(relevance, 0)
     quota   a share `value` of the positions goes to the relevance order, the rest to the engagement order
+    rrf     reciprocal rank fusion: by (1 - value) / (60 + rank by p) + value / (60 + rank by relevance), the latter if that head found it
 
 where p(j|i) is the scorer's probability over the trigger's candidates, discounted for popular items if the policy says so:
 log p - exponent * log popularity_j, renormalized. A policy is data: a changed row needs no training.
@@ -23,6 +24,7 @@ from models.ranking import Longs, best_per_row, best_per_segment, pad, segments
 from models.scorer import log_softmax
 
 DEFAULT_SCOPE = "default"
+_RANK_OFFSET = 60  # of the paper; it keeps the first ranks from ruling alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
     if DEFAULT_SCOPE not in policies:
         faults.append(f"no row of scope {DEFAULT_SCOPE!r}, have scopes {sorted(policies)}; add one, it rules all other categories")
     if faults:
-        raise SettingsError("merge_policy has faults; correct the table and run the stage again:\n  " + "\n  ".join(faults))
+        raise SettingsError("merge_policy has faults; correct the table and merge again:\n  " + "\n  ".join(faults))
     return policies
 
 
@@ -59,7 +61,7 @@ def _faults(policy: Policy) -> list[str]:
     if policy.kind not in _KINDS:
         return [f"unknown kind {policy.kind!r}; wanted one of {sorted(_KINDS)}"]
     faults = []
-    most = 1.0 if policy.kind == "quota" else math.inf
+    most = math.inf if policy.kind == "blend" else 1.0
     if not (0 <= policy.value <= most and math.isfinite(policy.value)):
         faults.append(f"value {policy.value} of kind {policy.kind}; wanted a number from 0{' to 1' if most == 1 else ''}")
     if not 0 <= policy.popularity_exponent <= 1:
@@ -128,6 +130,10 @@ class Merged:
     score: Floats
     filled: Bools
 
+    def only(self, kept: Longs, offsets: Longs) -> Self:
+        """Some of the R positions, with their offsets."""
+        return type(self)(position=self.position[kept], offsets=offsets, score=self.score[kept], filled=self.filled[kept])
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Order:
@@ -140,7 +146,8 @@ class _Order:
 def merge_candidates(candidates: CandidateSet, policies: Policies, *, k: int) -> Merged:
     """Merged lists of B triggers, each by its own policy.
 
-    A blend's score is its order; a quota's score is the (discounted) probability, which need not descend along the list.
+    A blend's score is its order; the others' is the (discounted) probability, which need not descend along the list. So scores are
+    probabilities under every policy but for a blend's bonus, and can be compared across triggers.
     """
     segment = segments(candidates.offsets)
     p = _probability(candidates, policies, segment)
@@ -198,7 +205,24 @@ def slots_of_share(share: float, k: int) -> tuple[Floats, Floats]:
     return engagement.astype(np.float32), relevance.astype(np.float32)
 
 
-_KINDS: dict[str, Callable[[CandidateSet, Floats, Floats, int], _Order]] = {"blend": _blend, "quota": _quota}
+def _rrf(candidates: CandidateSet, p: Floats, value: Floats, k: int) -> _Order:
+    """Cormack, Clarke and Buettcher (2009), weighted; an order without a candidate gives it nothing."""
+    segment = segments(candidates.offsets)
+    relevance = np.where(candidates.found_by_relevance, candidates.relevance, -np.inf).astype(np.float32)
+    by_p, by_relevance = _reciprocal_ranks(p, candidates.offsets), _reciprocal_ranks(relevance, candidates.offsets)
+    key = (1 - value[segment]) * by_p + value[segment] * by_relevance
+    return _Order(key=key.astype(np.float32), filled=np.zeros(len(p), dtype=np.bool_))
+
+
+def _reciprocal_ranks(score: Floats, offsets: Longs) -> Floats:
+    """(M,) 1 / (60 + rank from 1), 0 for -inf."""
+    position, starts = best_per_segment(score, offsets, max(1, int(np.diff(offsets).max(initial=0))))
+    out = np.zeros(len(score), dtype=np.float32)
+    out[position] = 1 / (_RANK_OFFSET + 1 + np.arange(len(position)) - starts[segments(starts)])
+    return out
+
+
+_KINDS: dict[str, Callable[[CandidateSet, Floats, Floats, int], _Order]] = {"blend": _blend, "quota": _quota, "rrf": _rrf}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,17 +248,30 @@ class FillOrder:
         by_category = some[np.argsort(coarsest[some], kind="stable")]
         return cls(popular=popular, by_category=by_category, category=coarsest[by_category].astype(np.int32))
 
-    def fill(self, listed: Ints, *, trigger: int, coarsest: int, k: int) -> tuple[Ints, int]:
+    def fill(
+        self, listed: Ints, *, trigger: int, coarsest: int, k: int, admit: Callable[[Ints, Ints], Ints] | None = None
+    ) -> tuple[Ints, int]:
         """Items to append to one list of fewer than k: first of the trigger's category, then of all, most popular first.
+
+        Args:
+            listed: what the list holds.
+            trigger: its item.
+            coarsest: the trigger's coarsest category code, -1 for none.
+            k: most items of the list.
+            admit: items listed and items in order -> those of the latter that the list may hold; None: all.
 
         Returns:
             The items, and how many of them come from the category.
         """
         missing, most = k - len(listed), k + 1  # that many of a source suffice: k - 1 may be listed, one may be the trigger
         start, stop = np.searchsorted(self.category, (coarsest, coarsest + 1)) if coarsest >= 0 else (0, 0)
+        of_category, popular = self.by_category[start:stop], self.popular
+        if admit is None:
+            of_category, popular, admit = of_category[:most], popular[:most], lambda _, items: items
         taken = np.append(listed, np.int32(trigger))
-        first = _without(self.by_category[start : min(stop, start + most)], taken)[:missing]
-        then = _without(self.popular[:most], np.concatenate([taken, first]))[: missing - len(first)]
+        first = admit(listed, _without(of_category, taken))[:missing]
+        rest = _without(popular, np.concatenate([taken, first])) if len(first) < missing else popular[:0]
+        then = admit(np.concatenate([listed, first]), rest)[: missing - len(first)]
         return np.concatenate([first, then]), len(first)
 
 

@@ -6,11 +6,11 @@ processes, which then share one copy in memory. Candidates of a trigger:
     counted pairs (the heaviest)  +  items that its users know too (models.user_level)  +  nearest targets of every head (FAISS)
     +  nearest in content  +  the most popular items
 
-never the trigger itself, never an ineligible item. A head's list is the best of its own candidates by its score, and is never filled with
-anything else. The engagement list is ordered by p(j given i): there the scorer (models.scorer) puts together what the head has generalized
-and what the counts have memorized. The merged list (models.merge) chooses among all. FAISS only proposes: scores are computed here, one
-way for all candidates, so that equal vectors have equal scores and ties fall by item index. Counts and weights are decayed as of the run
-date.
+never the trigger itself, never an ineligible item, nor one that a filter or limit of the list refuses (models.eligibility): a search goes
+on until the list is full. A head's list is the best of its own candidates by its score, and is never filled with anything else. The
+engagement list is ordered by p(j given i): there the scorer (models.scorer) puts together what the head has generalized and what the counts
+have memorized. The merged list (models.merge) chooses among all. FAISS only proposes: scores are computed here, one way for all
+candidates, so that equal vectors have equal scores and ties fall by item index. Counts and weights are decayed as of the run date.
 
 Shapes: `N` items (row = item_index, ascending by item_id), `B` triggers, `M` candidates of all of them in one flat list (models.ranking),
 `R` neighbors of a head's lists, `V` vector length, `C` content dimensions, `L` category levels.
@@ -18,7 +18,8 @@ Shapes: `N` items (row = item_index, ascending by item_id), `B` triggers, `M` ca
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,28 +31,21 @@ import pyarrow as pa
 from conf.errors import TrainingError
 from conf.settings import RetrievalSettings
 from models.data import Bools, Floats, Ints, Sparse
+from models.eligibility import CATEGORY, FilterColumn, FilterColumns, Rules
 from models.factorization import log_popularity
-from models.merge import CandidateSet, FillOrder, Policies, Policy, merge_candidates
+from models.kept import KeptCandidates
+from models.list_rows import list_rows
+from models.merge import DEFAULT_SCOPE, CandidateSet, FillOrder, Policies, Policy, merge_candidates
 from models.ranking import Longs, best_per_segment, ends, segments
 from models.scorer import Scorer, candidate_features, log_softmax
+from models.search import ItemIndex, SearchReport, write_index
 from models.user_level import UserLevel
 
 ENGAGEMENT, RELEVANCE, MERGED = "engagement", "relevance", "merged"
-COUNTS, USERS, CONTENT, POPULARITY, CATEGORY = "counts", "users", "content", "popularity", "category"
+COUNTS, USERS, CONTENT, POPULARITY = "counts", "users", "content", "popularity"
+_NUM_SAMPLED = 256  # triggers on which the recall of a search is measured
 _SOURCE_BITS = 16  # of a packed candidate key: counts, users, content, popularity, category and up to 11 heads
 _META = "meta.json"
-_NEIGHBOR_TYPE = pa.struct(
-    [
-        ("neighbor_id", pa.string()),
-        ("score", pa.float64()),
-        ("sources", pa.list_(pa.string())),
-        ("num_user_days", pa.int64()),
-        ("relevance", pa.float64()),
-        ("filled", pa.bool_()),
-        ("shared_depth", pa.int8()),
-    ]
-)
-ARROW_SCHEMA = pa.schema([("item_id", pa.string()), ("head", pa.string()), ("neighbors", pa.list_(_NEIGHBOR_TYPE))])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +89,14 @@ def build_index(
     category_codes: Ints,
     trends: Floats,
     user_level: UserLevel,
+    category_names: Sequence[str],
+    tags: FilterColumn,
+    filters: FilterColumns,
     scorer_file: Path | None,
     calibration: Mapping[str, Any],
-) -> None:
-    """Write everything lists are made from.
+    settings: RetrievalSettings,
+) -> dict[str, SearchReport]:
+    """Write everything lists are made from; returns how each head, and content, is searched.
 
     Args:
         folder: created; must not be in use by a `Retriever`.
@@ -110,8 +108,12 @@ def build_index(
         category_codes: (N, L) a code per level that stands for the whole path down to it, -1 for none.
         trends: (N, S) of `models.data.item_trends` as of the run date.
         user_level: as of the run date.
+        category_names: a name per code.
+        tags: of the N items, for reasons.
+        filters: of the N items.
         scorer_file: written by `Scorer.save`; without one the fixed mixture.
         calibration: any JSON, kept in meta.json for readers of the index.
+        settings: how to search.
 
     Raises:
         TrainingError: a head is missing, shapes disagree, or a vector is not finite.
@@ -127,10 +129,14 @@ def build_index(
     )
     folder.mkdir(parents=True, exist_ok=True)
     informed = (content != 0).any(axis=1) | (popularity_p > 0)
+    sample = np.sort(np.random.default_rng(0).permutation(len(eligible))[:_NUM_SAMPLED])
+    reports = {}
     for number, (name, (trigger, target)) in enumerate(head_vectors.items()):
-        _write_head(folder, f"head-{number}", trigger, target, eligible, informed, engagement=name == ENGAGEMENT)
+        items = _write_head(folder, f"head-{number}", trigger, target, eligible, informed, engagement=name == ENGAGEMENT)
+        reports[name] = write_index(folder, f"head-{number}", target, items, queries=trigger[sample], settings=settings)
     _save(folder, "content", content)
-    _write_flat(folder, "content", content, np.flatnonzero(eligible & (content != 0).any(axis=1)))
+    items = np.flatnonzero(eligible & (content != 0).any(axis=1)).astype(np.int32)
+    reports[CONTENT] = write_index(folder, "content", content, items, queries=content[sample], settings=settings)
     log_p = log_popularity(popularity_p.astype(np.float32))
     order = FillOrder.build(log_p, eligible, category_codes[:, 0] if category_codes.shape[1] else np.full(len(log_p), -1, dtype=np.int32))
     arrays = {
@@ -145,13 +151,17 @@ def build_index(
     for file, array in arrays.items():
         _save(folder, file, array)
     user_level.save(folder)
+    filters.save(folder)
     ids = pa.array(item_ids, pa.string()) if not isinstance(item_ids, pa.Array) else item_ids.cast(pa.string())
-    with pa.OSFile(str(folder / "item_ids.arrow"), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("item_id", pa.string())])) as writer:
-        writer.write_batch(pa.record_batch([ids], names=["item_id"]))
+    _save_texts(folder, "item_ids", ids)
+    _save_texts(folder, "category_names", pa.array(category_names, pa.string()))
+    _save(folder, "tags", tags.codes)
+    _save_texts(folder, "tag_names", pa.array(tags.values, pa.string()))
     if scorer_file is not None:
         Scorer.load(scorer_file).save(folder / "scorer.json")
     meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "calibration": dict(calibration)}
     (folder / _META).write_text(json.dumps(meta))
+    return reports
 
 
 def _check(num_items: int, head_vectors: Mapping[str, tuple[Floats, Floats]], **arrays: npt.NDArray[Any]) -> None:
@@ -168,14 +178,18 @@ def _check(num_items: int, head_vectors: Mapping[str, tuple[Floats, Floats]], **
             raise TrainingError(f"{name} holds numbers that are not finite; lower training.learning_rate or check the content vectors")
 
 
-def _write_head(folder: Path, stem: str, trigger: Floats, target: Floats, eligible: Bools, informed: Bools, *, engagement: bool) -> None:
-    """Vectors, FAISS index, and per item whether it is blank: a head without popularity says nothing about an item it knows nothing of."""
+def _write_head(folder: Path, stem: str, trigger: Floats, target: Floats, eligible: Bools, informed: Bools, *, engagement: bool) -> Ints:
+    """Vectors, and per item whether it is blank: a head without popularity says nothing about an item it knows nothing of.
+
+    Returns:
+        The items to be found.
+    """
     biased = np.array([engagement or target[:, -1].any()])
     blank_trigger, blank_target = (~biased & ~(informed & np.any(side[:, :-1], axis=1)) for side in (trigger, target))
     parts = {"trigger": trigger, "target": target, "blank": blank_trigger, "biased": biased}
     for part, array in parts.items():
         _save(folder, f"{stem}-{part}", array)
-    _write_flat(folder, stem, target, np.flatnonzero(eligible & ~blank_target))
+    return np.flatnonzero(eligible & ~blank_target).astype(np.int32)
 
 
 def _save(folder: Path, stem: str, array: npt.NDArray[Any]) -> None:
@@ -183,13 +197,10 @@ def _save(folder: Path, stem: str, array: npt.NDArray[Any]) -> None:
     np.save(folder / f"{stem}.npy", np.ascontiguousarray(wide))
 
 
-def _write_flat(folder: Path, stem: str, vectors: Floats, items: Longs) -> None:
-    """A flat inner-product index over some items, and which items its rows are."""
-    _save(folder, f"{stem}-items", items.astype(np.int32))
-    if len(items) and vectors.shape[1]:
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(np.ascontiguousarray(vectors[items], dtype=np.float32))
-        faiss.write_index(index, str(folder / f"{stem}.faiss"))
+def _save_texts(folder: Path, stem: str, texts: pa.Array) -> None:
+    batch = pa.record_batch([texts], names=[stem])
+    with pa.OSFile(str(folder / f"{stem}.arrow"), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
 
 
 # --- reading ---
@@ -200,28 +211,29 @@ def _load(folder: Path, stem: str) -> npt.NDArray[Any]:
     return np.asarray(np.load(folder / f"{stem}.npy", mmap_mode="r"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Flat:
-    """A FAISS index and the items its rows are."""
+def _load_texts(folder: Path, stem: str) -> pa.StringArray:
+    with pa.memory_map(str(folder / f"{stem}.arrow")) as source:
+        return pa.ipc.open_file(source).get_batch(0).column(0)
 
-    index: Any
-    items: Ints
 
-    @classmethod
-    def open(cls, folder: Path, stem: str) -> Self:
-        """Mapped, not read."""
-        path = folder / f"{stem}.faiss"
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC) if path.exists() else None  # plain IO_FLAG_MMAP would copy
-        return cls(index=index, items=_load(folder, f"{stem}-items"))
+def _nearest(flat: ItemIndex, queries: Floats, trigger: Ints, k: int, rules: Rules, names: Sequence[str]) -> Ints:
+    """(B, w) nearest items, -1 for none: at least k that each of the named lists may hold, as far as there are so many."""
+    if not rules.restrict(names):
+        return flat.search(queries, k + 1)  # one more: the trigger may be its own nearest
 
-    def search(self, queries: Floats, k: int) -> Ints:
-        """(B, V) -> (B, at most k) items, -1 behind the end; all-zero queries find nothing."""
-        k = min(k, len(self.items))
-        if self.index is None or k <= 0:
-            return np.empty((len(queries), 0), dtype=np.int32)
-        _, rows = self.index.search(np.ascontiguousarray(queries), k)
-        asked = np.any(queries, axis=1, keepdims=True)
-        return np.where((rows >= 0) & asked, self.items[rows], np.int32(-1))
+    def chosen(places: Longs, ranked: Ints, k: int) -> tuple[Bools, Bools]:
+        mine = trigger[places]
+        row, column = np.nonzero((ranked >= 0) & (ranked != mine[:, None]))
+        held, enough = np.zeros(ranked.shape, np.bool_), np.ones(len(places), np.bool_)
+        for name in names:
+            kept = np.flatnonzero(rules.offered(name, mine[row], row, ranked[row, column]))
+            length = np.bincount(row[kept], minlength=len(places))
+            kept = kept[np.arange(len(kept)) - ends(length)[row[kept]] < k]
+            held[row[kept], column[kept]] = True
+            enough &= length >= k
+        return held, enough
+
+    return flat.search_until(queries, k, chosen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,13 +245,13 @@ class _Head:
     target: Floats
     blank: Bools
     biased: bool
-    flat: _Flat
+    flat: ItemIndex
 
     @classmethod
     def open(cls, folder: Path, stem: str, name: str) -> Self:
         """Mapped, not read."""
         arrays = {part: _load(folder, f"{stem}-{part}") for part in ("trigger", "target", "blank")}
-        return cls(name=name, **arrays, biased=bool(_load(folder, f"{stem}-biased")[0]), flat=_Flat.open(folder, stem))
+        return cls(name=name, **arrays, biased=bool(_load(folder, f"{stem}-biased")[0]), flat=ItemIndex.open(folder, stem))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,34 +281,12 @@ class Neighbors:
 
 @dataclass(frozen=True, kw_only=True)
 class NeighborLists:
-    """Lists of B triggers: one `Neighbors` per head and one of the merged lists."""
+    """Lists of B triggers: one `Neighbors` per head and one of the merged lists; `kept`: what the latter were made from, if asked for."""
 
     trigger: Ints
     source_names: tuple[str, ...]
     heads: Mapping[str, Neighbors]
-
-    def to_arrow(self, item_ids: pa.Array) -> pa.RecordBatch:
-        """One row per head and trigger, in ARROW_SCHEMA; a trigger without neighbors has an empty list.
-
-        Args:
-            item_ids: (N,) strings in index order, e.g. `Retriever.item_ids`.
-        """
-        items = item_ids.take(pa.array(np.tile(self.trigger, len(self.heads))))
-        names = pa.array([name for name in self.heads for _ in self.trigger], pa.string())
-        lists = pa.concat_arrays([self._list_array(neighbors, item_ids) for neighbors in self.heads.values()])
-        return pa.RecordBatch.from_arrays([items, names, lists], schema=ARROW_SCHEMA)
-
-    def _list_array(self, lists: Neighbors, item_ids: pa.Array) -> pa.ListArray:
-        masks, which = np.unique(lists.sources, return_inverse=True)
-        words = [[name for bit, name in enumerate(self.source_names) if mask >> bit & 1] for mask in masks.tolist()]
-        columns = [
-            item_ids.take(pa.array(lists.neighbor)),
-            pa.array(lists.score),
-            pa.array(words, pa.list_(pa.string())).take(pa.array(which)),
-            *(pa.array(getattr(lists, name)) for name in ("num_user_days", "relevance", "filled", "shared_depth")),
-        ]
-        structs = pa.StructArray.from_arrays(columns, fields=list(_NEIGHBOR_TYPE))
-        return pa.ListArray.from_arrays(pa.array(lists.offsets.astype(np.int32)), structs)
+    kept: Sequence[KeptCandidates] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +301,13 @@ class _Pool:
     num_user_days: Longs  # (M,)
     scores: Mapping[str, Floats]  # (M,) per head
     log_p: Floats  # (M,) the scorer's log p(j given i) over the trigger's candidates
+
+    def only(self, kept: Bools) -> "_Pool":
+        """Some of the (M,) candidates."""
+        parts = {name: getattr(self, name)[kept] for name in ("segment", "item", "sources", "num_user_days", "log_p")}
+        scores = {head: score[kept] for head, score in self.scores.items()}
+        offsets = ends(np.bincount(parts["segment"], minlength=len(self.trigger)))
+        return replace(self, offsets=offsets, scores=scores, **parts)
 
     def narrow(self, position: Longs, offsets: Longs, score: Floats, filled: Bools, categories: Ints) -> Neighbors:
         """Lists made of the candidates at `position`."""
@@ -343,14 +340,17 @@ class Retriever:
     """An opened index."""
 
     item_ids: pa.StringArray
+    category_names: pa.StringArray
+    tags: FilterColumn
     heads: Mapping[str, _Head]
     content: Floats
-    content_flat: _Flat
+    content_flat: ItemIndex
     log_popularity: Floats
     trends: Floats
     user_level: UserLevel
     categories: Ints
     eligible: Bools
+    filters: FilterColumns
     fill_order: FillOrder
     scorer: Scorer
     calibration: Mapping[str, Any]
@@ -360,18 +360,19 @@ class Retriever:
         """Map what `build_index` wrote; from here on FAISS uses one thread in this process, as each Spark task has one core."""
         faiss.omp_set_num_threads(1)
         meta = json.loads((folder / _META).read_text())
-        with pa.memory_map(str(folder / "item_ids.arrow")) as source:
-            item_ids = pa.ipc.open_file(source).get_batch(0).column(0)
         return cls(
-            item_ids=item_ids,
+            item_ids=_load_texts(folder, "item_ids"),
+            category_names=_load_texts(folder, "category_names"),
+            tags=FilterColumn(codes=_load(folder, "tags"), values=_load_texts(folder, "tag_names").to_pylist()),
             heads={name: _Head.open(folder, f"head-{number}", name) for number, name in enumerate(meta["heads"])},
             content=_load(folder, "content"),
-            content_flat=_Flat.open(folder, "content"),
+            content_flat=ItemIndex.open(folder, "content"),
             log_popularity=_load(folder, "log_popularity"),
             trends=_load(folder, "trends"),
             user_level=UserLevel.open(folder),
             categories=_load(folder, "categories"),
             eligible=_load(folder, "eligible"),
+            filters=FilterColumns.open(folder),
             fill_order=FillOrder(
                 popular=_load(folder, "popular"), by_category=_load(folder, "fill_items"), category=_load(folder, "fill_categories")
             ),
@@ -384,7 +385,24 @@ class Retriever:
         """What the bits of `Neighbors.sources` mean, lowest first."""
         return (COUNTS, USERS, *self.heads, CONTENT, POPULARITY, CATEGORY)
 
-    def retrieve(self, trigger: Ints, counted: Counted, policies: Policies, *, settings: RetrievalSettings) -> NeighborLists:
+    def to_arrow(self, lists: NeighborLists) -> pa.RecordBatch:
+        """Lists as rows, with reasons: see models.list_rows."""
+        names, codes = self.category_names, self.categories
+        return list_rows(lists, item_ids=self.item_ids, category_names=names, categories=codes, tags=self.tags)
+
+    def policies_for(self, policies: Mapping[str, Policy], trigger: Ints) -> Policies:
+        """The policy of each of (B,) triggers among rows of merge_policy by scope."""
+        scopes = [scope for scope in policies if scope != DEFAULT_SCOPE]
+        chosen = self.filters.at(trigger).scope_of(scopes).tolist()
+        return Policies.for_triggers(policies, [scopes[number] if number >= 0 else None for number in chosen])
+
+    def rules(self, settings: RetrievalSettings) -> Rules:
+        """Filters and limits of every list."""
+        return Rules.of(settings, self.filters, (*self.heads, MERGED), categories=self.categories)
+
+    def retrieve(
+        self, trigger: Ints, counted: Counted, policies: Policies, *, settings: RetrievalSettings, keep: bool = False
+    ) -> NeighborLists:
         """Lists of B triggers, computed `settings.block_size` at a time.
 
         Args:
@@ -392,14 +410,39 @@ class Retriever:
             counted: all their counted pairs: the row sums count, not only the heaviest.
             policies: of each trigger.
             settings: list length and candidates per source.
+            keep: return what `remerge` needs, too.
         """
-        size = settings.block_size
+        size, rules = settings.block_size, self.rules(settings)
         parts = [
-            self._block(trigger[a : a + size], counted.part(a, min(a + size, len(trigger))), policies.part(a, a + size), settings)
+            self._block(trigger[a : a + size], counted.part(a, min(a + size, len(trigger))), policies.part(a, a + size), settings, rules)
             for a in range(0, max(len(trigger), 1), size)
         ]
-        heads = {name: _concatenate([part[name] for part in parts]) for name in (*self.heads, MERGED)}
-        return NeighborLists(trigger=trigger, source_names=self.source_names, heads=heads)
+        heads = {name: _concatenate([lists[name] for lists, _ in parts]) for name in (*self.heads, MERGED)}
+        kept = tuple(candidates for _, candidates in parts) if keep else ()
+        return NeighborLists(trigger=trigger, source_names=self.source_names, heads=heads, kept=kept)
+
+    def remerge(self, kept: KeptCandidates, policies: Policies, *, settings: RetrievalSettings) -> NeighborLists:
+        """The merged lists that `retrieve` makes under these policies, from what it kept."""
+        counted = Counted(
+            indptr=kept.counted_offsets,
+            target=kept.target,
+            weight=np.zeros(len(kept.target), dtype=np.float32),
+            num_user_days=kept.num_user_days,
+        )
+        segment = segments(kept.offsets)
+        _, num_user_days = self._counts_of(segment * len(self.eligible) + kept.item, counted)
+        pool = _Pool(
+            trigger=kept.trigger,
+            offsets=kept.offsets,
+            segment=segment,
+            item=kept.item,
+            sources=kept.sources,
+            num_user_days=num_user_days,
+            scores={RELEVANCE: kept.relevance},
+            log_p=kept.log_p,
+        )
+        lists = self._merged_lists(pool, self._candidate_set(pool), counted, policies, settings.list_length, self.rules(settings))
+        return NeighborLists(trigger=kept.trigger, source_names=self.source_names, heads={MERGED: lists})
 
     def merge_under(self, trigger: Ints, counted: Counted, policies: Sequence[Policy], *, settings: RetrievalSettings) -> list[Neighbors]:
         """Merged lists of B triggers under each of several policies: candidates are found and scored once for all of them.
@@ -410,54 +453,75 @@ class Retriever:
             policies: each for all triggers.
             settings: list length and candidates per source.
         """
-        size = settings.block_size
+        size, rules = settings.block_size, self.rules(settings)
         parts: list[list[Neighbors]] = []
         for start in range(0, max(len(trigger), 1), size):
             block, pairs = trigger[start : start + size], counted.part(start, min(start + size, len(trigger)))
-            pool = self._scored(block, pairs, settings)
+            pool = self._mergeable(self._scored(block, pairs, settings, rules), rules)
             candidates = self._candidate_set(pool)
             rows = [Policies.same(policy, len(block)) for policy in policies]
-            parts.append([self._merged_lists(pool, candidates, pairs, row, settings.list_length) for row in rows])
+            parts.append([self._merged_lists(pool, candidates, pairs, row, settings.list_length, rules) for row in rows])
         return [_concatenate(part) for part in zip(*parts, strict=True)]
 
-    def _block(self, trigger: Ints, counted: Counted, policies: Policies, settings: RetrievalSettings) -> dict[str, Neighbors]:
-        pool = self._scored(trigger, counted, settings)
-        lists = {name: self._head_lists(head, pool, settings.list_length) for name, head in self.heads.items()}
-        merged = self._merged_lists(pool, self._candidate_set(pool), counted, policies, settings.list_length)
-        return lists | {MERGED: merged}
+    def _block(
+        self, trigger: Ints, counted: Counted, policies: Policies, settings: RetrievalSettings, rules: Rules
+    ) -> tuple[dict[str, Neighbors], KeptCandidates]:
+        pool = self._scored(trigger, counted, settings, rules)
+        lists = {name: self._head_lists(head, pool, settings.list_length, rules) for name, head in self.heads.items()}
+        mergeable = self._mergeable(pool, rules)
+        candidates = self._candidate_set(mergeable)
+        merged = self._merged_lists(mergeable, candidates, counted, policies, settings.list_length, rules)
+        kept = KeptCandidates(
+            trigger=trigger,
+            offsets=mergeable.offsets,
+            item=mergeable.item,
+            sources=mergeable.sources,
+            log_p=candidates.log_p,
+            relevance=candidates.relevance,
+            counted_offsets=counted.indptr,
+            target=counted.target,
+            num_user_days=counted.num_user_days,
+        )
+        return lists | {MERGED: merged}, kept
 
     def _bit(self, name: str) -> int:
         return self.source_names.index(name)
 
     # --- candidates ---
 
-    def _candidates(self, trigger: Ints, counted: Counted, users: Sparse, settings: RetrievalSettings) -> tuple[Longs, Ints]:
+    def _candidates(self, trigger: Ints, counted: Counted, users: Sparse, settings: RetrievalSettings, rules: Rules) -> tuple[Longs, Ints]:
         """(M,) ascending keys row * N + item, and who proposed each."""
-        packed = [self._packed(source, items, trigger) for source, items in self._proposals(trigger, settings)]
-        packed.append(self._heaviest(COUNTS, trigger, counted.target, counted.weight, counted.indptr, settings.num_candidates_counts))
+        packed = [self._packed(source, items, trigger) for source, items in self._proposals(trigger, settings, rules)]
         known = (users.indices, users.data, users.indptr.astype(np.int64))
-        packed.append(self._heaviest(USERS, trigger, *known, settings.num_candidates_users))
+        pairs = (counted.target, counted.weight, counted.indptr)
+        counting = rules.apart([name for name, head in self.heads.items() if head.biased] + [MERGED])
+        packed += [self._heaviest(COUNTS, trigger, *pairs, settings.num_candidates_counts, rules, name) for name in counting]
+        using = rules.apart([ENGAGEMENT, MERGED])
+        packed += [self._heaviest(USERS, trigger, *known, settings.num_candidates_users, rules, name) for name in using]
         found = np.sort(np.concatenate(packed))
         keys, source = found >> _SOURCE_BITS, (found & (1 << _SOURCE_BITS) - 1).astype(np.int32)
         first = np.flatnonzero(np.diff(keys, prepend=-1))
         return keys[first], np.bitwise_or.reduceat(source, first) if len(first) else source
 
-    def _proposals(self, trigger: Ints, settings: RetrievalSettings) -> list[tuple[str, Ints]]:
+    def _proposals(self, trigger: Ints, settings: RetrievalSettings, rules: Rules) -> list[tuple[str, Ints]]:
         """Per source its (B, w) items, -1 where there are fewer."""
-        near = max(settings.num_candidates_head, settings.list_length) + 1  # one more: the trigger may be its own nearest
+        near = max(settings.num_candidates_head, settings.list_length)
         found = []
         for name, head in self.heads.items():
-            items = head.flat.search(head.trigger[trigger], near)
-            found.append((name, np.where(head.blank[trigger][:, None], np.int32(-1), items)))
+            queries = np.where(head.blank[trigger][:, None], np.float32(0), head.trigger[trigger])  # which find nothing
+            found.append((name, _nearest(head.flat, queries, trigger, near, rules, (name, MERGED))))
         if settings.num_candidates_content:
-            found.append((CONTENT, self.content_flat.search(self.content[trigger], settings.num_candidates_content + 1)))
+            near = settings.num_candidates_content
+            found.append((CONTENT, _nearest(self.content_flat, self.content[trigger], trigger, near, rules, (MERGED,))))
         popular = self.fill_order.popular[: settings.num_candidates_popular]
         return [*found, (POPULARITY, np.broadcast_to(popular, (len(trigger), len(popular))))]
 
-    def _heaviest(self, source: str, trigger: Ints, target: Ints, weight: Floats, indptr: Longs, width: int) -> Longs:
-        """Keys of each trigger's `width` heaviest targets; row b of a sparse matrix is that of trigger[b]."""
+    def _heaviest(
+        self, source: str, trigger: Ints, target: Ints, weight: Floats, indptr: Longs, width: int, rules: Rules, name: str
+    ) -> Longs:
+        """Keys of each trigger's `width` heaviest targets that list `name` may hold; indptr[b]:indptr[b + 1] are those of trigger[b]."""
         rows = segments(indptr)
-        allowed = self.eligible[target] & (target != trigger[rows])
+        allowed = self.eligible[target] & (target != trigger[rows]) & rules.allowed(name, trigger[rows], target)
         best, _ = best_per_segment(np.where(allowed, weight, -np.inf).astype(np.float32), indptr, width)
         return self._pack(source, rows[best], target[best])
 
@@ -469,10 +533,10 @@ class Retriever:
     def _pack(self, source: str, row: Longs, item: Ints) -> Longs:
         return (row * len(self.eligible) + item) << _SOURCE_BITS | 1 << self._bit(source)
 
-    def _scored(self, trigger: Ints, counted: Counted, settings: RetrievalSettings) -> _Pool:
+    def _scored(self, trigger: Ints, counted: Counted, settings: RetrievalSettings, rules: Rules) -> _Pool:
         """Candidates with their counts and every score; a counted pair says so even if another source proposed it."""
         users = self.user_level.rows(trigger)
-        keys, sources = self._candidates(trigger, counted, users, settings)
+        keys, sources = self._candidates(trigger, counted, users, settings, rules)
         segment, item = np.divmod(keys, len(self.eligible))
         offsets = ends(np.bincount(segment, minlength=len(trigger)))
         weight, num_user_days = self._counts_of(keys, counted)
@@ -497,14 +561,23 @@ class Retriever:
 
     # --- lists ---
 
-    def _head_lists(self, head: _Head, pool: _Pool, k: int) -> Neighbors:
+    def _head_lists(self, head: _Head, pool: _Pool, k: int, rules: Rules) -> Neighbors:
         """Best of what this head's search found, and of what was engaged with together if it is about engagement."""
         together = 1 << self._bit(COUNTS) | (1 << self._bit(USERS) if head.name == ENGAGEMENT else 0)
         mask = 1 << self._bit(head.name) | (together if head.biased else 0)
-        own = np.exp(pool.log_p) if head.name == ENGAGEMENT else pool.scores[head.name]
-        score = np.where(pool.sources & mask, own, -np.inf).astype(np.float32)
-        position, offsets = best_per_segment(score, pool.offsets, k)
+        own = (pool.sources & mask).astype(np.bool_)
+        if rules.restrict([head.name]):
+            own &= rules.allowed(head.name, pool.trigger[pool.segment], pool.item)
+        order_by = np.exp(pool.log_p) if head.name == ENGAGEMENT else pool.scores[head.name]
+        score = np.where(own, order_by, -np.inf).astype(np.float32)
+        position, offsets = best_per_segment(score, pool.offsets, rules.depth(head.name, k, pool.offsets))
+        kept, offsets = rules.cut(head.name, offsets, pool.item[position], k)
+        position = position[kept]
         return pool.narrow(position, offsets, score[position], np.zeros(len(position), dtype=np.bool_), self.categories)
+
+    def _mergeable(self, pool: _Pool, rules: Rules) -> _Pool:
+        """The candidates that the merged list may hold."""
+        return pool.only(rules.allowed(MERGED, pool.trigger[pool.segment], pool.item)) if rules.restrict([MERGED]) else pool
 
     def _candidate_set(self, pool: _Pool) -> CandidateSet:
         return CandidateSet(
@@ -515,10 +588,11 @@ class Retriever:
             found_by_relevance=(pool.sources >> self._bit(RELEVANCE) & 1).astype(np.bool_),
         )
 
-    def _merged_lists(self, pool: _Pool, candidates: CandidateSet, counted: Counted, policies: Policies, k: int) -> Neighbors:
-        merged = merge_candidates(candidates, policies, k=k)
+    def _merged_lists(self, pool: _Pool, candidates: CandidateSet, counted: Counted, policies: Policies, k: int, rules: Rules) -> Neighbors:
+        merged = merge_candidates(candidates, policies, k=rules.depth(MERGED, k, pool.offsets))
+        merged = merged.only(*rules.cut(MERGED, merged.offsets, pool.item[merged.position], k))
         lists = pool.narrow(merged.position, merged.offsets, merged.score, merged.filled, self.categories)
-        return self._filled_up(lists, pool.trigger, counted, k)
+        return self._filled_up(lists, pool.trigger, counted, k, rules)
 
     def _log_p(
         self, row: Ints, item: Longs, head_score: Floats, weight: Floats, weight_row_sum: Floats, users: Sparse, keys: Longs
@@ -538,7 +612,7 @@ class Retriever:
         )
         return self.scorer.log_probability(features, row)
 
-    def _filled_up(self, lists: Neighbors, trigger: Ints, counted: Counted, k: int) -> Neighbors:
+    def _filled_up(self, lists: Neighbors, trigger: Ints, counted: Counted, k: int, rules: Rules) -> Neighbors:
         """Short lists with items of the category, then popular ones, appended; score 0, as nothing proposed them."""
         short = np.flatnonzero(np.diff(lists.offsets) < min(k, len(self.fill_order.popular)))
         empty = np.zeros(0, dtype=np.int32)
@@ -547,7 +621,8 @@ class Retriever:
         for row in short.tolist():
             listed, item = lists.neighbor[lists.offsets[row] : lists.offsets[row + 1]], int(trigger[row])
             category = -1 if coarsest is None else int(coarsest[item])
-            items[row], num_category = self.fill_order.fill(listed, trigger=item, coarsest=category, k=k)
+            admit = partial(rules.admit, MERGED, item) if rules.restrict([MERGED]) else None
+            items[row], num_category = self.fill_order.fill(listed, trigger=item, coarsest=category, k=k, admit=admit)
             where = np.arange(len(items[row])) < num_category
             sources[row] = np.where(where, 1 << self._bit(CATEGORY), 1 << self._bit(POPULARITY)).astype(np.int32)
         extra = self._extra(trigger, counted, items, sources) if len(short) else None

@@ -271,7 +271,8 @@ def test_the_zip_is_importable_with_its_settings(tmp_path: Path) -> None:
     (tmp_path / "Makefile").symlink_to(ROOT / "Makefile")
     made = make("--assume-old=env", "zip", f"PY={sys.executable}", folder=tmp_path)
     assert made.returncode == 0, made.stderr
-    code = "import conf.settings, sys; print(conf.settings.load_settings('demo').name, conf.settings.__file__)"
+    code = "import conf.settings, jobs.pages; print(conf.settings.load_settings('demo').name, conf.settings.__file__)\n"
+    code += "assert jobs.pages.environment().get_template('home.html') and jobs.pages.text('page.css')"
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": "mtmh.zip"}, cwd=tmp_path / "var", capture_output=True, text=True, check=True
     )

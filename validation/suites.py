@@ -6,7 +6,7 @@ A critical rule that fails stops the night and last night's lists stay; a warnin
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from conf.errors import BrokenGateError
@@ -248,6 +248,8 @@ def _publish_neighbors(context: GateContext) -> list[Rule]:
         _none("num_self_neighbors", "lists that hold their own trigger item", defect),
         _none("num_duplicate_neighbors", "lists that hold an item twice", defect),
         _none("num_ineligible_neighbors", "neighbors that may not be offered", defect),
+        replace(_none("num_refused_neighbors", "neighbors that a filter of their list refuses", defect), optional=True),
+        replace(_none("num_lists_over_limit", "lists and kinds with more neighbors than a limit allows", defect), optional=True),
         _none("num_unordered", "lists whose scores do not descend", defect),
         Rule(
             metric="churn",
@@ -259,6 +261,25 @@ def _publish_neighbors(context: GateContext) -> list[Rule]:
             remedy=churned,
         ),
         *_volumes(context, "num_items"),
+    ]
+
+
+def _remerge(context: GateContext) -> list[Rule]:
+    defect = "a defect of remerge: report it"
+    return [
+        _at_least("num_items", 1, "items with a merged list", "look at the eligibility of the items"),
+        _none("num_self_neighbors", "lists that hold their own trigger item", defect),
+        _none("num_duplicate_neighbors", "neighbors that a list holds twice", defect),
+        _none("num_ineligible_neighbors", "neighbors that may not be offered", defect),
+        _none("num_refused_neighbors", "neighbors that a filter or limit of their list refuses", defect),
+        Rule(
+            metric="churn",
+            minimum=0,
+            maximum=1,
+            severity="warning",
+            meaning="1 - mean Jaccard@10 of merged lists against those before",
+            remedy="the policy changes what is shown; if that is not wanted, `python -m jobs.rollback`",
+        ),
     ]
 
 
@@ -298,6 +319,7 @@ _SUITES: dict[str, Callable[[GateContext], list[Rule]]] = {
     "train_model": _train_model,
     "publish_neighbors": _publish_neighbors,
     "publish_online": _publish_online,
+    "remerge": _remerge,
     "evaluate": _evaluate,
     "backtest_validation": _backtest,
     "backtest_final": _backtest,

@@ -49,6 +49,26 @@ def test_all_faults_are_reported_together():
     assert any("a quota is a share in [0,1], found 2" in fault for fault in faults)
 
 
+def test_filters_name_mapped_columns_and_lists_that_exist():
+    mapped = "source.items.columns.filters=[stock, market]"
+    fine = "retrieval.filters=[{column: stock, rule: none_of, values: ['no'], heads: [merged], scopes: [toys, market=de]}]"
+    assert load_settings("demo", [mapped, fine, "retrieval.limits=[{by: category, at_most: 2}]"]).retrieval.filters[0].missing
+    wrong = "retrieval.filters=[{column: price, rule: shared, heads: [purchase]}, {column: stock, rule: shared, scopes: [shop=1, toys]}]"
+    limits = "retrieval.limits=[{by: category, at_most: 2}, {by: brand, at_most: 1, heads: [merged]}]"
+    (fault,) = faults_of(mapped, wrong, limits)
+    for text in (
+        "filters[0] reads column 'price'",
+        "filters[0] rules list 'purchase'",
+        "filters[1] reads column 'shop'",
+        "limits[1] reads column 'brand'",
+        "2 limits rule list 'merged', wanted one",
+        "source.items.columns.filters maps ['stock', 'market'], lists are ['engagement', 'relevance', 'merged']",
+    ):
+        assert text in fault
+    (fault,) = faults_of(mapped, "retrieval.filters=[{column: stock, rule: any_of}]")
+    assert "values belong to the rules any_of and none_of, which need some; found [] with any_of" in fault
+
+
 def test_the_ends_of_the_ranges_are_fine():
     judge = JudgeSettings(kind="labels", level_grades=[0, 1], ignored_labels=[r".*\d{4}|x"])
     assert BacktestSettings(judges={"tags": judge}, blend_values=[0, 7], content_shares=[0, 1], popularity_exponents=[0, 1])

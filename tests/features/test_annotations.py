@@ -22,13 +22,14 @@ SOURCE = ItemSource(
         attributes=["brand", "size"],
         embedding="vector",
         eligible="sold",
+        filters=["dept", "size", "shops"],
         event_timestamp="valid",
         created_timestamp="known",
     ),
 )
 SCHEMA = (
     "sku string, name string, dept string, class string, tags array<struct<tag string, weight string>>, brand string, size int, "
-    "vector array<double>, sold string, valid string, known string"
+    "vector array<double>, sold string, valid string, known string, shops array<string>"
 )
 BASE: dict[str, object] = {
     "sku": "a",
@@ -42,6 +43,7 @@ BASE: dict[str, object] = {
     "sold": None,
     "valid": "2024-01-02",
     "known": None,
+    "shops": None,
 }
 DAY = datetime(2024, 1, 2)
 
@@ -80,7 +82,7 @@ def test_rows_of_a_catalog(spark: SparkSession) -> None:
             {"sku": "r4", "vector": [1.0, float("nan")]},
             {"sku": "r5", "vector": [1.0]},
             {"sku": "r6", "sold": "perhaps"},
-            {"sku": "full", "known": "2024-01-03T00:00:00Z", "sold": "false"},
+            {"sku": "full", "known": "2024-01-03T00:00:00Z", "sold": "false", "shops": ["de", " fr", "", None, "de"]},
             {"sku": "gap", "dept": " ", "name": " ", "brand": None, "size": None, "vector": None},
             {"sku": "level", "class": None, "tags": []},
             {"sku": "tags", "tags": [("", "1"), (" b ", "1"), ("b", "3"), ("c", "0"), ("d", "NaN"), ("e", "x"), ("f", None), (None, "1")]},
@@ -95,7 +97,9 @@ def test_rows_of_a_catalog(spark: SparkSession) -> None:
         *("full", DAY, datetime(2024, 1, 3), "Tea", None, ["food", "drinks"], ["hot", "leaf"], [2.0, 1.0]),
         *({"brand": "x", "size": "5"}, [1.0, 0.5], False),
     )
+    assert full["filter_values"] == {"dept": ["food"], "size": ["5"], "shops": ["de", "fr"]}
     gap = found["gap"]
+    assert gap["filter_values"] is None
     assert (gap["categories"], gap["title"], gap["attributes"], gap["embedding"], gap["eligible"]) == (None, None, None, None, True)
     assert gap["created_timestamp"] == gap["event_timestamp"] == DAY
     assert (found["level"]["categories"], found["level"]["tags"], found["level"]["tag_weights"]) == (["food"], None, None)

@@ -1,9 +1,10 @@
-"""Feast for real: point-in-time joins against a native join and by hand, the online store on sqlite."""
+"""Feast for real: point-in-time joins against a native join and by hand, the online store on sqlite and on a Redis server."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -183,9 +184,10 @@ def test_history_gives_each_time_the_lists_published_by_then(spark: SparkSession
         listed("n5", date(2026, 3, 5), "a", "merged", ("early", 1.0)),
         listed("n5-again", date(2026, 3, 5), "a", "merged", ("again", 1.0)),
     ]
-    published = {"n1": at(2, 4, 10), "n2": at(4, 9), "n5": at(5, 12), "n5-again": at(5, 13)}
-    runs = spark.createDataFrame(list(published.items()), "run_id string, published_at timestamp")
-    history = store.pivot_neighbors(history_frame(spark, rows).join(runs, on="run_id"), HEADS, published_at=F.col("published_at"))
+    # on the 7th the night of the 1st was rolled back to
+    published = [("n1", at(2, 4, 10)), ("n2", at(4, 9)), ("n5", at(5, 12)), ("n5-again", at(5, 13)), ("n1", at(7, 9))]
+    runs = spark.createDataFrame(published, "run_id string, published_at timestamp")
+    history = store.pivot_neighbors(history_frame(spark, rows).join(runs, on="run_id"), HEADS, published_at="published_at")
     expected = {
         at(2, 4, 9): (None, None),
         at(2, 4, 10): ("n1", ["b", "c"]),
@@ -193,6 +195,8 @@ def test_history_gives_each_time_the_lists_published_by_then(spark: SparkSession
         at(4, 9): ("n2", ["d"]),
         at(5, 23): ("n2", ["d"]),
         at(6): ("n5-again", ["again"]),
+        at(7, 8): ("n5-again", ["again"]),
+        at(7, 9): ("n1", ["b", "c"]),
     }
     entities = spark.createDataFrame([("a", time) for time in expected], "item_id string, event_timestamp timestamp")
     found = store.neighbors_at(spark, feature_store, history=history, entities=entities).collect()
@@ -201,32 +205,27 @@ def test_history_gives_each_time_the_lists_published_by_then(spark: SparkSession
     assert (first["engagement_ids"], first["engagement_scores"], first["as_of"]) == (["c"], [2.0], "2026-03-01")
 
 
-def test_online_lists_are_those_written_last(
-    spark: SparkSession, feature_store: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def publish(pivoted: DataFrame) -> list[int]:
-        table, written = pivoted.orderBy("item_id").toArrow(), list[int]()
-        shards: list[pa.Table] = [table.slice(0, 1), table.slice(1), table.slice(0, 0)]
+def lists_table(*rows: tuple[str, str | None, list[str], list[float]]) -> pa.Table:
+    types = [("item_id", pa.string()), ("head", pa.string()), ("ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float64()))]
+    return pa.Table.from_pylist([dict(zip(("item_id", "head", "ids", "scores"), row, strict=True)) for row in rows], pa.schema(types))
+
+
+def check_online_lists(feature_store: Any, *, elsewhere: Callable[[], Any]) -> None:
+    """What any online store must do; `elsewhere` opens it from its folder alone."""
+
+    def publish(lists: pa.Table, run_id: str, as_of: str, written_at: datetime) -> list[int]:
+        rows, written = store.online_rows(lists, HEADS, run_id=run_id, as_of=as_of, written_at=written_at), list[int]()
+        shards: list[pa.Table] = [rows.slice(0, 1), rows.slice(1), rows.slice(0, 0)]
         store.write_online(feature_store, iter(shards), on_shard=written.append)
         return written
 
-    first = [
-        listed("n1", date(2026, 3, 1), "a", "merged", ("b", 0.9), ("c", 0.1)),
-        listed("n1", date(2026, 3, 1), "a", "engagement", ("c", 2.0)),
-        listed("n1", date(2026, 3, 1), "b", "merged", ("a", 0.9)),
-        listed("n1", date(2026, 3, 1), "b", "engagement"),
-    ]
-    assert publish(store.pivot_neighbors(history_frame(spark, first), HEADS, published_at=at(2))) == [1, 1, 0]
-    second = store.pivot_neighbors(
-        history_frame(spark, [listed("n2", date(2026, 3, 2), "a", "merged", ("c", 1 / 3), ("b", 0.2))]), HEADS, published_at=at(3)
-    )
-    gone = store.empty_lists(spark.createDataFrame([("b",)], "item_id string"), HEADS, like=second)
-    assert publish(second.unionByName(gone)) == [1, 1, 0]
-
-    from feast import FeatureStore
-
-    monkeypatch.chdir("/")  # paths in the file are relative to it
-    for opened in (feature_store, FeatureStore(str(folder))):
+    lists = [("a", "merged", ["b", "c"], [0.9, 0.1]), ("a", "engagement", ["c"], [2.0]), ("b", "merged", ["a"], [0.9])]
+    first = lists_table(*lists, ("b", "engagement", [], []))
+    assert publish(first, "n1", "2026-03-01", at(2)) == [1, 1, 0]
+    # a second later, still before the day after the run date; b has left
+    second = lists_table(("a", "merged", ["c", "b"], [1 / 3, 0.2]), ("b", None, [], []))
+    assert publish(second, "n2", "2026-03-02", at(2, 0, 0, 1)) == [1, 1, 0]
+    for opened in (feature_store, elsewhere()):
         found = store.lookup_online(opened, ["a", "b", "nobody"], heads=HEADS, k=1)
         assert found["a"] == {
             "run_id": "n2",
@@ -237,6 +236,22 @@ def test_online_lists_are_those_written_last(
         assert found["b"] == found["a"] | {"merged": {"ids": [], "scores": []}}  # a tombstone of that night
         assert found["nobody"] == found["b"] | {"run_id": None, "as_of": None}
     assert store.lookup_online(feature_store, [], heads=HEADS, k=1) == {}
+
+
+def test_online_lists_are_those_written_last(feature_store: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from feast import FeatureStore
+
+    monkeypatch.chdir("/")  # paths in the file are relative to it
+    check_online_lists(feature_store, elsewhere=lambda: FeatureStore(str(folder)))
+
+
+def test_online_lists_in_redis(redis_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from feast import FeatureStore
+
+    monkeypatch.setenv("MTMH_REDIS", redis_server)
+    opened = store.open_store(folder=str(tmp_path), online=OnlineSettings(store="redis"), redis_connection=redis_server)
+    store.apply_definitions(opened, heads=HEADS)
+    check_online_lists(opened, elsewhere=lambda: FeatureStore(str(tmp_path)))
 
 
 def test_secrets_stay_out_of_the_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,37 +1,63 @@
 """One small night in the bundle world, run twice, read every way, judged, and stopped by a gate."""
 
 import json
+import re
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 
 import duckdb
 import pandas as pd
 import pytest
+import yaml
+from playwright.sync_api import expect
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from conf.errors import GateError, SettingsError
+from conf.errors import GateError, SettingsError, TableError
 from conf.settings import load_settings
-from conf.tables import EVALUATION, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, TABLES, Table
+from conf.tables import (
+    EVALUATION,
+    ITEM_NEIGHBORS,
+    ITEM_NEIGHBORS_HISTORY,
+    PAIR_RELEVANCE,
+    RELEVANCE_EXAMPLES,
+    RELEVANCE_FEEDBACK,
+    TABLES,
+    Table,
+)
 from features import store
 from jobs.evaluate import evaluate
+from jobs.explorer import catalog
+from jobs.explorer.app import Explorer
 from jobs.export import export
 from jobs.ingest import ingest
 from jobs.ledger import StageRecord
 from jobs.look_up import Lookup
+from jobs.night_report import NightReport
 from jobs.nightly import STAGES, plan, run_night, summary
 from jobs.online import lists_served_at, open_feature_store
 from jobs.progress import Display
 from jobs.query import register_views
 from jobs.reader import neighbors_of, open_table
+from jobs.remerge import remerge
+from jobs.rollback import roll_back
 from jobs.show import side_by_side
 from jobs.stage import Night, make_night, run_stage
+from jobs.write_docs import duckdb_sql, example
+from tests.browser import needs_chromium, open_browser, served, sticking_out, watched
+from tests.conftest import ROOT
+from tests.lakes import write_table
 from tests.worlds import BundleWorld, write_config
 
 pytestmark = pytest.mark.night
 NIGHT = date(2024, 3, 31)
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
+
+
+# days from the night, the category of the other item (that of the first one is 2), grade
+VOTES = [(-2, 2, 0.0), (-1, 2, 1.0), (-2, 1, 1.0), (0, 1, None), (2, 0, 1.0)]
+"""A vote that is changed, one that is taken back, and one that is cast only after the night."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +73,18 @@ def _night(spark: SparkSession, config: Path, run_date: date, *assignments: str)
     return make_night(load_settings(str(config), assignments), run_date, spark=spark, display=Display(seconds_per_line=3600), now=NOW)
 
 
+def _vote(world: BundleWorld, days: int, category: int, grade: float | None) -> dict[str, object]:
+    at = datetime.combine(NIGHT, time(12), UTC) + timedelta(days=days)
+    return {"item_id": world.item_id(3, 2), "other_item_id": world.item_id(7, category), "rated_at": at, "grade": grade}
+
+
+def _items(world: BundleWorld, *sold_out: str) -> pd.DataFrame:
+    """The catalog with a stock, and two items of one category that are variants of each other."""
+    items, variants = world.items(), {world.item_id(8, 0), world.item_id(9, 0)}
+    parents = [("one" if sku in variants else sku) for sku in items["sku"]]
+    return items.assign(stock=["no" if sku in sold_out else "yes" for sku in items["sku"]], parent=parents)
+
+
 @pytest.fixture(scope="module")
 def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
     """The world after one night, with two torch processes."""
@@ -54,8 +92,17 @@ def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
     world = BundleWorld()
     world.write(folder)
     training = {"num_steps": 20, "batch_size": 64, "num_processes": 2}
-    config = write_config(folder, training=training)
+    in_stock = {"column": "stock", "rule": "any_of", "values": ["yes"]}
+    variants = {"column": "parent", "rule": "different", "heads": ["merged"]}
+    retrieval = {"list_length": 10, "filters": [in_stock, variants], "limits": [{"by": "category", "at_most": 9, "heads": ["merged"]}]}
+    config = write_config(folder, training=training, retrieval=retrieval)
+    content = yaml.safe_load(config.read_text())
+    content["source"]["items"]["columns"]["filters"] = ["stock", "parent"]
+    config.write_text(yaml.safe_dump(content))
+    _items(world).to_parquet(folder / "items" / "part-0.parquet", index=False)
     night = _night(spark, config, NIGHT)
+    night.lake.create(RELEVANCE_FEEDBACK)
+    write_table(Path(night.lake.root), RELEVANCE_FEEDBACK, [_vote(world, *vote) for vote in VOTES])
     return Done(world=world, folder=folder, config=config, night=night, records=run_night(night))
 
 
@@ -105,6 +152,88 @@ def test_reasons_say_what_is_true(done: Done) -> None:
             assert same == ("section" in neighbor["reason"])
 
 
+def test_votes_become_the_most_trusted_labels(done: Done) -> None:
+    first, other = done.world.item_id(3, 2), done.world.item_id(7, 2)
+    labels = done.night.lake.read(PAIR_RELEVANCE).drop("rated_at").collect()
+    assert [row.asDict() for row in labels] == [
+        {"item_id": first, "other_item_id": other, "source": "human", "grade": 1.0, "source_version": "explorer"}
+    ]
+    example = done.night.lake.read(RELEVANCE_EXAMPLES).where((F.col("item_id") == first) & (F.col("other_item_id") == other)).collect()
+    assert [(row["source"], row["target"]) for row in example] == [("human", 1.0)]
+
+
+def test_mixing_anew_at_the_value_of_the_policy_gives_the_published_lists(done: Done) -> None:
+    assert (done.night.artifacts("explorer") / catalog.FILE).is_file()
+    remixer = Explorer(settings=done.night.settings).remixer()
+    published = _lists(done, "merged")
+    for item_id in list(published)[::12]:
+        mixes = remixer.mixes(item_id)
+        again = [(neighbor.item.item_id, neighbor.score, neighbor.num_user_days) for neighbor in mixes.lists[mixes.own]]
+        assert again == [(row["neighbor_id"], pytest.approx(row["score"]), row["num_user_days"]) for row in published[item_id]]
+        assert mixes.own == 0.01
+        most_relevant = {neighbor.item.item_id for neighbor in mixes.lists[1.0][:5]}
+        assert len(most_relevant & done.world.category_of(item_id)) > len(most_relevant & done.world.bundle_of(item_id))
+    with pytest.raises(TableError, match="item 'unknown' is not in the index"):
+        remixer.mixes("unknown")
+
+
+@needs_chromium
+def test_the_mix_is_moved_by_keyboard_and_kept_in_the_address(done: Done) -> None:
+    with served(done.night.settings) as address, open_browser() as context:
+        page, faults = watched(context)
+        page.goto(f"{address}/?item={done.world.item_id(3, 2)}")
+        first = page.locator("#list-merged .neighbor").all_inner_texts()
+        slider = page.get_by_role("slider", name="Mix")
+        expect(slider).to_have_attribute("aria-valuetext", "λ = 0.01 (as published)")
+        slider.focus()
+        page.keyboard.press("End")
+        expect(slider).to_have_attribute("aria-valuetext", "λ = 1")
+        moved = page.locator("#list-merged .neighbor .what > a").all_inner_texts()
+        assert page.url.endswith("&mix=1")
+        page.reload()
+        expect(slider).to_have_attribute("aria-valuetext", "λ = 1")
+        assert page.locator("#list-merged .neighbor .what > a").all_inner_texts() == moved
+        slider.press("Home")
+        assert page.url.endswith("&mix=0")
+        for _ in range([0.0, 0.001, 0.002, 0.005, 0.01].index(0.01)):
+            page.keyboard.press("ArrowRight")
+        assert "mix" not in page.url
+        assert page.locator("#list-merged .neighbor").all_inner_texts() != first  # a page that was opened mixed has no published reasons
+        assert [text.splitlines()[1] for text in page.locator("#list-merged .neighbor").all_inner_texts()] == [
+            text.splitlines()[1] for text in first
+        ]
+        assert faults == []
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True)])
+def test_the_report_opens_from_the_disk_and_explains_every_number(done: Done, width: int, dark: bool) -> None:
+    assert {record.report for record in done.records} == {str(done.night.report_path)}
+    with open_browser(width=width, dark=dark) as context:
+        page, faults = watched(context)
+        asked = list[str]()
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(done.night.report_path.as_uri())
+        assert asked == [done.night.report_path.as_uri()]
+        assert page.locator("h1").inner_text() == "Night 2024-03-31: published"
+        for summary in page.locator("summary").all():
+            summary.click()
+        number = r"/^[-−–]?[\d.,]+( of [\d,]+)?%?$/"
+        bare = f"[...document.querySelectorAll('td, b')].filter(e => {number}.test(e.innerText.trim()) && !e.closest('[title]'))"
+        assert page.locator("td[title], b[title], div[title]").count() > 60
+        assert page.evaluate(f"{bare}.map(e => e.outerHTML)") == []
+        assert page.locator("svg").count() == 1
+        assert page.get_by_text("Nothing to compare: no night was published before.").count() == 1
+        assert sticking_out(page) == []
+        assert faults == []
+
+
+def test_every_metric_of_a_night_has_a_meaning(done: Done) -> None:
+    report = NightReport.of(done.night, list(STAGES))
+    unexplained = [name for record in report.records for name, _, meaning in report.metrics(record) if not meaning]
+    assert unexplained == [], "add them to METRICS in jobs/night_words.py, or give them a rule in validation/suites.py"
+
+
 def test_a_repeated_night_changes_nothing_and_says_so(done: Done) -> None:
     versions = {name: done.night.lake.version(table) for name, table in TABLES.items() if table is not EVALUATION and name != "runs"}
     again = _night(done.night.spark, done.config, NIGHT)
@@ -146,7 +275,7 @@ def test_one_list_read_five_ways(done: Done) -> None:
     files = open_table(root, ITEM_NEIGHBORS).file_uris()
     query = "SELECT list_transform(neighbors, lambda n: n.neighbor_id) FROM read_parquet(?) WHERE item_id = ? AND head = 'merged'"
     by_duckdb = duckdb.execute(query, [files, item_id]).fetchone()[0]
-    feature_store = open_feature_store(done.night)
+    feature_store = open_feature_store(done.night.settings)
     by_feast = store.lookup_online(feature_store, [item_id, "unknown"], heads=["merged"], k=100)
     export(root, str(done.folder / "lists.parquet"))
     exported = pd.read_parquet(done.folder / "lists.parquet").query("item_id == @item_id and head == 'merged'").sort_values("rank")
@@ -155,6 +284,16 @@ def test_one_list_read_five_ways(done: Done) -> None:
     assert by_feast["unknown"]["merged"]["ids"] == []
     assert by_feast[item_id]["run_id"] == done.night.run_id
     assert side_by_side(root, item_id, heads=["engagement", "relevance", "merged"], k=5).row_count == 5
+
+
+def test_example_queries_of_the_docs_run(done: Done) -> None:
+    register_views(done.night.lake)
+    for table in TABLES.values():
+        if table is EVALUATION and not done.night.lake.exists(table):
+            continue  # judged later in this file
+        by_spark = done.night.spark.sql(example(table)[1]).toArrow().column_names
+        if files := open_table(done.night.lake.root, table).file_uris():  # DuckDB cannot read a table without a file
+            assert duckdb.sql(duckdb_sql(table), params={"files": files}).columns == by_spark
 
 
 def test_offers_next_to_one_and_to_several_triggers(done: Done) -> None:
@@ -216,7 +355,34 @@ def test_a_failed_gate_keeps_the_published_table(done: Done) -> None:
     assert [(record.stage, record.status) for record in failed] == [("ingest", "failed")]
     assert "GateError" in (failed[0].error or "")
     assert json.loads(failed[0].gates or "{}")["stage"] == "ingest"
+    page = bad.report_path.read_text()
+    assert "not published: ingest failed" in page
+    assert "The lists of 2024-03-31 stay the current ones." in page
+    assert re.search(r"num_items</span></td><td [^>]*>60</td><td [^>]*>at least 1,000</td><td [^>]*>failed", page)
+    assert page.count("not reached") == len(STAGES) - 1
     assert done.night.lake.version(ITEM_NEIGHBORS) == before
+
+
+def _readme_examples(done: Done) -> tuple[str, str]:
+    """The statement and the program that the README looks a list up with, for this lake."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    statement, program = (
+        re.findall(r'jobs\.query "(SELECT rank[^"]*)"', text)[0],
+        re.findall(r"```python\n(from deltalake.*?)```", text, re.S)[0],
+    )
+    item_id = done.world.item_id(3, 2)
+    return statement.replace("1029743", item_id), program.replace("1029743", item_id).replace("var/lake/demo", done.night.lake.root)
+
+
+def test_the_examples_of_the_readme_run(done: Done) -> None:
+    statement, program = _readme_examples(done)
+    register_views(done.night.lake)
+    by_sql = [row["neighbor_id"] for row in done.night.spark.sql(statement).collect()]
+    names: dict[str, object] = {}
+    exec(program, names)
+    merged = next(row for row in names["rows"] if row["head"] == "merged")  # type: ignore[attr-defined]
+    assert by_sql == [neighbor["neighbor_id"] for neighbor in merged["neighbors"]][:5]
+    assert names["by_duckdb"] == by_sql
 
 
 def _a_failed_publish_gate_publishes_nothing(done: Done, later: Night) -> None:
@@ -234,21 +400,55 @@ def _a_failed_publish_gate_publishes_nothing(done: Done, later: Night) -> None:
 
 def test_an_item_that_left_has_no_lists_and_an_older_night_goes_to_history_only(done: Done) -> None:
     """Runs last: it changes the sources."""
-    gone = done.world.item_id(0, 0)
-    items = done.world.items()
+    gone, sold_out = done.world.item_id(0, 0), done.world.item_id(1, 1)
+    items = _items(done.world, sold_out)
     items[items["sku"] != gone].to_parquet(done.folder / "items" / "part-0.parquet", index=False)
     later = _night(done.night.spark, done.config, NIGHT + timedelta(days=1))
     _a_failed_publish_gate_publishes_nothing(done, later)
     run_night(later)
+    text = later.report_path.read_text()
+    assert "Night 2024-04-01: published" in text
+    assert re.search(r"alone\">0</b> items are new and\s+<b [^>]*>1</b> gone", text)
+    assert "most changed triggers" in text
     offered = {
         neighbor["neighbor_id"] for (_, _), found in neighbors_of(later.lake.root, items["sku"].tolist()).items() for neighbor in found
     }
-    assert gone not in offered
-    online = store.lookup_online(open_feature_store(later), [gone], heads=["merged"], k=5)
+    assert not offered & {gone, sold_out}
+    lists = neighbors_of(later.lake.root, [sold_out, done.world.item_id(8, 0)])
+    assert len(lists[sold_out, "merged"]) == 10  # not offered, yet a trigger
+    variant = done.world.item_id(9, 0)
+    assert variant not in {neighbor["neighbor_id"] for neighbor in lists[done.world.item_id(8, 0), "merged"]}
+    assert variant in offered
+    online = store.lookup_online(open_feature_store(later.settings), [gone], heads=["merged"], k=5)
     assert online[gone]["merged"]["ids"] == []
     assert online[gone]["run_id"] == later.run_id  # a tombstone of this night, not the list of the last one
     published = later.lake.version(ITEM_NEIGHBORS)
     older = _night(done.night.spark, done.config, NIGHT - timedelta(days=1))
     run_night(older)
     assert older.lake.version(ITEM_NEIGHBORS) == published
+    assert 'Night 2024-03-30: <span class="not">not published' in older.report_path.read_text()
     assert older.lake.read(ITEM_NEIGHBORS_HISTORY).where(f"run_id = '{older.run_id}'").count() > 0
+    _the_current_night_follows_a_changed_policy_and_is_rolled_back(done, later)
+
+
+def _the_current_night_follows_a_changed_policy_and_is_rolled_back(done: Done, later: Night) -> None:
+    """What jobs without Spark publish, Spark reads; each night has one publication in the offline view, and one more by the rollback."""
+    spark, item_id = later.spark, done.world.item_id(3, 2)
+    register_views(later.lake)
+    spark.sql("UPDATE merge_policy SET kind = 'rrf', value = 1.0 WHERE scope = 'default'")
+    again = remerge(later.settings, display=later.display)
+    assert again.run_id.startswith(f"{later.run_id}.m")
+    register_views(later.lake)
+    rows = spark.sql("SELECT run_id, head, rank, neighbor_id FROM item_neighbor_rows").where(F.col("item_id") == item_id).collect()
+    assert {row["run_id"] for row in rows} == {again.run_id}
+    merged, relevance = ({row["rank"]: row["neighbor_id"] for row in rows if row["head"] == head} for head in ("merged", "relevance"))
+    assert [merged[rank] for rank in (1, 2, 3)] == [relevance[rank] for rank in (1, 2, 3)]
+    assert store.lookup_online(open_feature_store(later.settings), [item_id], heads=["merged"], k=5)[item_id]["run_id"] == again.run_id
+    roll_back(later.settings, done.night.run_id, display=later.display)
+    gone = done.world.item_id(0, 0)
+    assert later.lake.read(ITEM_NEIGHBORS).where(F.col("item_id") == gone).count() == 3
+    assert store.lookup_online(open_feature_store(later.settings), [gone], heads=["merged"], k=5)[gone]["run_id"] == done.night.run_id
+    publications = [r.run_id for r in later.ledger.records(status="succeeded") if ITEM_NEIGHBORS.name in r.output_versions]
+    assert publications[-2:] == [again.run_id, done.night.run_id]
+    entities = spark.createDataFrame([(item_id, datetime.now(UTC))], "item_id string, event_timestamp timestamp")
+    assert lists_served_at(later, entities).collect()[0]["run_id"] == done.night.run_id

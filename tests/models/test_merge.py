@@ -82,6 +82,26 @@ def test_quota_by_hand(trigger, share, k, order, filled):
     assert scores == pytest.approx([TEN[n][0] for n in order])  # the probability, whatever the order
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_rank_fusion_against_a_plain_loop(share):
+    rng = np.random.default_rng(4)
+    triggers = [
+        [(p, r, 0.1, f) for p, r, f in zip(rng.random(n), rng.normal(size=n), rng.random(n) < 0.6, strict=True)] for n in (9, 0, 30)
+    ]
+    for trigger, (positions, scores, filled) in zip(
+        triggers, merged(candidates(*triggers), row(kind="rrf", value=share), k=5), strict=True
+    ):
+        found = [n for n in range(len(trigger)) if trigger[n][3]]
+        by_p = sorted(range(len(trigger)), key=lambda n: -trigger[n][0])
+        by_relevance = sorted(found, key=lambda n: -trigger[n][1])
+        fused = {
+            n: (1 - share) / (61 + by_p.index(n)) + (share / (61 + by_relevance.index(n)) if n in found else 0) for n in range(len(trigger))
+        }
+        assert positions == sorted(fused, key=lambda n: -fused[n])[:5]
+        assert scores == pytest.approx([trigger[n][0] for n in positions])
+        assert not any(filled)
+
+
 def test_policies_by_category_of_the_trigger():
     rows = (row(), row("toys", "quota", 1.0), row("books", "blend", 0.5))
     lists = merged(candidates(TEN, TEN, TEN, [], TEN), *rows, coarsest=[None, "toys", "books", "toys", "garden"], k=2)
@@ -95,7 +115,7 @@ def test_bad_policies_are_named_together():
     with pytest.raises(SettingsError) as raised:
         read_policies(rows)
     for text in (
-        "row scope='toys': unknown kind 'mix'; wanted one of ['blend', 'quota']",
+        "row scope='toys': unknown kind 'mix'; wanted one of ['blend', 'quota', 'rrf']",
         "row scope='books': value 1.5 of kind quota; wanted a number from 0 to 1",
         "row scope='games': value nan",
         "row scope='games': popularity_exponent 2",

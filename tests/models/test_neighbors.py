@@ -1,6 +1,8 @@
 """Lists against a plain loop over every item, in a world of known neighbors, and the contract that every list keeps."""
 
+import hashlib
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +11,18 @@ import pytest
 from scipy.sparse import csr_array
 
 from conf.errors import TrainingError
-from conf.settings import RetrievalSettings
+from conf.settings import LimitSettings, RetrievalSettings
 from models.data import TRENDS
+from models.eligibility import FilterColumn, FilterColumns
 from models.factorization import log_popularity
+from models.kept import KeptCandidates
+from models.list_rows import ARROW_SCHEMA
 from models.merge import Policies, read_policies
-from models.neighbors import ARROW_SCHEMA, Counted, NeighborLists, Retriever, build_index
+from models.neighbors import Counted, NeighborLists, Retriever, build_index
 from models.scorer import FEATURES, Scorer, candidate_features, log_softmax
 from models.user_level import UserLevel
 
+NIGHT = date(2024, 3, 31)
 BLEND = {"scope": "default", "kind": "blend", "value": 0.02, "popularity_exponent": 0.3}
 QUOTA = {"scope": "default", "kind": "quota", "value": 0.4, "popularity_exponent": 0.0}
 SETTINGS = RetrievalSettings(
@@ -76,6 +82,9 @@ class World:
             "trends": rng.standard_normal((n, len(TRENDS))).astype(np.float32),
             "user_level": UserLevel.of(csr_array((rng.random((40, n)) < 0.12).astype(np.float32)), min_users=2),
             "category_codes": codes[:, : self.num_levels].astype(np.int32),
+            "tags": FilterColumn.rarest([list("abcdefgh"[item % 5 : item % 5 + 3]) if item % 7 else None for item in range(n)], 8),
+            "category_names": [f"category {code}" for code in range(9)],
+            "filters": FilterColumns.encode({}, coarsest=[None if code < 0 else f"category {code}" for code in coarse], as_of=NIGHT),
         }
         self.weight = np.where(rng.random((n, n)) < 0.15, rng.exponential(1, (n, n)), 0).astype(np.float32)
         self.weight[: n // 8] = 0  # some items have no pairs
@@ -95,7 +104,8 @@ class World:
         if scorer is not None:
             file = folder / "fitted.json"
             scorer.save(file)
-        build_index(folder / "index", **{**self.arrays, **changed}, scorer_file=file, calibration={"temperature": 3.0})
+        arrays = {**self.arrays, "settings": SETTINGS, **changed}
+        build_index(folder / "index", **arrays, scorer_file=file, calibration={"temperature": 3.0})
         return Retriever.open(folder / "index")
 
     def retrieve(self, retriever, policy=BLEND, settings=SETTINGS, triggers=None):
@@ -278,7 +288,7 @@ def test_retrieval_contract(tmp_path, policy, settings):
                 equal = [a == b >= 0 for a, b in zip(codes[trigger], codes[other], strict=True)]
                 assert row["shared_depth"] == (2 if all(equal) else int(equal[0]))
     at_once = world.retrieve(retriever, policy, settings.model_copy(update={"block_size": 1000}))
-    assert at_once.to_arrow(retriever.item_ids).equals(lists.to_arrow(retriever.item_ids)), "lists depend on the block size"
+    assert retriever.to_arrow(at_once).equals(retriever.to_arrow(lists)), "lists depend on the block size"
 
 
 # --- corners ---
@@ -296,6 +306,29 @@ def test_lists_under_several_policies_are_those_of_each(tmp_path):
         np.testing.assert_array_equal(found.neighbor, alone.neighbor)
         np.testing.assert_array_equal(found.offsets, alone.offsets)
         np.testing.assert_allclose(found.score, alone.score)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_merging_again_from_what_was_kept_gives_the_lists_of_a_retrieval(tmp_path, narrow):
+    limits = [LimitSettings(by="category", at_most=2)]
+    few = {"num_candidates_counts": 1, "num_candidates_head": 1, "num_candidates_content": 0, "limits": limits, "list_length": 30}
+    settings, world = SETTINGS.model_copy(update=few if narrow else {}), World(seed=4)
+    retriever, trigger = world.open(tmp_path), np.arange(world.num_items, dtype=np.int32)
+    before = read_policies([BLEND])
+    lists = retriever.retrieve(trigger, world.counted(trigger), retriever.policies_for(before, trigger), settings=settings, keep=True)
+    for kept in lists.kept:
+        kept.save(tmp_path)
+    files = sorted(tmp_path.glob("*.arrow"))
+    assert len(files) == -(-world.num_items // settings.block_size)
+    for row in (QUOTA, BLEND | {"value": 1.0}, QUOTA | {"kind": "rrf"}):
+        policies, wanted = read_policies([row]), world.retrieve(retriever, row, settings)
+        again = []
+        for file in files:
+            kept = KeptCandidates.open(file)
+            again.append(retriever.remerge(kept, retriever.policies_for(policies, kept.trigger), settings=settings))
+        assert [name for part in again for name in part.heads] == ["merged"] * len(files)
+        found = [batch for part in again for batch in retriever.to_arrow(part).to_pylist()]
+        assert found == [batch for batch in retriever.to_arrow(wanted).to_pylist() if batch["head"] == "merged"]
 
 
 def test_blank_items(tmp_path):
@@ -358,7 +391,7 @@ def test_catalogs_that_lack_something(tmp_path, changed):
         lists = world.retrieve(retriever, policy)
         lengths = np.diff(lists.heads["merged"].offsets)
         assert (lengths == (0 if "eligible" in changed else 8)).all()
-    assert world.retrieve(retriever, triggers=[]).to_arrow(retriever.item_ids).num_rows == 0
+    assert retriever.to_arrow(world.retrieve(retriever, triggers=[])).num_rows == 0
 
 
 def test_two_items(tmp_path):
@@ -370,17 +403,34 @@ def test_two_items(tmp_path):
 
 def test_arrow_rows(tmp_path):
     world = World()
+    all_tags = [tag for item in range(70) for tag in ("abcdefgh"[item % 5 : item % 5 + 3] if item % 7 else "")]
+
+    def tags_of(item):
+        """The rarest first."""
+        return sorted("abcdefgh"[item % 5 : item % 5 + 3] if item % 7 else "", key=lambda tag: (all_tags.count(tag), tag))
+
     retriever = world.open(tmp_path)
     assert retriever.calibration == {"temperature": 3.0}
     lists = world.retrieve(retriever, triggers=[9, 40])
-    batch = lists.to_arrow(retriever.item_ids)
+    batch = retriever.to_arrow(lists)
     assert batch.schema == ARROW_SCHEMA
     batch.validate(full=True)
     rows = batch.to_pylist()
     assert [(row["item_id"], row["head"]) for row in rows[:3]] == [("i009", "engagement"), ("i040", "engagement"), ("i009", "relevance")]
     for row, found in zip(rows[-2:], rows_of(lists, "merged"), strict=True):
-        wanted = [{"neighbor_id": f"i{one.pop('neighbor'):03d}"} | one for one in found]
-        assert [neighbor | {"sources": set(neighbor["sources"])} for neighbor in row["neighbors"]] == wanted
+        codes = world.arrays["category_codes"][int(row["item_id"][1:])]
+        for neighbor, one in zip(row["neighbors"], found, strict=True):
+            depth = one.pop("shared_depth")
+            reason = [f"engaged together on {one['num_user_days']} user-days"] if one["num_user_days"] else []
+            reason += [f"same category {codes[depth - 1]}"] if depth else []
+            shared = [tag for tag in tags_of(int(row["item_id"][1:])) if tag in tags_of(one["neighbor"])]
+            reason += ["both " + ", ".join(shared[:2])] if shared else []
+            by = ", ".join(name for name in lists.source_names if name in one["sources"])
+            reason.append("fills up the list" if one["filled"] else f"found by {by}")
+            assert neighbor.pop("reason") == "; ".join(reason)
+            assert neighbor | {"sources": set(neighbor["sources"])} == {"neighbor_id": f"i{one.pop('neighbor'):03d}"} | one
+        ids = "\x1f".join(neighbor["neighbor_id"] for neighbor in row["neighbors"])
+        assert row["list_hash"] == hashlib.sha1(ids.encode()).hexdigest()
     assert pa.types.is_list(batch.schema.field("neighbors").type)
 
 

@@ -66,6 +66,14 @@ CLEAN: dict[str, dict[str, float]] = {
         "churn": 0.1,
     },
     "publish_online": {"num_items_written": 300, "num_items_expected": 300},
+    "remerge": {
+        "num_items": 300,
+        "num_self_neighbors": 0,
+        "num_duplicate_neighbors": 0,
+        "num_ineligible_neighbors": 0,
+        "num_refused_neighbors": 0,
+        "churn": 0.4,
+    },
     "evaluate": {"num_triggers": 250},
     **{
         key: {"num_triggers": 250, "num_rows_after_cut": 0, "num_withheld_values": 0, "content_rel_ndcg": 0.7}
@@ -111,6 +119,8 @@ CRITICAL = [
     ("publish_neighbors", {"coverage": 1.2}, ["coverage"]),  # lists of items outside the catalog
     ("publish_neighbors", {"num_self_neighbors": 1, "num_duplicate_neighbors": 1}, ["num_self_neighbors", "num_duplicate_neighbors"]),
     ("publish_neighbors", {"num_ineligible_neighbors": 1, "num_unordered": 1}, ["num_ineligible_neighbors", "num_unordered"]),
+    ("publish_neighbors", {"num_refused_neighbors": 1, "num_lists_over_limit": 2}, ["num_refused_neighbors", "num_lists_over_limit"]),
+    ("remerge", {"num_refused_neighbors": 1, "num_duplicate_neighbors": 1}, ["num_refused_neighbors", "num_duplicate_neighbors"]),
     ("publish_online", {"num_items_written": 299}, ["num_items_written"]),
     ("publish_online", {"num_items_written": math.nan, "num_items_expected": math.nan}, ["num_items_written", "num_items_expected"]),
     ("backtest_validation", {"num_rows_after_cut": 3}, ["num_rows_after_cut"]),  # training saw the future

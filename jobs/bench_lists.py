@@ -1,0 +1,205 @@
+"""The list works of `make bench-neighbors`: publication against a bare Parquet write, point lookups, the online stores, a changed policy.
+
+All but the last work on made-up lists of three heads with 100 neighbors each; the policy is changed in the lake of `make demo`.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from conf.settings import Settings, load_settings
+from conf.tables import ITEM_FEATURES, ITEM_NEIGHBORS, MERGE_POLICY
+from features import store
+from jobs.bench_search import times
+from jobs.online import feature_store_folder, open_feature_store
+from jobs.progress import Display
+from jobs.publication import published
+from jobs.publish_neighbors import publish_lists
+from jobs.publish_online import write_current
+from jobs.reader import neighbors_of, open_table, table_exists
+from jobs.session import start_session
+from jobs.stage import StageRun, make_night, run_stage
+from models.list_rows import ARROW_SCHEMA, list_hashes
+
+Json = dict[str, Any]
+_NIGHT = date(2024, 3, 31)
+_HEADS = ("engagement", "merged", "relevance")
+_LENGTH = 100
+_ITEMS_PER_FILE = 4_096
+_QUIET = Display(seconds_per_line=60)
+
+
+def _settings(folder: Path, *assignments: str) -> Settings:
+    spark = "spark.settings={spark.sql.files.openCostInBytes: '134217728'}"  # a partition a file, as the lists leave the search
+    return load_settings("demo", [f"lake.root={(folder / 'lake').absolute()}", spark, *assignments])
+
+
+def _made_up_lists(folder: Path, num_items: int) -> Path:
+    """Parquet files of lists as the retriever gives them, each of a range of items."""
+    source = folder / f"lists-{num_items}"
+    if (source / "done").exists():
+        return source
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir(parents=True)
+    rng, ids = np.random.default_rng(0), pa.array([f"{number:07d}" for number in range(num_items)])
+    found = pa.array([["counts", "engagement"], ["engagement"], ["relevance", "content"], ["counts", "popularity"]])
+    for start in range(0, num_items, _ITEMS_PER_FILE):
+        items = np.arange(start, min(start + _ITEMS_PER_FILE, num_items))
+        num = len(items) * len(_HEADS) * _LENGTH
+        neighbor = (num_items * rng.random(num) ** 3).astype(np.int64)
+        days, which = rng.integers(0, 30, num), pa.array(rng.integers(0, 4, num))
+        words = pa.array([f"engaged together on {n} user-days; same aisle {n % 7}; found by counts, engagement" for n in range(30)])
+        columns = [ids.take(pa.array(neighbor)), pa.array(-np.sort(-rng.random(num))), words.take(pa.array(days)), found.take(which)]
+        columns += [pa.array(days), pa.array(rng.random(num)), pa.array(np.zeros(num, bool))]
+        flat = pa.StructArray.from_arrays(columns, fields=list(ARROW_SCHEMA.field("neighbors").type.value_type))
+        lists = pa.ListArray.from_arrays(pa.array(np.arange(0, num + 1, _LENGTH, dtype=np.int32)), flat)
+        rows = [ids.take(pa.array(np.repeat(items, len(_HEADS)))), pa.array(list(_HEADS) * len(items)), lists, pa.array(list_hashes(lists))]
+        pq.write_table(pa.table(rows, schema=ARROW_SCHEMA), source / f"part-{start:08d}.parquet")
+    (source / "done").touch()
+    return source
+
+
+def publication(folder: Path, num_items: int) -> Iterator[Json]:
+    """History, gate and commit of all lists, against writing the same rows as Parquet."""
+    source, settings = _made_up_lists(folder, num_items), _settings(folder)
+    shutil.rmtree(settings.lake.root, ignore_errors=True)
+    spark = start_session(settings.spark, app_name="bench publication")
+    lists = spark.read.parquet(str(source))
+    row = {"work": "history, gate, commit", "size": num_items}
+    bare = times(lambda: lists.write.mode("overwrite").parquet(str(folder / "bare")), 1)
+    yield row | bare | {"method": "parquet", "note": f"{len(_HEADS)} heads of {_LENGTH}, the rows alone"}
+    night = make_night(settings, _NIGHT, spark=spark, display=_QUIET)
+    run_stage(night, "build_features", lambda run: run.replace(ITEM_FEATURES, _features(lists)))
+
+    def publish(run: StageRun) -> None:
+        run.night.lake.create(ITEM_NEIGHBORS)
+        publish_lists(run, lists, model_version="bench", expected=run.night.lake.version(ITEM_NEIGHBORS))
+
+    ours = times(lambda: run_stage(night, "publish_neighbors", publish, force=True), 1)
+    spark.stop()
+    yield row | ours | {"method": "mtmh", "note": f"{ours['median_s'] / bare['median_s']:.2f} x the bare write"}
+
+
+def _features(lists: DataFrame) -> DataFrame:
+    """The columns that the gate reads; the rest is empty."""
+    given = {
+        "item_id": F.col("item_id"),
+        "item_index": F.col("item_id").cast("int"),
+        "content_vector": F.array(F.lit(0.0)),
+        "in_catalog": F.lit(True),
+        "eligible": F.lit(True),
+        "age_days": F.lit(1),
+        "num_user_days": F.lit(1),
+        "as_of": F.lit(_NIGHT),
+    }
+    items = lists.where("head = 'merged'")
+    return items.select([given.get(c.name, F.lit(None)).cast(c.type).alias(c.name) for c in ITEM_FEATURES.columns])
+
+
+def lookups(folder: Path, num_items: int) -> Iterator[Json]:
+    """All lists of one item from Delta without Spark; needs the lake of the work `publication`."""
+    root = _settings(folder).lake.root
+    ids = [f"{number:07d}" for number in np.random.default_rng(3).integers(0, num_items, 60)]
+    row = {"work": "point lookup in Delta", "size": num_items}
+    yield row | _each(ids, lambda item: neighbors_of(root, [item])) | {"method": "mtmh"}
+    files = open_table(root, ITEM_NEIGHBORS).file_uris()
+    query = "SELECT * FROM read_parquet(?) WHERE item_id = ?"
+    yield row | _each(ids, lambda item: duckdb.execute(query, [files, item]).fetchall()) | {"method": "duckdb over the file list"}
+
+
+def _each(ids: Sequence[Any], ask: Any) -> Json:
+    """Seconds of one question: median, least, most, and p99 in the note."""
+    ask(ids[0])
+    seconds = []
+    for item in ids:
+        begin = time.perf_counter()
+        ask(item)
+        seconds.append(time.perf_counter() - begin)
+    p50, p99 = np.quantile(seconds, [0.5, 0.99])
+    return {"median_s": float(p50), "min_s": min(seconds), "max_s": max(seconds), "runs": len(seconds)} | {
+        "note": f"p50 {1000 * p50:.2f} ms, p99 {1000 * p99:.2f} ms"
+    }
+
+
+def online(folder: Path, num_items: int) -> Iterator[Json]:
+    """Publication online and lookups there, on sqlite and on Redis; needs the lake of the work `publication`."""
+    for kind in ("sqlite", "redis"):
+        with _redis() if kind == "redis" else nullcontext("") as connection:
+            if connection is None:
+                continue
+            os.environ["MTMH_REDIS"] = connection
+            settings = _settings(folder, f"online.store={kind}")
+            shutil.rmtree(feature_store_folder(settings.lake), ignore_errors=True)
+            yield from _online(settings, num_items, kind)
+
+
+def _online(settings: Settings, num_items: int, kind: str) -> Iterator[Json]:
+    begin = time.perf_counter()
+    write_current(settings, published(settings.lake.root).version, now=datetime.now(UTC), display=_QUIET)
+    seconds = time.perf_counter() - begin
+    rate = {"median_s": seconds, "min_s": seconds, "max_s": seconds, "runs": 1, "note": f"{num_items / seconds:,.0f} items/s"}
+    yield {"work": "publish online", "size": num_items, "method": "mtmh" if kind == "sqlite" else f"mtmh, {kind}"} | rate
+    feature_store, rng = open_feature_store(settings), np.random.default_rng(4)
+    for num_asked, runs in ((1, 1000), (100, 50)):
+        asked = [[f"{number:07d}" for number in rng.integers(0, num_items, num_asked)] for _ in range(runs)]
+
+        def ask(ids: list[str]) -> None:
+            store.lookup_online(feature_store, ids, heads=settings.list_names, k=_LENGTH)
+
+        row = {"work": f"online lookup of {num_asked}", "size": num_items, "method": "mtmh" if kind == "sqlite" else f"mtmh, {kind}"}
+        yield row | _each(asked, ask)
+
+
+@contextmanager
+def _redis() -> Iterator[str | None]:
+    """host:port of a server on a free port of the loopback; None where there is no redis-server."""
+    program = shutil.which("redis-server")
+    if program is None:
+        print("no redis-server on PATH: its rows are left out", file=sys.stderr)
+        yield None
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [program, "--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:  # noqa: S603 - found above
+        time.sleep(1)
+        yield f"127.0.0.1:{port}"
+        server.terminate()
+
+
+def policy(_: Path, __: int) -> Iterator[Json]:
+    """A changed policy in the lake of the demo, from the statement to lists that Delta and the online store serve."""
+    settings = load_settings("demo")
+    root = str(Path(settings.lake.root).absolute())
+    if not table_exists(root, ITEM_NEIGHBORS):
+        print("no lists in the lake of the demo: run `make demo` first; the work policy is left out", file=sys.stderr)
+        return
+    table = open_table(root, MERGE_POLICY)
+    value = table.to_pyarrow_table().to_pylist()[0]["value"]
+    begin = time.perf_counter()
+    table.update(predicate="scope = 'default'", updates={"value": str(value + 0.01)})
+    subprocess.run([sys.executable, "-m", "jobs.remerge", "--config", "demo"], check=True, stdout=sys.stderr)
+    seconds = time.perf_counter() - begin
+    num_items = open_table(root, ITEM_NEIGHBORS).to_pyarrow_dataset().count_rows() // len(settings.list_names)
+    yield {"work": "policy to visible lists, online included", "size": num_items, "method": "mtmh", "runs": 1} | {
+        "median_s": seconds,
+        "min_s": seconds,
+        "max_s": seconds,
+        "note": "UPDATE of one row by delta-rs, then `python -m jobs.remerge`, start of the process included",
+    }

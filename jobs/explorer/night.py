@@ -1,0 +1,245 @@
+"""A published night as the explorer reads it: an item's lists, what has changed since a kept night, its facts. No Spark."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from conf.errors import TableError
+from conf.settings import Settings
+from conf.tables import (
+    CO_ENGAGEMENT_PAIRS,
+    ITEM_FEATURES,
+    ITEM_NEIGHBORS,
+    ITEM_NEIGHBORS_HISTORY,
+    ITEM_POPULARITY,
+    RELEVANCE_FEEDBACK,
+    RUNS,
+)
+from jobs.explorer import catalog
+from jobs.explorer.catalog import Catalog, Item
+from jobs.publication import base_run
+from jobs.reader import artifacts_of, lake_root, neighbors_of, open_table, rows_where, table_exists
+
+BASELINES = {
+    column.name: column.comment for column in CO_ENGAGEMENT_PAIRS.columns if column.type == "double" and column.name != "fit_weight"
+}
+"""What counted pairs can be ranked by, without any model, and what it means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbor:
+    """A place in a list.
+
+    `change` says how the place compares with another list: `new`, `+3` for three places up, `-2` for two down, empty for no change;
+    `both` that the engagement list and the relevance list hold the neighbor; `vote` is the grade given here, None for none.
+    """
+
+    rank: int
+    item: Item
+    score: float
+    reason: str = ""
+    sources: tuple[str, ...] = ()
+    num_user_days: int = 0
+    relevance: float | None = None
+    filled: bool = False
+    both: bool = False
+    change: str = ""
+    vote: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptNight:
+    """A night whose lists are kept in history."""
+
+    run_id: str
+    run_date: date
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedNight:
+    """The night in `item_neighbors` at one version, with the versions of the tables that it was made from."""
+
+    settings: Settings
+    root: str
+    version: int
+    run_id: str
+    run_date: date
+    versions: Mapping[str, int]
+    catalog: Catalog
+
+    @classmethod
+    def open(cls, settings: Settings) -> Self:
+        """Open the current night; its search index is built here only if the night was made by code that built none.
+
+        Raises:
+            TableError: nothing is published yet, or the ledger does not know the night.
+        """
+        root = lake_root(settings.lake)
+        table = open_table(root, ITEM_NEIGHBORS)
+        first = table.to_pyarrow_dataset().head(1, columns=["run_id", "run_date"]).to_pylist()
+        if not first:
+            raise TableError(f"item_neighbors under {root} is empty; run `python -m jobs.nightly`")
+        versions = pinned_versions(root, first[0]["run_id"])
+        path = artifacts_of(settings.lake, base_run(first[0]["run_id"])) / "explorer" / catalog.FILE
+        if not path.is_file():
+            index_titles(root, versions, path, image_attribute=settings.explorer.image_attribute)
+        return cls(settings=settings, root=root, version=table.version(), **first[0], versions=versions, catalog=Catalog.open(path))
+
+    @property
+    def artifacts(self) -> Path:
+        """Files of this night that are not tables."""
+        return artifacts_of(self.settings.lake, base_run(self.run_id))
+
+    def lists(self, item_id: str, *, since: str | None = None) -> dict[str, list[Neighbor]]:
+        """Every list of an item by head, the merged one first; `since` a kept night's run id marks what has changed."""
+        found = {head: neighbors for (_, head), neighbors in neighbors_of(self.root, [item_id]).items()}
+        order = sorted(found, key=lambda head: self._list_names.index(head) if head in self._list_names else len(found))
+        lists = {head: self._described(item_id, found[head]) for head in order}
+        if since is None:
+            return lists
+        before = self.ids_of(item_id, since)
+        return {head: marked(neighbors, before.get(head, ())) for head, neighbors in lists.items()}
+
+    @cached_property
+    def _list_names(self) -> list[str]:
+        return ["merged", *self.settings.model.heads]
+
+    def _described(self, item_id: str, neighbors: Sequence[Mapping[str, Any]]) -> list[Neighbor]:
+        items = self.catalog.known([neighbor["neighbor_id"] for neighbor in neighbors])
+        return [
+            Neighbor(
+                rank=rank,
+                item=items[neighbor["neighbor_id"]],
+                score=neighbor["score"],
+                reason=neighbor["reason"] or "",
+                sources=tuple(neighbor["sources"] or ()),
+                num_user_days=neighbor["num_user_days"],
+                relevance=neighbor["relevance"],
+                filled=neighbor["filled"],
+            )
+            for rank, neighbor in enumerate(neighbors, start=1)
+        ]
+
+    def ids_of(self, item_id: str, run_id: str) -> dict[str, list[str]]:
+        """Neighbor ids by head in a kept night."""
+        dataset = open_table(self.root, ITEM_NEIGHBORS_HISTORY).to_pyarrow_dataset()
+        mine = (ds.field("item_id") == item_id) & (ds.field("run_id") == run_id)
+        rows = dataset.to_table(columns=["head", "neighbors"], filter=mine).to_pylist()
+        return {row["head"]: [neighbor["neighbor_id"] for neighbor in row["neighbors"]] for row in rows}
+
+    def kept_nights(self) -> list[KeptNight]:
+        """Other nights whose lists are in history, the newest first."""
+        columns = ["run_id", "run_date", "status", "output_versions"]
+        rows = rows_where(self.root, RUNS, "stage", ["publish_neighbors", "remerge"], columns).to_pylist()
+        newest = max((row["run_date"] for row in rows), default=self.run_date)
+        nights = {
+            KeptNight(run_id=row["run_id"], run_date=row["run_date"])
+            for row in rows
+            if row["status"] == "succeeded" and (newest - row["run_date"]).days <= self.settings.lake.keep_nights
+        }
+        others = (night for night in nights if night.run_id != self.run_id)
+        return sorted(others, key=lambda night: (night.run_date, night.run_id), reverse=True)
+
+    def pairs_of(self, item_id: str, columns: Sequence[str]) -> pa.Table:
+        """The counted pairs of a trigger, as the night read them."""
+        version = self.versions[CO_ENGAGEMENT_PAIRS.name]
+        return rows_where(self.root, CO_ENGAGEMENT_PAIRS, "trigger_item_id", [item_id], columns, version)
+
+    def baseline(self, item_id: str, by: str, *, k: int) -> list[Neighbor]:
+        """The trigger's counted pairs in the order of one of BASELINES."""
+        pairs = self.pairs_of(item_id, list(dict.fromkeys(["target_item_id", "num_user_days", by])))
+        best = pairs.sort_by([(by, "descending"), ("target_item_id", "ascending")]).slice(0, k).to_pylist()
+        items = self.catalog.known([row["target_item_id"] for row in best])
+        return [
+            Neighbor(rank=rank, item=items[row["target_item_id"]], score=row[by], num_user_days=row["num_user_days"])
+            for rank, row in enumerate(best, start=1)
+        ]
+
+    def votes(self, item_id: str) -> dict[str, float]:
+        """The latest grade given to each neighbor of a trigger; what was withdrawn is not there."""
+        if not table_exists(self.root, RELEVANCE_FEEDBACK):
+            return {}
+        rows = rows_where(self.root, RELEVANCE_FEEDBACK, "item_id", [item_id], ["other_item_id", "rated_at", "grade"])
+        latest = {row["other_item_id"]: row["grade"] for row in rows.sort_by("rated_at").to_pylist()}
+        return {other: grade for other, grade in latest.items() if grade is not None}
+
+
+def index_titles(root: str, versions: Mapping[str, int], path: Path, *, image_attribute: str) -> None:
+    """Build the search index from the versions of item_features and item_popularity that a night reads."""
+    features = open_table(root, ITEM_FEATURES, versions[ITEM_FEATURES.name]).to_pyarrow_table(columns=list(catalog.FEATURES))
+    popularity = open_table(root, ITEM_POPULARITY, versions[ITEM_POPULARITY.name]).to_pyarrow_table(columns=list(catalog.POPULARITY))
+    catalog.build_catalog(features, popularity, path, image_attribute=image_attribute)
+
+
+def pinned_versions(root: str, run_id: str) -> dict[str, int]:
+    """The version of every table that a night read or wrote.
+
+    Raises:
+        TableError: the ledger has no succeeded stage of this run.
+    """
+    rows = (
+        rows_where(root, RUNS, "run_id", [run_id], ["status", "ended_at", "input_versions", "output_versions"])
+        .sort_by("ended_at")
+        .to_pylist()
+    )
+    good = [row for row in rows if row["status"] == "succeeded"]
+    if not good:
+        raise TableError(f"table runs under {root} has no succeeded stage of the published run {run_id}; run `python -m jobs.nightly`")
+    versions: dict[str, int] = {}
+    for row in good:
+        versions |= dict(row["input_versions"]) | dict(row["output_versions"])
+    return versions
+
+
+def marked(neighbors: Sequence[Neighbor], before: Sequence[str]) -> list[Neighbor]:
+    """The neighbors with what has changed against another list's ids; nothing is marked if that list is empty."""
+    if not before:
+        return list(neighbors)
+    places = {item_id: rank for rank, item_id in enumerate(before, start=1)}
+    return [replace(neighbor, change=_change(neighbor, places.get(neighbor.item.item_id))) for neighbor in neighbors]
+
+
+def _change(neighbor: Neighbor, before: int | None) -> str:
+    if before is None:
+        return "new"
+    return "" if before == neighbor.rank else f"{before - neighbor.rank:+d}"
+
+
+def with_votes_and_both(neighbors: Iterable[Neighbor], *, votes: Mapping[str, float], both: set[str]) -> list[Neighbor]:
+    """The neighbors with the grades given here, and marked where both heads found them."""
+    return [
+        replace(neighbor, vote=votes.get(neighbor.item.item_id), both=neighbor.item.item_id in both and not neighbor.filled)
+        for neighbor in neighbors
+    ]
+
+
+def found_by_both(lists: Mapping[str, Sequence[Neighbor]]) -> set[str]:
+    """Ids that both the engagement list and the relevance list hold."""
+    engagement, relevance = ({neighbor.item.item_id for neighbor in lists.get(head, ())} for head in ("engagement", "relevance"))
+    return engagement & relevance
+
+
+def to_rows(item_id: str, lists: Mapping[str, Sequence[Neighbor]]) -> list[dict[str, Any]]:
+    """Lists as flat rows, one a neighbor, for exports."""
+    return [
+        {
+            "item_id": item_id,
+            "head": head,
+            "rank": neighbor.rank,
+            "neighbor_id": neighbor.item.item_id,
+            "title": neighbor.item.title,
+            "score": neighbor.score,
+            "relevance": neighbor.relevance,
+            "num_user_days": neighbor.num_user_days,
+            "reason": neighbor.reason,
+            "change": neighbor.change,
+        }
+        for head, neighbors in lists.items()
+        for neighbor in neighbors
+    ]

@@ -1,0 +1,133 @@
+"""Bring the current night's lists under a changed `merge_policy`, in Delta and online, without training, retrieval or Spark.
+
+    python -m jobs.query "UPDATE merge_policy SET value = 0.05 WHERE scope = 'default'" --config demo
+    python -m jobs.remerge --config demo
+
+Candidates of the published night were kept with their scores. Their merged lists are made anew and written to the history, beside the
+night's lists of the heads, as a run of its own: `<run of the night>.m<version of merge_policy>`, so that the history still says what
+was served before, and `jobs.rollback` can go back to it.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from multiprocessing import get_context
+from os import cpu_count
+
+from deltalake import DeltaTable
+from deltalake.transaction import AddAction, RemoveAction
+
+from conf.errors import PublishError
+from conf.settings import Settings, load_settings
+from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY
+from jobs.arguments import add_config, report_errors
+from jobs.ledger import Attempt, Ledger, StageRecord, recorded
+from jobs.merged_files import MergedFile, MergeTask, merge_file
+from jobs.progress import Display
+from jobs.publication import Published, base_run, commit_properties, kept_runs, merged_run, publish_run, published
+from jobs.publish_online import follow_online
+from jobs.reader import artifacts_of, lake_root, open_table
+from jobs.retrieval import CANDIDATES
+from models.merge import read_policies
+from validation.gates import run_gate
+from validation.suites import GateContext, rules_for
+
+STAGE = "remerge"
+
+
+def remerge(settings: Settings, *, display: Display, now: datetime | None = None) -> Published:
+    """Merge, write to the history, gate, publish, follow online; what is done already is not done again.
+
+    Raises:
+        PublishError: nothing is published, its candidates were not kept, or somebody else published meanwhile.
+        SettingsError: merge_policy has faults.
+        GateError: the lists are not fit for publication.
+    """
+    root = lake_root(settings.lake)
+    ledger, current, policy = Ledger(root=root), published(root), open_table(root, MERGE_POLICY)
+    like = _record_of(ledger, current.run_id)
+    if policy.version() == like.input_versions.get(MERGE_POLICY.name):
+        display.say(f"the published lists follow version {policy.version()} of merge_policy already")
+    else:
+        task = _task(settings, root, current, policy)
+        with recorded(ledger, STAGE, run_id=task.run_id, run_date=current.run_date, like=like) as attempt:
+            attempt.inputs |= like.input_versions | {MERGE_POLICY.name: policy.version(), ITEM_NEIGHBORS.name: current.version}
+            _write_history(root, current, task, attempt, display)
+            rules = rules_for(STAGE, GateContext(gates=settings.gates, source=settings.source))
+            attempt.gates = run_gate(STAGE, attempt.metrics, rules).to_json()
+            because = {"merged_again_from": current.run_id}
+            version = publish_run(root, task.run_id, expected=current.version, inputs=attempt.inputs, because=because)
+            attempt.outputs[ITEM_NEIGHBORS.name] = version
+        display.say(f"item_neighbors follows version {policy.version()} of merge_policy: run {task.run_id}")
+    follow_online(settings, like=like, display=display, now=now or datetime.now(UTC))
+    return published(root)
+
+
+def _record_of(ledger: Ledger, run_id: str) -> StageRecord:
+    """The row of the job that made a run's lists."""
+    made = [record for record in ledger.records(run_id=run_id, status="succeeded") if record.stage in ("publish_neighbors", STAGE)]
+    if not made:
+        raise PublishError(f"the table runs knows no success of run {run_id}, which item_neighbors holds; run the night again")
+    return made[-1]
+
+
+def _task(settings: Settings, root: str, current: Published, policy: DeltaTable) -> MergeTask:
+    night = artifacts_of(settings.lake, base_run(current.run_id))
+    if not (night / CANDIDATES).is_dir():
+        raise PublishError(
+            f"no kept candidates of run {current.run_id} under {night}: only the night that was published last has some, and only with "
+            f"retrieval.keep_candidates; `python -m jobs.nightly --run-date {current.run_date}` merges its lists anew"
+        )
+    return MergeTask(
+        index=night / "index",
+        candidates=night / CANDIDATES,
+        policies=read_policies(policy.to_pyarrow_table().to_pylist()),
+        settings=settings.retrieval,
+        run_id=merged_run(current.run_id, policy.version()),
+        target=f"{root}/{ITEM_NEIGHBORS_HISTORY.name}",
+    )
+
+
+def _write_history(root: str, current: Published, task: MergeTask, attempt: Attempt, display: Display) -> None:
+    """All lists of the run, file by file in worker processes, and one commit; gives the gate its numbers."""
+    sources, done = open_table(root, ITEM_NEIGHBORS, current.version).file_uris(), list[MergedFile]()
+    num_workers = min(len(sources), cpu_count() or 1)
+    with (
+        display.watch("merge", lambda: (len(done), len(sources), "files")),
+        ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool,  # a fork would copy FAISS's and Arrow's threads
+    ):
+        for file in pool.map(partial(merge_file, task=task), sources):
+            done.append(file)
+    if task.run_id in kept_runs(root):  # an earlier attempt failed behind this commit
+        open_table(root, ITEM_NEIGHBORS_HISTORY).delete(f"run_id = '{task.run_id}'")
+    history = open_table(root, ITEM_NEIGHBORS_HISTORY)
+    moment = int(time.time() * 1000)
+    actions: list[AddAction | RemoveAction] = [
+        AddAction(file.name, file.size, {}, modification_time=moment, data_change=True, stats=json.dumps(file.stats)) for file in done
+    ]
+    properties = commit_properties({"run_id": task.run_id, "stage": STAGE}, fenced=False)
+    history.create_write_transaction(actions, "append", history.schema(), [], commit_properties=properties)
+    attempt.outputs[ITEM_NEIGHBORS_HISTORY.name] = open_table(root, ITEM_NEIGHBORS_HISTORY).version()
+    sums = {name: sum(file.sums[name] for file in done) for name in done[0].sums}
+    num_lists = sums.pop("num_lists")
+    attempt.metrics |= sums | {"churn": sums["churn"] / max(1.0, num_lists)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Merge again."""
+    parser = argparse.ArgumentParser(description="the current lists under a changed merge_policy, in Delta and online")
+    add_config(parser)
+
+    def run() -> None:
+        values = parser.parse_args(argv)
+        remerge(load_settings(values.config, values.set), display=Display())
+
+    report_errors(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""What a night's report says of settings and errors; the page itself is tested on real nights in test_nightly."""
+
+from pathlib import Path
+
+from conf.settings import load_settings
+from jobs.night_picture import curves_svg
+from jobs.night_report import settings_text
+from jobs.night_words import first_line, listed
+
+
+def test_the_settings_of_a_report_are_settings_again_and_hide_secrets(tmp_path: Path) -> None:
+    secret = ["source.items.options={fs.s3a.secret.key: hunter2, header: 'yes'}", "spark.settings={spark.my.password: hunter3}"]
+    shown = settings_text(load_settings("demo", secret))
+    assert "hunter" not in shown
+    assert shown.count("(hidden)") == 2
+    settings = load_settings("demo", ["source.user_share=0.1", "model.heads.deals={affinity: 1.0}"])
+    path = tmp_path / "night.yaml"
+    path.write_text(settings_text(settings))
+    assert load_settings(str(path)) == settings
+
+
+def test_errors_are_named_only_where_they_are_not_ours() -> None:
+    assert first_line("GateError: the gate of stage ingest failed.\n  num_items") == "the gate of stage ingest failed"
+    assert first_line("ZeroDivisionError: division by zero") == "ZeroDivisionError: division by zero"
+    assert first_line("KeyboardInterrupt: ") == "KeyboardInterrupt"
+    assert [listed(names) for names in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
+
+
+def test_curves_show_losses_alone() -> None:
+    steps = [{"loss": 2.0 - step, "<b>/engagement": 1.0, "engagement/taught_share": 0.3, "cosine a b": 0.1} for step in range(3)]
+    picture = curves_svg(steps)
+    assert "all tasks, weighted" in picture
+    assert "&lt;b&gt; head: engagement" in picture
+    assert "share" not in picture
+    assert "cosine" not in picture
+    assert curves_svg([]) == ""

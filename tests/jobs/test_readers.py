@@ -1,0 +1,197 @@
+"""Readers that poll all the time while nights are published, killed, rolled back, merged again and backfilled: one night, never two."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import date, timedelta
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from conf.tables import ITEM_NEIGHBORS
+from features import store
+from jobs.online import open_feature_store
+from jobs.progress import Display
+from jobs.publication import published
+from jobs.reader import artifacts_of, neighbors_of, open_table
+from jobs.remerge import remerge
+from jobs.rollback import roll_back
+from tests.conftest import ROOT
+from tests.list_world import ListWorld
+
+QUIET = Display(seconds_per_line=3600)
+NIGHT = date(2024, 3, 31)
+OFFLINE = {"online": {"enabled": False}}
+
+READER = """
+import json, sys
+from pathlib import Path
+import duckdb
+from conf.tables import ITEM_NEIGHBORS
+from jobs.reader import open_table
+
+root, stop, out = sys.argv[1], Path(sys.argv[2]), []
+while not stop.exists():
+    table = open_table(root, ITEM_NEIGHBORS)
+    query = "SELECT list(DISTINCT run_id), count(*), count(DISTINCT (item_id, head)) FROM read_parquet(?)"
+    out.append([table.version(), *duckdb.execute(query, [table.file_uris()]).fetchone()])
+print(json.dumps(out))
+"""
+PUBLISHER = """
+import sys
+from jobs.publication import publish_run, published
+
+root, first, second = sys.argv[1:]
+while True:
+    current = published(root)
+    publish_run(root, second if current.run_id == first else first, expected=current.version, inputs={})
+"""
+
+
+def start(code: str, *arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def polling(root: str, seen: list[tuple[frozenset[str], int, int]]) -> Iterator[None]:
+    """A thread that reads the whole table through delta-rs, over and over: the runs, rows and distinct keys of each read."""
+    end = threading.Event()
+
+    def poll() -> None:
+        while not end.is_set():
+            rows = open_table(root, ITEM_NEIGHBORS).to_pyarrow_table(columns=["run_id", "item_id", "head"]).to_pylist()
+            keys = {(row["item_id"], row["head"]) for row in rows}
+            seen.append((frozenset(row["run_id"] for row in rows), len(rows), len(keys)))
+
+    with ThreadPoolExecutor(1) as pool:
+        polled = pool.submit(poll)
+        try:
+            yield
+        finally:
+            end.set()
+            polled.result()
+
+
+def test_readers_see_one_night_or_the_other(tmp_path: Path) -> None:
+    world = ListWorld(folder=tmp_path, overrides=OFFLINE)
+    sizes = {world.night(NIGHT, seed=1): 90}
+    stop = tmp_path / "stop"
+    by_duckdb, seen = start(READER, world.root, str(stop)), list[tuple[frozenset[str], int, int]]()
+    with polling(world.root, seen):
+        for number in range(2, 5):
+            sizes[world.night(NIGHT + timedelta(days=number), seed=number, num_items=90 + number)] = 90 + number
+        older = world.night(NIGHT - timedelta(days=9), seed=9, publish=False)  # a backfilled night
+        first, second, *_ = sizes
+        for _ in range(3):  # a publisher that dies wherever it is
+            version, publisher = published(world.root).version, start(PUBLISHER, world.root, first, second)
+            while published(world.root).version < version + 4:
+                assert publisher.poll() is None
+                time.sleep(0.001)
+            publisher.kill()
+            publisher.wait()
+        roll_back(world.settings, second if published(world.root).run_id == first else first, display=QUIET)
+        *_, newest = sizes
+        roll_back(world.settings, newest, display=QUIET)
+        world.set_policy(kind="quota", value=0.5)
+        sizes[remerge(world.settings, display=QUIET).run_id] = sizes[newest]
+        roll_back(world.settings, older, display=QUIET)
+        sizes[older] = 90
+    stop.touch()
+    out, _ = by_duckdb.communicate()
+    read = [(frozenset(runs), rows, keys) for _, runs, rows, keys in json.loads(out)] + seen
+    assert {len(runs) for runs, _, _ in read} == {1}, "some reader saw two nights"
+    assert all(rows == keys == 3 * sizes[next(iter(runs))] for runs, rows, keys in read), "some reader saw a part of a night"
+    assert len({runs for runs, _, _ in read}) > 3
+    # what died in between is in the folder, and in no reader's list
+    table = open_table(world.root, ITEM_NEIGHBORS)
+    assert {Path(uri).name for uri in table.file_uris()} < {path.name for path in Path(world.root, "item_neighbors").glob("*.parquet")}
+    assert duckdb.execute("SELECT count(DISTINCT run_id) FROM read_parquet(?)", [table.file_uris()]).fetchone() == (1,)
+
+
+ONLINE = """
+import sys
+from conf.settings import load_settings
+from jobs.progress import Display
+from jobs.rollback import roll_back
+
+roll_back(load_settings(sys.argv[1]), sys.argv[2], display=Display(seconds_per_line=3600))
+"""
+
+
+def test_a_killed_online_publication_goes_on_where_it_stopped(tmp_path: Path, redis_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTMH_REDIS", redis_server)
+    world = ListWorld(folder=tmp_path, overrides={"online": {"store": "redis", "shard_items": 1}})
+    first = world.night(NIGHT, seed=1)
+    roll_back(world.settings, first, display=QUIET)
+    second = world.night(NIGHT + timedelta(days=1), seed=2)
+    state = artifacts_of(world.settings.lake, second) / f"online-{published(world.root).version}.json"
+    publisher = start(ONLINE, str(world.config), second)
+    while not state.exists() or len(json.loads(state.read_text())) < 20:
+        assert publisher.poll() is None
+        time.sleep(0.001)
+    publisher.send_signal(signal.SIGKILL)
+    publisher.wait()
+    before = set(json.loads(state.read_text()))
+    assert 20 <= len(before) < world.num_items
+    ids = [f"i{number:03d}" for number in range(world.num_items)]
+    feature_store = open_feature_store(world.settings)
+    half = store.lookup_online(feature_store, ids, heads=["merged"], k=100)
+    assert {lists["run_id"] for lists in half.values()} == {first, second}  # run_id says which list is from which night
+    roll_back(world.settings, second, display=QUIET)
+    done = world.ledger.last_success(stage="publish_online")
+    assert done is not None
+    assert (done.run_id, done.metrics) == (second, {"num_items_written": 90.0, "num_items_expected": 90.0})
+    assert not state.exists()
+    found, wanted = store.lookup_online(feature_store, ids, heads=["merged"], k=100), neighbors_of(world.root, ids)
+    assert {lists["run_id"] for lists in found.values()} == {second}
+    assert all(found[item]["merged"]["ids"] == [n["neighbor_id"] for n in wanted[item, "merged"]] for item in ids)
+
+
+def test_lists_over_http(tmp_path: Path) -> None:
+    world = ListWorld(folder=tmp_path)
+    night = world.night(NIGHT, seed=1)
+    roll_back(world.settings, night, display=QUIET)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    feast = Path(sys.executable).with_name("feast")
+    command = [str(feast), "-c", f"{world.root}/_feast", "serve", "-h", "127.0.0.1", "-p", str(port), "--no-access-log"]
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as server:
+        try:
+            found = _asked(f"http://127.0.0.1:{port}", ["i007", "unknown"], server)
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+    values = dict(zip(found["metadata"]["feature_names"], (result["values"] for result in found["results"]), strict=True))
+    wanted = neighbors_of(world.root, ["i007"])["i007", "merged"]
+    assert values["merged_ids"][0] == [neighbor["neighbor_id"] for neighbor in wanted]
+    assert values["run_id"] == [night, None]
+    assert not values["merged_ids"][1]
+
+
+def _asked(url: str, ids: list[str], server: subprocess.Popen[bytes]) -> dict[str, dict[str, list[str]]]:
+    body = {"features": ["item_neighbors:merged_ids", "item_neighbors:run_id"], "entities": {"item_id": ids}}
+    data, headers = json.dumps(body).encode(), {"content-type": "application/json"}
+    request = urllib.request.Request(f"{url}/get-online-features", data=data, headers=headers)
+    while True:
+        assert server.poll() is None, "feast serve has ended"
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return json.loads(answer.read())
+        except ConnectionError:
+            time.sleep(0.1)
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionError):
+                raise
+            time.sleep(0.1)

@@ -1,0 +1,83 @@
+"""The documentation keeps its word: generated pages are up to date, and every command of the tutorial runs."""
+
+import importlib
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from conf.tables import TABLES
+from jobs.write_docs import EXAMPLES, pages
+from tests.conftest import ROOT
+
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    stale = [name for name, text in pages().items() if not (ROOT / "docs" / name).is_file() or (ROOT / "docs" / name).read_text() != text]
+    assert stale == [], "run `make docs`"
+    assert {path.name for path in (ROOT / "docs" / "tables").iterdir()} == {f"{name}.md" for name in [*TABLES, "README"]}
+    assert set(EXAMPLES) <= set(TABLES)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"[]][(](?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+def commands(text: str) -> list[str]:
+    """Blocks of shell commands; a job stands alone, as it is run in this process."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    return [part for block in blocks for part in (block.splitlines() if "-m jobs." in block else [block])]
+
+
+@pytest.mark.night
+def test_the_tutorial_runs(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In an empty folder; jobs share the Spark session of the tests, and the explorer is a process of its own."""
+    monkeypatch.chdir(tmp_path)
+    said: dict[str, str] = {}
+    for command in commands(TUTORIAL):
+        if "-m jobs.explore" in command:
+            serve(command, tmp_path)
+        elif "-m jobs." in command:
+            module, *arguments = shlex.split(command.partition(" -m ")[2])
+            importlib.import_module(module).main(arguments)
+            said[module] = capsys.readouterr().out
+        else:
+            local = command.replace(".venv/bin/python", sys.executable)
+            subprocess.run(["bash", "-euc", local], check=True, cwd=tmp_path, capture_output=True)
+    assert {"jobs.nightly", "jobs.show", "jobs.query", "jobs.look_up", "jobs.export"} == set(said)
+    assert "Tomato sauce" in said["jobs.show"]
+    assert len({"tomato-sauce", "parmesan", "basil", "olive-oil"} & set(re.findall(r"[a-z-]+", said["jobs.query"]))) >= 3
+    assert re.match(r"\d[\d,]+ neighbors in var/shop/lists.parquet", said["jobs.export"])
+
+
+def serve(command: str, folder: Path) -> None:
+    """Run the explorer until it has found a misspelled item."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = shlex.split(re.sub(r"port=\d+", f"port={port}", command).partition(" -m ")[2])
+    server = subprocess.Popen([sys.executable, "-m", *arguments], cwd=folder, env={"PYTHONPATH": str(ROOT)})
+    try:
+        answer = ""
+        while "Spaghetti" not in answer:
+            assert server.poll() is None, "the explorer has ended"
+            time.sleep(0.1)
+            try:
+                answer = urllib.request.urlopen(f"http://127.0.0.1:{port}/search?q=spagetti").read().decode()
+            except OSError:
+                continue
+    finally:
+        server.terminate()
+        server.wait()
