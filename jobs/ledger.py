@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date, datetime
 from importlib import resources
@@ -80,10 +80,10 @@ def _record(row: dict[str, Any]) -> StageRecord:
     return StageRecord(**row | maps | {"notes": row["notes"] or []})
 
 
-def code_fingerprint() -> str:
-    """Hash of all modules and settings files, in a checkout or in a zip."""
+def code_fingerprint(packages: Sequence[str] = _CODE) -> str:
+    """Hash of all modules and settings files of some packages (all), in a checkout or in a zip."""
     digest = hashlib.sha256()
-    for package in _CODE:
+    for package in packages:
         for entry in sorted(resources.files(package).iterdir(), key=lambda entry: entry.name):
             if entry.name.endswith((".py", ".yaml")):
                 digest.update(entry.name.encode() + entry.read_bytes())
