@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .NOTPARALLEL:       # the stages of set-up build on each other, and tests share the machine's cores
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo backtest test check env jars lock zip clean java
+.PHONY: help demo backtest bench-pairs test check env jars lock zip clean java
 
 unexport SPARK_HOME PYTHONHOME PYTHONPATH   # another Spark or another Python's modules would be used instead of the pinned ones
 
@@ -40,13 +40,16 @@ fail_if = $(if $(strip $(1)),$(error $(strip $(1))))
 
 # --- Targets
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: java env jars  ## run a whole night on anonymized grocery baskets, and show lists
 	$(PY) -m jobs.demo $(ARGS)
 
 backtest: java env jars  ## judge lists of past days: CONFIG=demo, and ARGS=--final to read the last slice too
 	$(PY) -m jobs.backtest --config $(or $(CONFIG),demo) $(ARGS)
+
+bench-pairs: java env jars  ## time pair counting against DuckDB, Polars, scipy and a Spark self-join; ARGS="--works clicks-64m" chooses
+	$(PY) -m jobs.bench_pairs $(ARGS)
 
 test: java env jars  ## run the tests; ARGS="-k pairs" chooses some
 	$(PY) -m pytest $(ARGS)
