@@ -37,7 +37,7 @@ _CHUNK_ROWS = 500_000
 _BLOCK_PAIRS = 4_000_000
 _PASS_PAIRS = 16_000_000  # pairs held at once: some 0.5 GB with the arrays derived from them
 OUTPUT_ROWS = 50_000
-_PACKED_ROWS = 500_000  # rows held before they are packed: some 50 MB in a task
+_PACKED_ROWS = 1_000_000  # rows held before they are packed: some 80 MB in a task
 
 WINDOW_SCHEMA = "task int, day int, split int, num_splits int, user_hash bigint, items array<string>, starts array<int>, stops array<int>"
 _WINDOW_ARROW = pa.schema(
@@ -65,10 +65,11 @@ PACKED_SCHEMA = "bucket int, block binary"
 TOTAL_SCHEMA = "trigger_item_id string, target_item_id string, weight double, num_user_days bigint, fit_weight double"
 STRONG_SCHEMA = f"{TOTAL_SCHEMA}, conditional double"
 PARTNER_SCHEMA = "item_id string, num_triggers bigint, num_user_days bigint"
+_CODED = pa.dictionary(pa.int32(), pa.string())
 _PART_ARROW = pa.schema(
     [
-        ("trigger_item_id", pa.string()),
-        ("target_item_id", pa.string()),
+        ("trigger_item_id", _CODED),
+        ("target_item_id", _CODED),
         ("day", pa.int32()),
         ("num_users", pa.int64()),
         ("user_hashes", pa.list_(pa.int64())),
@@ -189,7 +190,7 @@ def encode(values: pa.Array | pa.ChunkedArray) -> tuple[Ints, pa.Array]:
         SettingsError: there are more values than codes.
     """
     array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-    encoded = array.dictionary_encode()
+    encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
     check_num_items(len(encoded.dictionary))
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     rank = np.empty(len(order), dtype=np.int64)
@@ -652,20 +653,36 @@ def pack_by_trigger(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> I
 
 
 def pack_by_pair(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iterator[pa.RecordBatch]:
-    """As `pack_by_trigger`, but by the hash of both items: the rows of a hot trigger go to all buckets."""
+    """As `pack_by_trigger`, but by the hash of both items: the rows of a hot trigger go to all buckets. Ids become dictionaries."""
     for chunk in _chunks(batches, min_rows=_PACKED_ROWS):
         trigger, triggers = encode(chunk["trigger_item_id"])
         target, targets = encode(chunk["target_item_id"])
         mixed = item_hashes(triggers)[trigger] * 0x9E3779B1 + item_hashes(targets)[target]  # else (i, j) and (j, i) always met
+        for name, code, names in (("trigger_item_id", trigger, triggers), ("target_item_id", target, targets)):
+            coded = pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), names)
+            chunk = chunk.set_column(chunk.column_names.index(name), name, coded)
         yield from _packed_by(chunk, (mixed >> 7) % num_buckets, num_buckets)
 
 
 def _packed_by(chunk: pa.Table, bucket: Ints, num_buckets: int) -> Iterator[pa.RecordBatch]:
-    order = np.argsort(bucket, kind="stable")
+    order = np.argsort(bucket.astype(np.uint16) if num_buckets < 2**16 else bucket, kind="stable")  # 16 bits: a radix sort
     ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1))
     grouped = chunk.take(pa.array(order)).combine_chunks()
     for number in np.flatnonzero(np.diff(ends)).tolist():
-        yield _packed(number, grouped.slice(ends[number], ends[number + 1] - ends[number]))
+        part = grouped.slice(ends[number], ends[number + 1] - ends[number])
+        for place, column in enumerate(part.columns):
+            if pa.types.is_dictionary(column.type):
+                part = part.set_column(place, part.column_names[place], _compact(column.combine_chunks()))
+        yield _packed(number, part)
+
+
+def _compact(coded: pa.DictionaryArray) -> pa.DictionaryArray:
+    """The same values with a dictionary that holds no others."""
+    codes = coded.indices.to_numpy()
+    used = np.zeros(len(coded.dictionary), dtype=np.bool_)
+    used[codes] = True
+    place = np.cumsum(used, dtype=np.int32) - 1
+    return pa.DictionaryArray.from_arrays(pa.array(place[codes], pa.int32()), coded.dictionary.take(pa.array(np.flatnonzero(used))))
 
 
 def _chunks(batches: Iterable[pa.RecordBatch], *, min_rows: int) -> Iterator[pa.Table]:
@@ -755,7 +772,7 @@ def count_partners(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 def _totals(days: pa.Table, earlier: pa.Table, rule: TotalRule) -> pa.Table:
     """Earlier totals and rows of days, added up. An earlier total has reached the minimum, and so has its sum with more days."""
     names = ("trigger_item_id", "target_item_id")
-    trigger, target = (encode(pa.chunked_array(days[name].chunks + earlier[name].chunks, pa.string())) for name in names)
+    trigger, target = (encode(pa.chunked_array(days[name].chunks + earlier[name].cast(_CODED).chunks, _CODED)) for name in names)
     bits = _bits(len(target[1]))
     pair, num_days = (trigger[0] << bits) | target[0], days.num_rows
     day, users = _ints(days, "day"), _ints(days, "num_users")
@@ -764,16 +781,17 @@ def _totals(days: pa.Table, earlier: pa.Table, rule: TotalRule) -> pa.Table:
     decayed = users * np.exp2((day - rule.landmark) / rule.half_life_days)
     before = np.full(earlier.num_rows, (int(day.min()) if num_days else 0) - 1)
     order = _order(pair, np.concatenate([day, before]))  # sums in one order, whatever that of the rows
-    starts = _run_starts(pair[order])
+    all_users = np.concatenate([users, _ints(earlier, "num_user_days")])
+    order, starts = _frequent(pair, all_users, order, rule.min_users)
 
     def added(of_days: NDArray[Any], of_totals: str) -> NDArray[Any]:
         return _sums(np.concatenate([of_days, earlier[of_totals].to_numpy()])[order], starts)
 
-    hashes, old = _Hashes.of(days["user_hashes"]), np.arange(len(pair))[order] >= num_days
+    old = order >= num_days
     old_fit = np.concatenate([np.zeros(num_days), earlier["fit_weight"].to_numpy()])[order] > 0
-    people = _People(starts=starts, users=np.concatenate([users, np.zeros(earlier.num_rows, np.int64)])[order], hashes=hashes, order=order)
-    enough = np.logical_or.reduceat(old, starts) | people.enough(~old & _at(counts, order), rule.min_users)
-    fit_enough = np.logical_or.reduceat(old_fit, starts) | people.enough(~old & _at(fit, order), rule.min_users)
+    people = _People(starts=starts, users=all_users[order], hashes=_Hashes.of(days["user_hashes"]), order=order)
+    enough = np.logical_or.reduceat(old, starts) | people.enough(_at(counts, order), rule.min_users)
+    fit_enough = np.logical_or.reduceat(old_fit, starts) | people.enough(_at(fit, order), rule.min_users)
     kept = np.flatnonzero(enough)
     first = pair[order][starts[kept]]
     columns = [
@@ -786,9 +804,17 @@ def _totals(days: pa.Table, earlier: pa.Table, rule: TotalRule) -> pa.Table:
     return pa.table(columns, schema=_TOTAL_ARROW)
 
 
+def _frequent(pair: Ints, users: Ints, order: Ints, min_users: int) -> tuple[Ints, Ints]:
+    """Of ordered rows, those of pairs whose user-days could reach the minimum, and where each pair starts; most pairs are seen once."""
+    starts = _run_starts(pair[order])
+    frequent = _sums(users[order], starts) >= min_users
+    lengths = _run_lengths(starts, len(order))
+    return order[np.repeat(frequent, lengths)], np.cumsum(lengths[frequent]) - lengths[frequent]
+
+
 def _at(of_days: Mask, order: Ints) -> Mask:
-    """A flag of days in the order of all rows; that of earlier totals, which come behind them, is false."""
-    return np.append(of_days, np.zeros(len(order) - len(of_days), dtype=np.bool_))[order]
+    """A flag of days at rows of all; that of earlier totals, which come behind the days, is false."""
+    return (order < len(of_days)) & of_days[np.minimum(order, len(of_days) - 1)] if len(of_days) else np.zeros(len(order), np.bool_)
 
 
 def _order(pair: Ints, day: Ints) -> Ints:

@@ -24,7 +24,16 @@ from features.increments import (
     touched_pairs,
     window_reach,
 )
-from features.pair_kernels import WindowRule, count_windows, day_number, deal_days, make_windows
+from features.pair_kernels import (
+    TotalRule,
+    WindowRule,
+    count_windows,
+    day_number,
+    deal_days,
+    make_windows,
+    pack_by_pair,
+    total_pairs,
+)
 from features.pairs import count_daily_pairs, holdout_start, sum_totals, where_days
 from tests.features.test_pairs import DAY, FIRST, HALF_LIFE, KEY, LANDMARK, POSITION, SESSION, TIME, WINDOWS, to_spark, world
 
@@ -124,6 +133,48 @@ def test_reach_is_as_far_as_the_window() -> None:
         "event_date BETWEEN DATE'2024-03-03' AND DATE'2024-03-05' OR event_date BETWEEN DATE'2024-03-10' AND DATE'2024-03-10'"
     )
     assert where_days([]) == "false"
+
+
+def days_of(rows: list[dict[str, object]], *, flagged: bool = False) -> pa.Table:
+    """Rows of co_engagement_daily as the kernel that adds them up reads them."""
+    schema = pa.schema(
+        [("trigger_item_id", pa.string()), ("target_item_id", pa.string()), ("day", pa.int32()), ("num_users", pa.int64())]
+        + [("user_hashes", pa.list_(pa.int64()))]
+        + ([("counts", pa.bool_())] if flagged else [])
+    )
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def added_up(*tables: pa.Table, holdout_from: int) -> pa.Table:
+    rule = TotalRule(landmark=0, half_life_days=3.0, holdout_from=holdout_from, min_users=2)
+    blocks = [block for table in tables for block in pack_by_pair(table.to_batches(), num_buckets=1)]
+    return pa.Table.from_batches(list(total_pairs(blocks, rule=rule)))
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 10**6), moved=st.integers(0, 2))
+def test_a_total_grows_by_what_is_added_to_it(seed: int, moved: int) -> None:
+    rng = random.Random(seed)
+    cells = {(rng.choice("abcd"), rng.choice("wxyz"), rng.randrange(7)) for _ in range(60)}
+    rows = []
+    for i, j, day in sorted(cells):
+        users = sorted(rng.sample(range(5), rng.randint(1, 3)))
+        rows.append({"trigger_item_id": i, "target_item_id": j, "day": day, "num_users": len(users), "user_hashes": users[:2]})
+    holdout = 3 + moved
+    was = added_up(days_of([row for row in rows if row["day"] < 6]), holdout_from=3)
+    known = {(row["trigger_item_id"], row["target_item_id"]): row["fit_weight"] for row in was.to_pylist()}
+    parts = []
+    for row in rows:
+        pair = (row["trigger_item_id"], row["target_item_id"])
+        left_holdout = any(r["day"] in range(3, holdout) for r in rows if (r["trigger_item_id"], r["target_item_id"]) == pair)
+        if pair not in known or (left_holdout and not known[pair]):
+            parts.append(row | {"counts": True})
+            known.pop(pair, None)
+        elif row["day"] == 6 or row["day"] in range(3, holdout):
+            parts.append(row | {"counts": row["day"] == 6})
+    kept = pa.array([(row["trigger_item_id"], row["target_item_id"]) in known for row in was.to_pylist()], pa.bool_())
+    mine = added_up(days_of(parts, flagged=True), was.filter(kept), holdout_from=holdout).to_pandas()
+    pd.testing.assert_frame_equal(mine, added_up(days_of(rows), holdout_from=holdout).to_pandas(), rtol=1e-12)
 
 
 # --- With Spark: nights that build on each other -------------------------------------------------------------------------------
