@@ -30,7 +30,7 @@ from features.pairs import where_days
 _PAIR = ["trigger_item_id", "target_item_id"]
 _EVENT = ["user_id", "item_id", "action", "engaged_at", "session_id"]  # unique, and nothing else of an event decides a count
 _SECONDS_PER_DAY = 86_400
-_MAX_BROADCAST_PAIRS = 500_000  # some 50 MB in a worker; above, both sides of a join are shuffled
+_MAX_BROADCAST_PAIRS = 2_000_000  # some 200 MB in the JVM; above, both sides of a join are shuffled
 
 
 @dataclass(frozen=True, kw_only=True)

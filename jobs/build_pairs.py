@@ -197,14 +197,14 @@ def _sum_totals(run: StageRun, plan: Plan, decay: Mapping[str, Any]) -> dict[str
         run.replace(CO_ENGAGEMENT_TOTALS, after.transform(pairs.sum_totals(**rule)), presorted=True)
         return shares | {"touched_pairs_share": 1.0}
     totals = lake.read(CO_ENGAGEMENT_TOTALS, state.versions[CO_ENGAGEMENT_TOTALS.name])
-    rows = increments.corrections(
+    corrections = increments.corrections(
         lake.read(CO_ENGAGEMENT_DAILY, state.versions[CO_ENGAGEMENT_DAILY.name]),
         after,
         recounted=plan.stale,
         holdout_before=state.common("holdout_from"),
         holdout_from=plan.holdout_from,
     )
-    with in_memory(increments.touched_pairs(rows, totals, holdout_from=plan.holdout_from)) as touched:
+    with in_memory(corrections) as rows, in_memory(increments.touched_pairs(rows, totals, holdout_from=plan.holdout_from)) as touched:
         num_touched = touched.count()
         parts, earlier = increments.night_parts(rows, touched, after=after, totals=totals, num_touched=num_touched)
         run.replace(CO_ENGAGEMENT_TOTALS, parts.transform(pairs.sum_totals(earlier=earlier, **rule)), presorted=True)
