@@ -71,9 +71,10 @@ def shop(spark: SparkSession, tmp_path: Path) -> Callable[..., Shop]:
 
 
 def test_nights_build_on_each_other(shop: Callable[..., Shop]) -> None:
-    pool = world(seed=9, num_events=300, num_items=10)
-    mine = shop("mine")
-    late = pool.index[pool.event_date == FIRST + timedelta(days=1)][0]
+    window = {"kind": "time", "window_seconds": 21_600}
+    pool = world(seed=9, num_events=400, num_items=12)
+    mine = shop("mine", window=window)
+    late, gone = pool.index[pool.event_date == FIRST + timedelta(days=3)][:2]
     first = mine.build(4, pool.drop(index=late))
     assert first.notes == ["pairs are counted from nothing: no night has counted pairs before"]
     assert first.metrics["built_from_nothing"] == first.metrics["touched_pairs_share"] == 1
@@ -81,7 +82,6 @@ def test_nights_build_on_each_other(shop: Callable[..., Shop]) -> None:
 
     lake = mine.night(5).lake  # a killed night left half its work
     lake.replace(CO_ENGAGEMENT_DAILY, lake.read(CO_ENGAGEMENT_DAILY).limit(3))
-    gone = pool.index[pool.event_date == FIRST + timedelta(days=3)][0]
     events = pool.drop(index=gone)
     second = mine.build(5, events)
     assert second.notes == []
@@ -94,7 +94,7 @@ def test_nights_build_on_each_other(shop: Callable[..., Shop]) -> None:
     assert third.metrics["num_pruned_triggers"] > 0
     assert third.metrics["num_pairs"] + third.metrics["num_pruned_pairs"] == len(mine.content(CO_ENGAGEMENT_TOTALS))
 
-    scratch = shop("scratch")
+    scratch = shop("scratch", window=window)
     assert scratch.build(5, events, *other, force=True).notes == ["pairs are counted from nothing: --force asks for it"]
     for table in BUILT:
         pd.testing.assert_frame_equal(mine.content(table), scratch.content(table), rtol=1e-9, obj=table.name)
