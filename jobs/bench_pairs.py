@@ -37,8 +37,13 @@ from jobs.session import start_session
 Json = dict[str, Any]
 FOLDER = Path("var/bench")
 WORKS = ("clicks-1m", "clicks-4m", "clicks-16m", "grocery", "ifdb_games")
-METHODS = ("mtmh", "duckdb", "polars", "scipy", "self_join")
+METHODS = ("mtmh", "duckdb", "polars", "scipy", "self_join", "radix_sort", "simd_sort")
 _PEERS: Mapping[str, Callable[[Work, Path], None]] = {"duckdb": duckdb_pairs, "polars": polars_pairs, "scipy": scipy_pairs}
+_SUITABLE: Mapping[str, Callable[[Work], bool]] = {
+    "scipy": lambda work: work.one_session_a_day,
+    "radix_sort": lambda work: work.window.kind == "session",
+    "simd_sort": lambda work: work.window.kind == "session",
+}
 _NO_CAP = 1_000_000  # peers cannot draw the items that a cap would keep
 
 
@@ -54,12 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in values.works:
             work = open_work(name, FOLDER / "work")
             for method in values.methods:
-                if method != "scipy" or work.one_session_a_day:
-                    _keep(_run(method, work, runs=values.runs, limit=values.limit))
-            _keep(_limits(work))
+                if method in _SUITABLE and not _SUITABLE[method](work):
+                    continue
+                _keep(_run(method, work, runs=values.runs, limit=values.limit))
         for name in values.nights:
-            for row in bench_night(open_work(name, FOLDER / "work"), FOLDER / "night"):
-                _keep(row)
+            found, peak = _child("night", name, runs=1, limit=10 * values.limit)
+            for row in found.get("rows", [{"work": f"night of {name}", "size": 0, "method": "mtmh", "runs": 0, **found}]):
+                _keep(row | {"peak_rss_mb": peak})
         _show(Console())
 
     report_errors(run)
@@ -72,7 +78,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nights", nargs="*", default=[], help="works whose last day is added by an incremental night, and by a rebuild")
     parser.add_argument("--runs", type=int, default=3, help="timed runs after the first")
     parser.add_argument("--limit", type=int, default=900, help="seconds after which a method is given up")
-    parser.add_argument("--one", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=[*METHODS, "night"], help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -80,6 +86,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _measure(method: str, work: Work, runs: int) -> Json:
+    if method == "night":
+        return {"rows": list(bench_night(work, FOLDER / "night"))}
+    if method.endswith("_sort"):
+        return _limit(method, work, runs)
     out = FOLDER / "answers" / work.name / f"{method}.parquet"
     out.parent.mkdir(parents=True, exist_ok=True)
     if method in _PEERS:
@@ -146,25 +156,37 @@ def _task_times(log: Path) -> Json:
 
 
 def _run(method: str, work: Work, *, runs: int, limit: int) -> Json:
-    command = [sys.executable, "-m", "jobs.bench_pairs", "--one", method, "--works", work.name, "--runs", str(runs)]
+    """A row of the benchmark: one method on one piece of work, its answer compared with ours."""
     row: Json = {"work": work.name, "size": work.size, "method": method}
+    found, peak = _child(method, work.name, runs=runs, limit=limit)
+    if "fault" in found:
+        return row | {"runs": 0, "peak_rss_mb": peak} | found
+    first, *seconds = found.pop("seconds")
+    row |= {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds), "runs": len(seconds)}
+    if method in _PEERS or method == "self_join":
+        _compare(method, work)
+    return row | {"first_s": first, "peak_rss_mb": peak} | found
+
+
+def _compare(method: str, work: Work) -> None:
+    mine, other = (FOLDER / "answers" / work.name / f"{name}.parquet" for name in ("mtmh", method))
+    if not mine.exists():
+        raise MachineError(f"no answer of mtmh on {work.name} to compare {method} with: name mtmh first under --methods")
+    if difference := answers_differ(mine, other, other_has_more=method == "scipy"):
+        raise MachineError(f"{method} and mtmh answer differently on {work.name}: {difference}")
+
+
+def _child(method: str, name: str, *, runs: int, limit: int) -> tuple[Json, float]:
+    """What a method in a process of its own says, or its `fault`; and its peak memory in MB."""
+    command = [sys.executable, "-m", "jobs.bench_pairs", "--one", method, "--works", name, "--runs", str(runs)]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)  # noqa: S603 - our own command
         peak = _watch(process, limit)
         output.seek(0)
         said = output.read().splitlines()
     if process.returncode:
-        return row | {"runs": 0, "peak_rss_mb": peak, "fault": said[-1] if said and process.returncode > 0 else f"given up after {limit} s"}
-    found = json.loads(said[-1])
-    first, *seconds = found.pop("seconds")
-    row |= {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds), "runs": len(seconds)}
-    row |= {"first_s": first, "peak_rss_mb": peak} | found
-    answers = FOLDER / "answers" / work.name
-    if method != "mtmh":
-        row["differs"] = answers_differ(answers / "mtmh.parquet", answers / f"{method}.parquet", other_has_more=method == "scipy")
-        if row["differs"]:
-            raise MachineError(f"{method} and mtmh answer differently on {work.name}: {row['differs']}")
-    return row
+        return {"fault": said[-1] if said and process.returncode > 0 else f"given up after {limit} s"}, peak
+    return json.loads(said[-1]), peak
 
 
 def _watch(process: "subprocess.Popen[bytes]", limit: int) -> float:
@@ -190,14 +212,14 @@ def _memory_mb(group: int) -> float:
     return total / 1024
 
 
-def _limits(work: Work) -> Json:
-    """What the machine could do at best: sorting the keys of all emitted pairs, and moving memory; sessions only."""
-    keys = _pair_keys(work) if work.window.kind == "session" else np.arange(1)
+def _limit(method: str, work: Work, runs: int) -> Json:
+    """What the machine could do at best: sorting the keys of all pairs of sessions, and moving memory."""
+    keys = _pair_keys(work)
+    sort: Callable[[], object] = (lambda: _radix_sort(keys)) if method == "radix_sort" else (lambda: np.sort(keys))
     buffer = np.zeros(50_000_000)
     copied = min(_timed(lambda: np.copyto(buffer[:25_000_000], buffer[25_000_000:])) for _ in range(5))
-    row: Json = {"work": work.name, "size": work.size, "method": "limit", "runs": 0, "num_keys": len(keys)}
-    sorts = {"radix_sort_s": _timed(lambda: _radix_sort(keys)), "simd_sort_s": _timed(lambda: np.sort(keys))}
-    return row | sorts | {"bandwidth_gb_s": 2 * 25_000_000 * 8 / copied / 1e9}
+    seconds = [_timed(sort) for _ in range(1 + runs)]
+    return {"seconds": seconds, "num_keys": len(keys), "bandwidth_gb_s": 2 * 25_000_000 * 8 / copied / 1e9}
 
 
 def _pair_keys(work: Work) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -254,11 +276,10 @@ def _show(console: Console) -> None:
 
 
 def _note(row: Json) -> str:
-    if row["method"] == "limit":
-        sorts = f"{row['num_keys']:,} keys: radix sort {row['radix_sort_s']:.1f} s, SIMD sort {row['simd_sort_s']:.1f} s"
-        return f"{sorts}; memory {row['bandwidth_gb_s']:.1f} GB/s"
     if "fault" in row:
         return str(row["fault"])
+    if "num_keys" in row:
+        return f"{row['num_keys']:,} keys, {row['num_keys'] / row['median_s']:,.0f}/s, one thread; memory {row['bandwidth_gb_s']:.1f} GB/s"
     if "phases" in row:
         phases, tasks = row["phases"], row["tasks"]
         speed = phases["emitted"] / row["median_s"]
