@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .NOTPARALLEL:       # the stages of set-up build on each other, and tests share the machine's cores
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo backtest explore bench-explorer bench-neighbors docs test check env jars lock zip clean java
+.PHONY: help demo backtest explore bench-explorer bench-neighbors bench-pairs docs test check env jars lock zip clean java
 
 unexport SPARK_HOME PYTHONHOME PYTHONPATH   # another Spark or another Python's modules would be used instead of the pinned ones
 
@@ -59,6 +59,9 @@ docs: env  ## write the pages of docs/ that say what conf/ declares
 
 bench-neighbors: java env jars  ## time search, publication, lookups and a changed policy; ARGS="--works search ivf" chooses
 	$(PY) -m jobs.bench_neighbors $(ARGS)
+
+bench-pairs: java env jars  ## time pair counting against DuckDB, Polars, scipy and a Spark self-join; ARGS="--works clicks-64m" chooses
+	$(PY) -m jobs.bench_pairs $(ARGS)
 
 test: java env jars  ## run the tests; ARGS="-k pairs" chooses some
 	$(PY) -m pytest $(ARGS)

@@ -188,9 +188,16 @@ class WindowSettings(Section):
     kind: Literal["session", "time", "position"] = Field(
         description="session: same session_id; time: within window_seconds; position: within max_distance distinct items."
     )
-    window_seconds: int | None = Field(None, gt=0, description="Longest gap in seconds; required for time, optional for position.")
-    max_distance: int | None = Field(None, gt=0, description="Longest distance in distinct items; required for position.")
+    window_seconds: int | None = Field(None, description="Longest gap in seconds, > 0; required for time, optional for position.")
+    max_distance: int | None = Field(None, description="Longest distance in distinct items, > 0; required for position.")
     symmetric: bool = Field(False, description="Count the mirror image of each pair too.")
+
+    @field_validator("window_seconds", "max_distance")
+    @classmethod
+    def _forward(cls, length: int | None) -> int | None:
+        if length is not None and length <= 0:
+            raise ValueError("a window runs from the trigger forward, this one would have the target at or before it; wanted a number > 0")
+        return length
 
     @model_validator(mode="after")
     def _needs(self) -> Self:
@@ -205,17 +212,27 @@ class PairSettings(Section):
     """How co-engagement is counted."""
 
     window: WindowSettings = Field(description="The window.")
-    half_life_days: float = Field(gt=0, description="Days after which a co-engagement counts half.")
+    half_life_days: float = Field(description="Days after which a co-engagement counts half, > 0.")
     max_items_per_user_day: int = Field(
         200,
         ge=2,
         description="Distinct items of one user and day (session windows: of one session) that take part; the rest is cut by hash.",
     )
     min_users_per_pair: int = Field(2, ge=1, le=64, description="Distinct users below which a pair never surfaces.")
+    max_session_days: int = Field(
+        31, ge=0, description="Days from the first to the last engagement of a session, above which ids are taken to be reused: an error."
+    )
     max_pairs_per_trigger: int = Field(2000, ge=1, description="Strongest pairs kept per trigger.")
     swing_max_users: int = Field(60, ge=2, description="Users per trigger that count for the score swing; the rest is cut by hash.")
     holdout_share: float = Field(0.1, gt=0, lt=0.5, description="Last share of engagements on which scores are calibrated.")
     user_hash_key_env: str = Field("MTMH_USER_HASH_KEY", description="Environment variable with the key of the user hashes.")
+
+    @field_validator("half_life_days")
+    @classmethod
+    def _decays(cls, days: float) -> float:
+        if days <= 0:
+            raise ValueError("weights would grow with age or be undefined; wanted a half life > 0 days, very long for no decay")
+        return days
 
 
 JudgeField = Annotated[str, Field(pattern=r"^(title|text|categories|categories\[[1-9]\d*:\]|tags|attributes|embedding|pair_relevance)$")]

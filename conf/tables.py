@@ -156,6 +156,40 @@ CO_ENGAGEMENT_DAILY = Table(
     ),
 )
 
+CO_ENGAGEMENT_DAYS = Table(
+    name="co_engagement_days",
+    comment="What the days of co_engagement_daily were counted from, and how: what the next night compares itself with.",
+    key=("event_date",),
+    order_by=("event_date",),
+    columns=(
+        _key("event_date", "date", "A day with engagements, up to the run date."),
+        _key("num_events", "bigint", "Rows of engagements on the day."),
+        _key("fingerprint", "string", "Hash of these rows, whatever their order."),
+        _key("num_capped_groups", "bigint", "User-days, or sessions up to the day, that max_items_per_user_day cuts."),
+        _key("num_cut_items", "bigint", "Distinct items of these that take no part."),
+        _key("reach_days", "int", "Days that the longest session ever seen spans after its first; 0 for other windows."),
+        _key("counted_by", "string", "Hash of the code and the settings that decide the counts of a day."),
+        _key("totaled_by", "string", "Hash of the settings that decide weights, and of landmark_date."),
+        _key("landmark_date", "date", "The day d0 of the landmark form of the totals."),
+        _key("holdout_from", "date", "As in co_engagement_pairs."),
+        _key("as_of", "date", "The run date."),
+    ),
+)
+
+CO_ENGAGEMENT_TOTALS = Table(
+    name="co_engagement_totals",
+    comment="Sums over days of the pairs of at least min_users_per_pair distinct users: what a night adds to.",
+    key=("trigger_item_id", "target_item_id"),
+    order_by=("trigger_item_id", "target_item_id"),
+    columns=(
+        _key("trigger_item_id", "string", "Item engaged first."),
+        _key("target_item_id", "string", "Item engaged then."),
+        _key("weight", "double", "As in co_engagement_pairs, before the cut to max_pairs_per_trigger."),
+        _key("num_user_days", "bigint", "Sum over days of users: undecayed count."),
+        _key("fit_weight", "double", "As in co_engagement_pairs."),
+    ),
+)
+
 CO_ENGAGEMENT_PAIRS = Table(
     name="co_engagement_pairs",
     comment="Pairs engaged by at least min_users_per_pair distinct users, decayed, as of the run date.",
@@ -364,6 +398,8 @@ TABLES: dict[str, Table] = {
         RELEVANCE_FEEDBACK,
         REJECTED_ROWS,
         CO_ENGAGEMENT_DAILY,
+        CO_ENGAGEMENT_DAYS,
+        CO_ENGAGEMENT_TOTALS,
         CO_ENGAGEMENT_PAIRS,
         ITEM_POPULARITY,
         ITEM_FEATURES,

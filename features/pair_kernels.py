@@ -11,10 +11,11 @@ Days are days since 1970-01-01, times microseconds since then, both UTC.
 """
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from hashlib import blake2b
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -22,22 +23,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from conf.errors import SettingsError
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 EPOCH = date(1970, 1, 1)
+MAX_ITEMS = 2**31 - 1
+"""Different values that a task can number: dictionaries and lists of Arrow hold 32-bit positions, a pair of codes 62 bits."""
 _MAX_KEY_BYTES = 64
 _CHUNK_ROWS = 500_000
 _BLOCK_PAIRS = 4_000_000
 _PASS_PAIRS = 16_000_000  # pairs held at once: some 0.5 GB with the arrays derived from them
 OUTPUT_ROWS = 50_000
-_PACKED_ROWS = 500_000  # rows held before they are packed: some 50 MB in a task
+_PACKED_ROWS = 1_000_000  # rows held before they are packed: some 80 MB in a task
 
-WINDOW_SCHEMA = "day int, user_hash bigint, items array<string>, starts array<int>, stops array<int>"
+WINDOW_SCHEMA = "task int, day int, split int, num_splits int, user_hash bigint, items array<string>, starts array<int>, stops array<int>"
 _WINDOW_ARROW = pa.schema(
     [
+        ("task", pa.int32()),
         ("day", pa.int32()),
+        ("split", pa.int32()),
+        ("num_splits", pa.int32()),
         ("user_hash", pa.int64()),
         ("items", pa.list_(pa.string())),
         ("starts", pa.list_(pa.int32())),
@@ -54,8 +62,19 @@ _DAILY_ARROW = pa.schema(
     ]
 )
 PACKED_SCHEMA = "bucket int, block binary"
-TOTAL_SCHEMA = "trigger_item_id string, target_item_id string, weight double, num_user_days bigint, fit_weight double, conditional double"
+TOTAL_SCHEMA = "trigger_item_id string, target_item_id string, weight double, num_user_days bigint, fit_weight double"
+STRONG_SCHEMA = f"{TOTAL_SCHEMA}, conditional double"
 PARTNER_SCHEMA = "item_id string, num_triggers bigint, num_user_days bigint"
+_CODED = pa.dictionary(pa.int32(), pa.string())
+_PART_ARROW = pa.schema(
+    [
+        ("trigger_item_id", _CODED),
+        ("target_item_id", _CODED),
+        ("day", pa.int32()),
+        ("num_users", pa.int64()),
+        ("user_hashes", pa.list_(pa.int64())),
+    ]
+)
 _TOTAL_ARROW = pa.schema(
     [
         ("trigger_item_id", pa.string()),
@@ -63,9 +82,17 @@ _TOTAL_ARROW = pa.schema(
         ("weight", pa.float64()),
         ("num_user_days", pa.int64()),
         ("fit_weight", pa.float64()),
-        ("conditional", pa.float64()),
     ]
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deal:
+    """Which tasks count which target days: day d goes to `num_splits[d]` tasks from `task[d]` on, by the hashes of a pair's items."""
+
+    days: Ints  # ascending
+    task: Ints
+    num_splits: Ints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +105,17 @@ class WindowRule:
     symmetric: bool
     max_items: int
     hash_key: bytes
-    first_day: int
-    last_day: int
+    deal: Deal
 
 
 @dataclass(frozen=True, kw_only=True)
 class TotalRule:
-    """How days add up: decay from the landmark, the calibration slice, the privacy minimum and the cut per trigger."""
+    """How days add up: decay from the landmark, the calibration slice and the privacy minimum."""
 
     landmark: int
     half_life_days: float
     holdout_from: int
     min_users: int
-    max_pairs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,10 +174,24 @@ def _run_lengths(starts: Ints, num_rows: int) -> Ints:
     return np.diff(np.append(starts, num_rows))
 
 
+def check_num_items(num_items: int) -> None:
+    """Raise SettingsError where a pair of items no longer fits into a 63-bit number of two codes."""
+    if num_items > MAX_ITEMS:
+        raise SettingsError(
+            f"found {num_items:,} different items, wanted at most {MAX_ITEMS:,}: a pair of them no longer fits into a 64-bit index; "
+            "check source.events.columns.item_id, which seems to hold something finer than items"
+        )
+
+
 def encode(values: pa.Array | pa.ChunkedArray) -> tuple[Ints, pa.Array]:
-    """Codes and the distinct values, both ascending in bytes as Spark sorts strings."""
+    """Codes and the distinct values, both ascending in bytes as Spark sorts strings.
+
+    Raises:
+        SettingsError: there are more values than codes.
+    """
     array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
-    encoded = array.dictionary_encode()
+    encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
+    check_num_items(len(encoded.dictionary))
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
@@ -244,7 +283,7 @@ def _by_target_day(timeline: _Timeline, rule: WindowRule) -> _Timeline:
     session_start = np.repeat(starts[first], _run_lengths(first, len(starts)))
     stops = np.append(starts[1:], len(timeline.day))
     days = timeline.day[starts]
-    wanted = (days >= rule.first_day) & (days <= rule.last_day)
+    wanted = np.isin(days, rule.deal.days)
     lengths = (stops - session_start)[wanted]
     rows = ranges(session_start[wanted], lengths)
     groups = np.arange(len(lengths), dtype=np.int64)
@@ -255,10 +294,7 @@ def _cap(timeline: _Timeline, rule: WindowRule) -> _Timeline:
     """Leave the `max_items` distinct items with the smallest hash per user and day (or session); others take no part at all."""
     part = timeline.target_day if rule.kind == "session" else timeline.day
     order = np.lexsort((timeline.item, part, timeline.group))
-    columns = (timeline.group[order], part[order])
-    runs = _run_starts(*columns)
-    distinct = _run_starts(*columns, timeline.item[order])
-    num_items = np.diff(np.searchsorted(distinct, np.append(runs, len(order))))
+    runs, num_items = _run_sizes(order, (timeline.group[order], part[order]), timeline.item)
     keep = np.ones(len(order), dtype=np.bool_)
     for run in np.flatnonzero(num_items > rule.max_items):
         stop = runs[run + 1] if run + 1 < len(runs) else len(order)
@@ -336,7 +372,7 @@ def _forget(counts: dict[int, int], items: list[int]) -> None:
 def _window_batches(timeline: _Timeline, starts: Ints, stops: Ints, rule: WindowRule) -> Iterator[pa.RecordBatch]:
     """One row per (group, target day) that holds at least two engagements."""
     days = timeline.day
-    targets = np.flatnonzero((days == timeline.target_day) & (days >= rule.first_day) & (days <= rule.last_day))
+    targets = np.flatnonzero((days == timeline.target_day) & np.isin(days, rule.deal.days))
     runs = _run_starts(timeline.group[targets], days[targets])
     num_targets = _run_lengths(runs, len(targets))
     begin = starts[targets[runs]]
@@ -349,17 +385,73 @@ def _window_batches(timeline: _Timeline, starts: Ints, stops: Ints, rule: Window
     offset = np.repeat(begin, num_targets)
     hashes = np.array([keyed_hash(user, key=rule.hash_key) for user in timeline.users], dtype=np.int64)
     first = targets[runs]
-    table = pa.table(
-        [
-            pa.array(days[first], pa.int32()),
-            pa.array(hashes[timeline.user[first]]),
-            _lists(timeline.names.take(pa.array(timeline.item[ranges(begin, end - begin)])), end - begin),
-            _lists(pa.array(starts[kept] - offset, pa.int32()), num_targets),
-            _lists(pa.array(stops[kept] - offset, pa.int32()), num_targets),
-        ],
-        schema=_WINDOW_ARROW,
-    )
+    dealt = _dealt(days[first], rule.deal)
+    columns = [
+        pa.array(hashes[timeline.user[first]]),
+        _lists(timeline.names.take(pa.array(timeline.item[ranges(begin, end - begin)])), end - begin),
+        _lists(pa.array(starts[kept] - offset, pa.int32()), num_targets),
+        _lists(pa.array(stops[kept] - offset, pa.int32()), num_targets),
+    ]
+    rows = pa.array(dealt["row"])
+    places = [pa.array(dealt[name], pa.int32()) for name in ("task", "day", "split", "num_splits")]
+    table = pa.table([*places, *(column.take(rows) for column in columns)], schema=_WINDOW_ARROW)
     yield from table.to_batches(max_chunksize=OUTPUT_ROWS)
+
+
+def _dealt(days: Ints, deal: Deal) -> dict[str, Ints]:
+    """One row per window and split of its day."""
+    place = np.searchsorted(deal.days, days)
+    num_splits = deal.num_splits[place]
+    row = np.repeat(np.arange(len(days), dtype=np.int64), num_splits)
+    split = ranges(np.zeros_like(num_splits), num_splits)
+    return {"row": row, "day": days[row], "split": split, "num_splits": num_splits[row], "task": deal.task[place][row] + split}
+
+
+def deal_days(work: Mapping[int, int], num_tasks: int) -> Deal:
+    """Target days to tasks: contiguous ranges of about equal work, so that files can be skipped by day; a day heavier than that is split.
+
+    Args:
+        work: target day to a number in proportion to its work, e.g. its engagements.
+        num_tasks: tasks, numbered from 0.
+    """
+    days = np.array(sorted(work), dtype=np.int64)
+    load = np.array([max(1, work[day]) for day in days.tolist()], dtype=np.float64)
+    share = load / load.sum() * num_tasks
+    num_splits = np.exp2(np.floor(np.log2(np.clip(share, 1, num_tasks)))).astype(np.int64)  # powers of two make square grids of splits
+    middle = np.cumsum(share) - share / 2
+    task = np.clip(np.rint(middle - num_splits / 2), 0, num_tasks - num_splits).astype(np.int64)
+    return Deal(days=days, task=task, num_splits=num_splits)
+
+
+CUT_SCHEMA = "day int, num_capped_groups bigint, num_cut_items bigint"
+
+
+def measure_cuts(batches: Iterable[pa.RecordBatch], *, rule: WindowRule) -> Iterator[pa.RecordBatch]:
+    """What the cap cuts from the target days, as rows of CUT_SCHEMA to be added up by day.
+
+    Args:
+        batches: as of `make_windows`.
+        rule: which engagements form windows.
+    """
+    for chunk in _whole_runs(batches, ["user_id"], min_rows=_CHUNK_ROWS):
+        timeline = _timeline(chunk, rule)
+        part = timeline.target_day if rule.kind == "session" else timeline.day
+        order = np.lexsort((timeline.item, part, timeline.group))
+        columns = (timeline.group[order], part[order])
+        runs, num_items = _run_sizes(order, columns, timeline.item)
+        day = part[order][runs]
+        over = np.maximum(num_items - rule.max_items, 0)
+        wanted = np.isin(day, rule.deal.days)
+        columns_ = [pa.array(day[wanted], pa.int32()), pa.array((over > 0)[wanted].astype(np.int64)), pa.array(over[wanted])]
+        added = pa.table(columns_, names=["day", "groups", "items"]).group_by("day").aggregate([("groups", "sum"), ("items", "sum")])
+        yield from added.rename_columns(["day", "num_capped_groups", "num_cut_items"]).to_batches()
+
+
+def _run_sizes(order: Ints, columns: tuple[Ints, ...], item: Ints) -> tuple[Ints, Ints]:
+    """Start of each run of equal rows of the ordered columns, and its number of distinct items."""
+    runs = _run_starts(*columns)
+    distinct = _run_starts(*columns, item[order])
+    return runs, np.diff(np.searchsorted(distinct, np.append(runs, len(order))))
 
 
 def _lists(values: pa.Array, lengths: Ints) -> pa.ListArray:
@@ -385,15 +477,17 @@ class _DayWindows:
 
 
 def count_windows(
-    batches: Iterable[pa.RecordBatch], *, symmetric: bool, min_users: int, num_splits: int, pass_pairs: int = _PASS_PAIRS
+    batches: Iterable[pa.RecordBatch], *, symmetric: bool, min_users: int, pass_pairs: int = _PASS_PAIRS
 ) -> Iterator[pa.RecordBatch]:
     """Pairs and their users, one (day, split) after the other.
 
+    A split is a cell of a grid over the hashes of both items of a pair, so that neither a hot trigger nor a hot target makes one task
+    slow. Only the pairs of the cell are expanded. Its passes are thinner cells: at most about `pass_pairs` pairs are held at once.
+
     Args:
-        batches: WINDOW_SCHEMA and `split`, sorted by (day, split). Split s counts the pairs whose first item hashes to s.
+        batches: WINDOW_SCHEMA, sorted by (day, split).
         symmetric: add the mirror image of each pair.
         min_users: user hashes kept per pair.
-        num_splits: splits of a day.
         pass_pairs: pairs expanded at once; a bigger day is counted in several passes over its windows.
 
     Returns:
@@ -402,13 +496,31 @@ def count_windows(
     for table in _whole_runs(batches, ["day", "split"], min_rows=1):
         days, splits = _ints(table, "day"), _ints(table, "split")
         for start, length in equal_runs(days, splits):
-            windows = _flatten(table.slice(start, length))
-            num_passes = max(1, -(-int(windows.length.sum()) // pass_pairs // num_splits))
-            buckets = _buckets(windows.names, num_splits * num_passes)
-            for number in range(num_passes):
-                bucket = int(splits[start]) + number * num_splits
-                pair, user = _expand(windows, buckets == bucket if buckets is not None else None, symmetric=symmetric)
-                yield from _daily_batches(windows, pair, user, symmetric=symmetric, min_users=min_users)
+            part = table.slice(start, length)
+            windows = _flatten(part)
+            for cell in _cells(windows, split=int(splits[start]), num_splits=part["num_splits"][0].as_py(), pass_pairs=pass_pairs):
+                mirror = symmetric and cell is None
+                pair, user = _expand(windows, cell, symmetric=symmetric)
+                yield from _daily_batches(windows, pair, user, mirror=mirror, min_users=min_users)
+
+
+Cell = tuple[Mask, Mask]
+"""Which items are a pair's trigger, and which its target, in one part of a day."""
+
+
+def _cells(windows: "_DayWindows", *, split: int, num_splits: int, pass_pairs: int) -> Iterator[Cell | None]:
+    """The cells of one split; None for all pairs of the day."""
+    if num_splits == 1 and int(windows.length.sum()) <= pass_pairs:
+        yield None
+        return
+    hashes = item_hashes(windows.names)
+    across = max(n for n in range(1, isqrt(num_splits) + 1) if num_splits % n == 0)
+    down = num_splits // across
+    triggers, targets = hashes % down == split % down, hashes // down
+    num_pairs = int(_within(windows, slots=triggers, targets=targets % across == split // down)[-1].sum())
+    num_passes = max(1, -(-num_pairs // pass_pairs))
+    for number in range(num_passes):
+        yield triggers, targets % (across * num_passes) == split // down + across * number
 
 
 def equal_runs(*columns: Ints) -> list[tuple[int, int]]:
@@ -436,53 +548,81 @@ def _flatten(table: pa.Table) -> _DayWindows:
     )
 
 
-def _buckets(names: pa.Array, num_buckets: int) -> Ints | None:
-    """Bucket of each item, equal in every task and for every dictionary; None where there is one bucket only."""
-    if num_buckets == 1:
-        return None
-    return np.array([zlib.crc32(name.encode()) % num_buckets for name in names.to_pylist()], dtype=np.int64)
+def item_hashes(names: pa.Array) -> Ints:
+    """A 32-bit hash of each item, equal in every task and for every dictionary."""
+    return np.array([zlib.crc32(name.encode()) for name in names.to_pylist()], dtype=np.int64)
 
 
-def _expand(windows: _DayWindows, mine: Mask | None, *, symmetric: bool) -> tuple[Ints, Ints]:
-    """Distinct (pair, user), sorted; a pair is trigger code * number of items + target code, smaller code first if symmetric."""
-    num_items = len(windows.names)
-    pairs, users = [], []
-    block = np.cumsum(windows.length) // _BLOCK_PAIRS
-    for start, length in equal_runs(block):
-        rows = slice(start, start + length)
-        lengths = windows.length[rows]
-        trigger = windows.items[ranges(windows.first[rows], lengths)]
-        target, user = np.repeat(windows.target[rows], lengths), np.repeat(windows.user[rows], lengths)
-        if symmetric:
-            trigger, target = np.minimum(trigger, target), np.maximum(trigger, target)
+def _expand(windows: _DayWindows, cell: Cell | None, *, symmetric: bool) -> tuple[Ints, Ints]:
+    """Distinct (pair, user), sorted; a pair is trigger code << item bits | target code.
+
+    Without a cell, symmetric pairs come once, the smaller code first; the pairs of a cell come in the order of the cell, mirror images
+    included.
+    """
+    bits = _bits(len(windows.names))
+    pairs, users = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    for trigger, target, user in _co_engagements(windows, cell, symmetric=symmetric):
         wanted = trigger != target
-        if mine is not None:
-            wanted &= mine[trigger]
-        pairs.append(trigger[wanted] * num_items + target[wanted])
+        if symmetric and cell is None:
+            trigger, target = np.minimum(trigger, target), np.maximum(trigger, target)
+        pairs.append((trigger[wanted] << bits) | target[wanted])
         users.append(user[wanted])
-    empty = np.zeros(0, dtype=np.int64)
-    return _distinct(np.concatenate([empty, *pairs]), np.concatenate([empty, *users]), num_items**2, len(windows.hashes))
+    return _distinct(np.concatenate(pairs), np.concatenate(users), pair_bits=2 * bits, user_bits=_bits(len(windows.hashes)))
 
 
-def _distinct(pair: Ints, user: Ints, num_pairs: int, num_users: int) -> tuple[Ints, Ints]:
+def _co_engagements(windows: _DayWindows, cell: Cell | None, *, symmetric: bool) -> Iterator[tuple[Ints, Ints, Ints]]:
+    """(trigger, target, user) with repeats, a block after the other; of a cell that is symmetric, its pairs met in either order."""
+    if cell is None:
+        yield from _blocks(windows.items, windows.target, windows.user, windows.first, windows.length)
+        return
+    first, second = cell
+    yield from _blocks(*_within(windows, slots=first, targets=second))
+    if symmetric:
+        for target, trigger, user in _blocks(*_within(windows, slots=second, targets=first)):
+            yield trigger, target, user
+
+
+def _within(windows: _DayWindows, *, slots: Mask, targets: Mask) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """Items, targets, users, first and length, with only the items of `slots` as triggers and only those of `targets` as targets."""
+    kept, rows = slots[windows.items], np.flatnonzero(targets[windows.target])
+    before = np.concatenate([[0], np.cumsum(kept)])
+    first = before[windows.first[rows]]
+    length = before[windows.first[rows] + windows.length[rows]] - first
+    return windows.items[kept], windows.target[rows], windows.user[rows], first, length
+
+
+def _blocks(items: Ints, target: Ints, user: Ints, first: Ints, length: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
+    for start, count in equal_runs(np.cumsum(length) // _BLOCK_PAIRS):
+        rows = slice(start, start + count)
+        lengths = length[rows]
+        yield items[ranges(first[rows], lengths)], np.repeat(target[rows], lengths), np.repeat(user[rows], lengths)
+
+
+def _bits(size: int) -> int:
+    """Bits that hold every code below the size."""
+    return max(1, (size - 1).bit_length())
+
+
+def _distinct(pair: Ints, user: Ints, *, pair_bits: int, user_bits: int) -> tuple[Ints, Ints]:
     """Distinct rows ascending: one sort of a packed key where it fits into 63 bits, else a slower sort of both columns."""
-    if num_pairs * num_users < 2**63:
-        key = np.sort(pair * num_users + user)
+    if pair_bits + user_bits < 64:
+        key = np.sort((pair << user_bits) | user)
         key = key[_run_starts(key)]
-        return key // num_users, key % num_users
+        return key >> user_bits, key & ((1 << user_bits) - 1)
     order = np.lexsort((user, pair))
     pair, user = pair[order], user[order]
     rows = _run_starts(pair, user)
     return pair[rows], user[rows]
 
 
-def _daily_batches(windows: _DayWindows, pair: Ints, user: Ints, *, symmetric: bool, min_users: int) -> Iterator[pa.RecordBatch]:
+def _daily_batches(windows: _DayWindows, pair: Ints, user: Ints, *, mirror: bool, min_users: int) -> Iterator[pa.RecordBatch]:
     """Count runs of equal pairs. Users are coded in the order of their hashes, so the smallest hashes come first."""
-    num_items = len(windows.names)
+    bits = _bits(len(windows.names))
+    low = (1 << bits) - 1
     starts = _run_starts(pair)
     counts, pairs = _run_lengths(starts, len(pair)), pair[starts]
-    if symmetric:
-        mirrored = (pairs % num_items) * num_items + pairs // num_items
+    if mirror:
+        mirrored = ((pairs & low) << bits) | (pairs >> bits)
         order = np.argsort(np.concatenate([pairs, mirrored]))
         pairs = np.concatenate([pairs, mirrored])[order]
         starts, counts = np.tile(starts, 2)[order], np.tile(counts, 2)[order]
@@ -491,8 +631,8 @@ def _daily_batches(windows: _DayWindows, pair: Ints, user: Ints, *, symmetric: b
         kept = np.minimum(counts[rows], min_users)
         columns = [
             pa.array(np.full(len(kept), windows.day, dtype=np.int32)).cast(pa.date32()),
-            windows.names.take(pa.array(pairs[rows] // num_items)),
-            windows.names.take(pa.array(pairs[rows] % num_items)),
+            windows.names.take(pa.array(pairs[rows] >> bits)),
+            windows.names.take(pa.array(pairs[rows] & low)),
             pa.array(counts[rows]),
             _lists(pa.array(windows.hashes[user[ranges(starts[rows], kept)]]), kept),
         ]
@@ -503,19 +643,46 @@ def _daily_batches(windows: _DayWindows, pair: Ints, user: Ints, *, symmetric: b
 
 
 def pack_by_trigger(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iterator[pa.RecordBatch]:
-    """Daily rows as few large binary blocks, one per bucket of triggers and chunk: rows of PACKED_SCHEMA.
+    """Rows as few large binary blocks, one per bucket of triggers and chunk: rows of PACKED_SCHEMA.
 
     An exchange then moves a thousand blocks and not tens of millions of rows, each of which Spark would serialize, compress and sort.
     """
     for chunk in _chunks(batches, min_rows=_PACKED_ROWS):
         trigger, triggers = encode(chunk["trigger_item_id"])
-        buckets = _buckets(triggers, num_buckets)
-        bucket = np.zeros_like(trigger) if buckets is None else buckets[trigger]
-        order = np.argsort(bucket, kind="stable")
-        ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1))
-        grouped = chunk.take(pa.array(order)).combine_chunks()
-        for number in np.flatnonzero(np.diff(ends)).tolist():
-            yield _packed(number, grouped.slice(ends[number], ends[number + 1] - ends[number]))
+        yield from _packed_by(chunk, (item_hashes(triggers) % num_buckets)[trigger], num_buckets)
+
+
+def pack_by_pair(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iterator[pa.RecordBatch]:
+    """As `pack_by_trigger`, but by the hash of both items: the rows of a hot trigger go to all buckets. Ids become dictionaries."""
+    for chunk in _chunks(batches, min_rows=_PACKED_ROWS):
+        trigger, triggers = encode(chunk["trigger_item_id"])
+        target, targets = encode(chunk["target_item_id"])
+        mixed = item_hashes(triggers)[trigger] * 0x9E3779B1 + item_hashes(targets)[target]  # else (i, j) and (j, i) always met
+        for name, code, names in (("trigger_item_id", trigger, triggers), ("target_item_id", target, targets)):
+            coded = pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), names)
+            chunk = chunk.set_column(chunk.column_names.index(name), name, coded)
+        yield from _packed_by(chunk, (mixed >> 7) % num_buckets, num_buckets)
+
+
+def _packed_by(chunk: pa.Table, bucket: Ints, num_buckets: int) -> Iterator[pa.RecordBatch]:
+    order = np.argsort(bucket.astype(np.uint16) if num_buckets < 2**16 else bucket, kind="stable")  # 16 bits: a radix sort
+    ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1))
+    grouped = chunk.take(pa.array(order)).combine_chunks()
+    for number in np.flatnonzero(np.diff(ends)).tolist():
+        part = grouped.slice(ends[number], ends[number + 1] - ends[number])
+        for place, column in enumerate(part.columns):
+            if pa.types.is_dictionary(column.type):
+                part = part.set_column(place, part.column_names[place], _compact(column.combine_chunks()))
+        yield _packed(number, part)
+
+
+def _compact(coded: pa.DictionaryArray) -> pa.DictionaryArray:
+    """The same values with a dictionary that holds no others."""
+    codes = coded.indices.to_numpy()
+    used = np.zeros(len(coded.dictionary), dtype=np.bool_)
+    used[codes] = True
+    place = np.cumsum(used, dtype=np.int32) - 1
+    return pa.DictionaryArray.from_arrays(pa.array(place[codes], pa.int32()), coded.dictionary.take(pa.array(np.flatnonzero(used))))
 
 
 def _chunks(batches: Iterable[pa.RecordBatch], *, min_rows: int) -> Iterator[pa.Table]:
@@ -549,31 +716,47 @@ def unpack(block: pa.BinaryScalar) -> pa.Table:
 
 
 def total_pairs(batches: Iterable[pa.RecordBatch], *, rule: TotalRule) -> Iterator[pa.RecordBatch]:
-    """Totals of whole triggers: packed rows, sorted by trigger and target, in the bucket they came from.
-
-    They stay packed as they are read twice: the rows of all triggers have to be counted before one can be weighted by how rare it is.
+    """Totals of whole pairs with enough users: rows of TOTAL_SCHEMA.
 
     Args:
-        batches: blocks of `pack_by_trigger`, all of one bucket: trigger_item_id, target_item_id, day, num_users, user_hashes; every
-            row of a trigger is among them.
-        rule: decay, privacy minimum and cut.
+        batches: blocks of `pack_by_pair`, all of one bucket, with everything of its pairs: rows of co_engagement_daily (`day`, and
+            optionally `counts`: false where the row is part of the total already, and only its fit_weight lacks it), and rows of
+            TOTAL_SCHEMA, the totals of a former night.
+        rule: decay and privacy minimum.
+    """
+    blocks = [unpack(block) for batch in batches for block in batch["block"]]
+    days = [block for block in blocks if "day" in block.column_names] or [_PART_ARROW.empty_table()]
+    earlier = [block for block in blocks if "day" not in block.column_names] or [_TOTAL_ARROW.empty_table()]
+    if blocks:
+        yield from _totals(pa.concat_tables(days), pa.concat_tables(earlier), rule).to_batches(max_chunksize=OUTPUT_ROWS)
+
+
+def strongest_pairs(batches: Iterable[pa.RecordBatch], *, max_pairs: int) -> Iterator[pa.RecordBatch]:
+    """The `max_pairs` heaviest pairs of each trigger, ties by target id, and their share of the weight of all its pairs.
+
+    They stay packed, in the bucket they came from, as they are read twice: the rows of all triggers have to be counted before one can
+    be weighted by how rare it is.
+
+    Args:
+        batches: blocks of `pack_by_trigger` over rows of TOTAL_SCHEMA, all of one bucket; every row of a trigger is among them.
+        max_pairs: pairs kept per trigger.
 
     Returns:
-        Blocks with the columns of TOTAL_SCHEMA.
+        Blocks with the columns of STRONG_SCHEMA, sorted by trigger and target.
     """
     blocks = [(bucket.as_py(), unpack(block)) for batch in batches for bucket, block in zip(batch["bucket"], batch["block"], strict=True)]
     if not blocks:
         return
-    totals = _totals(pa.concat_tables(table for _, table in blocks), rule)
-    for start in range(0, totals.num_rows, _PACKED_ROWS):
-        yield _packed(blocks[0][0], totals.slice(start, _PACKED_ROWS))
+    bucket, strong = blocks[0][0], _strongest(pa.concat_tables(table for _, table in blocks), max_pairs)
+    for start in range(0, strong.num_rows, _PACKED_ROWS):
+        yield _packed(bucket, strong.slice(start, _PACKED_ROWS))
 
 
 def count_partners(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Parts to be summed by item, rows of PARTNER_SCHEMA: triggers paired with it, and user-days of its pairs as a trigger.
 
     Args:
-        batches: blocks of `total_pairs`.
+        batches: blocks of `strongest_pairs`.
     """
     for batch in batches:
         for block in batch["block"]:
@@ -586,27 +769,52 @@ def count_partners(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
                 yield pa.RecordBatch.from_arrays([ids, *map(pa.array, counts)], names=["item_id", "num_triggers", "num_user_days"])
 
 
-def _totals(table: pa.Table, rule: TotalRule) -> pa.Table:
-    trigger, triggers = encode(table["trigger_item_id"])
-    target, targets = encode(table["target_item_id"])
-    day, users = _ints(table, "day"), _ints(table, "num_users")
-    pair = trigger * len(targets) + target
-    order = _order(pair, day)  # days in order: the float sums come out the same whatever the order of rows
-    pair, day, users = pair[order], day[order], users[order]
-    starts = _run_starts(pair)
-    weight = users * np.exp2((day - rule.landmark) / rule.half_life_days)
+def _totals(days: pa.Table, earlier: pa.Table, rule: TotalRule) -> pa.Table:
+    """Earlier totals and rows of days, added up. An earlier total has reached the minimum, and so has its sum with more days."""
+    names = ("trigger_item_id", "target_item_id")
+    trigger, target = (encode(pa.chunked_array(days[name].chunks + earlier[name].cast(_CODED).chunks, _CODED)) for name in names)
+    bits = _bits(len(target[1]))
+    pair, num_days = (trigger[0] << bits) | target[0], days.num_rows
+    day, users = _ints(days, "day"), _ints(days, "num_users")
+    counts = days["counts"].to_numpy() if "counts" in days.column_names else np.ones(num_days, dtype=np.bool_)
     fit = day < rule.holdout_from
-    hashes = _Hashes.of(table["user_hashes"])
-    kept = np.flatnonzero(_enough_users(starts, users, np.ones_like(fit), hashes, order, rule.min_users))
-    fit_enough = _enough_users(starts, users, fit, hashes, order, rule.min_users)[kept]
-    columns = {
-        "trigger": pair[starts[kept]] // len(targets),
-        "target": pair[starts[kept]] % len(targets),
-        "weight": _sums(weight, starts)[kept],
-        "num_user_days": _sums(users, starts)[kept],
-        "fit_weight": np.where(fit_enough, _sums(np.where(fit, weight, 0.0), starts)[kept], 0.0),
-    }
-    return _strongest(columns, triggers, targets, rule.max_pairs)
+    decayed = users * np.exp2((day - rule.landmark) / rule.half_life_days)
+    before = np.full(earlier.num_rows, (int(day.min()) if num_days else 0) - 1)
+    order = _order(pair, np.concatenate([day, before]))  # sums in one order, whatever that of the rows
+    all_users = np.concatenate([users, _ints(earlier, "num_user_days")])
+    order, starts = _frequent(pair, all_users, order, rule.min_users)
+
+    def added(of_days: NDArray[Any], of_totals: str) -> NDArray[Any]:
+        return _sums(np.concatenate([of_days, earlier[of_totals].to_numpy()])[order], starts)
+
+    old = order >= num_days
+    old_fit = np.concatenate([np.zeros(num_days), earlier["fit_weight"].to_numpy()])[order] > 0
+    people = _People(starts=starts, users=all_users[order], hashes=_Hashes.of(days["user_hashes"]), order=order)
+    enough = np.logical_or.reduceat(old, starts) | people.enough(_at(counts, order), rule.min_users)
+    fit_enough = np.logical_or.reduceat(old_fit, starts) | people.enough(_at(fit, order), rule.min_users)
+    kept = np.flatnonzero(enough)
+    first = pair[order][starts[kept]]
+    columns = [
+        trigger[1].take(pa.array(first >> bits)),
+        target[1].take(pa.array(first & ((1 << bits) - 1))),
+        pa.array(added(np.where(counts, decayed, 0.0), "weight")[kept]),
+        pa.array(added(np.where(counts, users, 0), "num_user_days")[kept]),
+        pa.array(np.where(fit_enough, added(np.where(fit, decayed, 0.0), "fit_weight"), 0.0)[kept]),
+    ]
+    return pa.table(columns, schema=_TOTAL_ARROW)
+
+
+def _frequent(pair: Ints, users: Ints, order: Ints, min_users: int) -> tuple[Ints, Ints]:
+    """Of ordered rows, those of pairs whose user-days could reach the minimum, and where each pair starts; most pairs are seen once."""
+    starts = _run_starts(pair[order])
+    frequent = _sums(users[order], starts) >= min_users
+    lengths = _run_lengths(starts, len(order))
+    return order[np.repeat(frequent, lengths)], np.cumsum(lengths[frequent]) - lengths[frequent]
+
+
+def _at(of_days: Mask, order: Ints) -> Mask:
+    """A flag of days at rows of all; that of earlier totals, which come behind the days, is false."""
+    return (order < len(of_days)) & of_days[np.minimum(order, len(of_days) - 1)] if len(of_days) else np.zeros(len(order), np.bool_)
 
 
 def _order(pair: Ints, day: Ints) -> Ints:
@@ -635,47 +843,49 @@ class _Hashes:
         return cls(values=lists.flatten().to_numpy(), start=np.cumsum(length) - length, length=length)
 
 
-def _enough_users(starts: Ints, users: Ints, counted: Mask, hashes: _Hashes, order: Ints, min_users: int) -> Mask:
-    """Per pair, whether at least `min_users` distinct users engaged it on the counted days.
+@dataclass(frozen=True, kw_only=True)
+class _People:
+    """Who stands behind runs of rows: P pairs that start at `starts`; row r has `users` of which `hashes`, at order[r], are known."""
 
-    A day with that many users decides at once. On every other day the hash list is complete, so that the union of the lists is
-    the set of users; it is only built for pairs whose user-days could reach the minimum.
-    """
-    users = np.where(counted, users, 0)
-    enough = np.maximum.reduceat(users, starts) >= min_users
-    open_ = ~enough & (_sums(users, starts) >= min_users)
-    if not open_.any():
-        return enough
-    pair = np.repeat(np.arange(len(starts), dtype=np.int64), _run_lengths(starts, len(users)))
-    rows = np.flatnonzero(open_[pair] & counted)
-    length = hashes.length[order[rows]]
-    owner = np.repeat(pair[rows], length)
-    values = hashes.values[ranges(hashes.start[order[rows]], length)]
-    by_pair = np.lexsort((values, owner))
-    owner = owner[by_pair]
-    distinct = owner[_run_starts(owner, values[by_pair])]
-    return enough | (np.bincount(distinct, minlength=len(starts)) >= min_users)
+    starts: Ints
+    users: Ints
+    hashes: _Hashes
+    order: Ints
+
+    def enough(self, counted: Mask, min_users: int) -> Mask:
+        """Per pair, whether at least `min_users` distinct users engaged it on the counted rows.
+
+        A day with that many users decides at once. On every other day the hash list is complete, so that the union of the lists is
+        the set of users; it is only built for pairs whose user-days could reach the minimum.
+        """
+        starts, users = self.starts, np.where(counted, self.users, 0)
+        enough = np.maximum.reduceat(users, starts) >= min_users
+        open_ = ~enough & (_sums(users, starts) >= min_users)
+        if not open_.any():
+            return enough
+        pair = np.repeat(np.arange(len(starts), dtype=np.int64), _run_lengths(starts, len(users)))
+        rows = np.flatnonzero(open_[pair] & counted)
+        listed = self.order[rows]
+        length = self.hashes.length[listed]
+        owner = np.repeat(pair[rows], length)
+        values = self.hashes.values[ranges(self.hashes.start[listed], length)]
+        by_pair = np.lexsort((values, owner))
+        owner = owner[by_pair]
+        distinct = owner[_run_starts(owner, values[by_pair])]
+        return enough | (np.bincount(distinct, minlength=len(starts)) >= min_users)
 
 
-def _strongest(columns: dict[str, NDArray[Any]], triggers: pa.Array, targets: pa.Array, max_pairs: int) -> pa.Table:
-    """The `max_pairs` heaviest pairs per trigger, ties by target id; `conditional` is the share among all pairs before the cut."""
-    trigger, weight = columns["trigger"], columns["weight"]
+def _strongest(totals: pa.Table, max_pairs: int) -> pa.Table:
+    trigger, _ = encode(totals["trigger_item_id"])
+    target, _ = encode(totals["target_item_id"])
+    order = np.lexsort((target, trigger))
+    totals, trigger, target = totals.take(pa.array(order)), trigger[order], target[order]
+    weight = totals["weight"].to_numpy()
     runs = _run_starts(trigger)
     num_pairs = _run_lengths(runs, len(trigger))
-    total = np.repeat(_sums(weight, runs), num_pairs) if len(runs) else weight
+    total = np.repeat(_sums(weight, runs), num_pairs)
     conditional = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
-    order = np.lexsort((columns["target"], -weight, trigger))
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = ranges(np.zeros_like(num_pairs), num_pairs)
-    rows = np.flatnonzero(rank < max_pairs)
-    return pa.table(
-        [
-            triggers.take(pa.array(trigger[rows])),
-            targets.take(pa.array(columns["target"][rows])),
-            pa.array(weight[rows]),
-            pa.array(columns["num_user_days"][rows]),
-            pa.array(columns["fit_weight"][rows]),
-            pa.array(conditional[rows]),
-        ],
-        schema=_TOTAL_ARROW,
-    )
+    by_weight = np.lexsort((target, -weight, trigger))
+    rank = np.empty(len(by_weight), dtype=np.int64)
+    rank[by_weight] = ranges(np.zeros_like(num_pairs), num_pairs)
+    return totals.append_column("conditional", pa.array(conditional)).take(pa.array(np.flatnonzero(rank < max_pairs)))

@@ -11,7 +11,7 @@ Association scores of a pair are functions of the table's own rows and of item_p
 (`features.swing`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from datetime import date, timedelta
 from functools import partial
 from math import ceil
@@ -21,18 +21,24 @@ from pyspark.sql import functions as F
 
 from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
-from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ITEM_POPULARITY
+from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ITEM_POPULARITY
 from features.pair_kernels import (
+    CUT_SCHEMA,
     PACKED_SCHEMA,
     PARTNER_SCHEMA,
+    TOTAL_SCHEMA,
     WINDOW_SCHEMA,
     TotalRule,
     WindowRule,
     count_partners,
     count_windows,
     day_number,
+    deal_days,
     make_windows,
+    measure_cuts,
+    pack_by_pair,
     pack_by_trigger,
+    strongest_pairs,
     total_pairs,
 )
 from features.swing import SCORED_SCHEMA, UserItems, add_swing, index_user_items
@@ -46,29 +52,41 @@ BM25_B = 0.75
 """How much triggers with many co-engagements are discounted, 0 (not) to 1 (in proportion); source as BM25_K1."""
 
 _SECONDS_PER_DAY = 86_400
+_ENGAGEMENTS_PER_TASK = 50_000  # a late day of a few hundred engagements is one file, not sixteen
 _MAX_EXPONENT = 500  # 2^1023 is the largest double: sums need room above a single day's factor
 _DAILY_SCHEMA = ", ".join(f"{column.name} {column.type}" for column in CO_ENGAGEMENT_DAILY.columns)
 
 
-def count_popularity(*, landmark: date, half_life_days: float, holdout_from: date, run_date: date) -> Transform:
-    """Engagements to item_popularity: every item engaged with up to the run date.
+def sum_user_items(*, landmark: date, half_life_days: float, holdout_from: date, run_date: date) -> Transform:
+    """Engagements to one row per user and item ever engaged up to the run date: what popularity and swing are made of.
+
+    Columns item_id, user_id, weight (landmark form of days), num_user_days, fit_weight, first_engaged_date, last_engaged_date.
 
     Raises:
         SettingsError: the landmark lies so far back that weights would overflow.
     """
-    _check_landmark(landmark, half_life_days, run_date)
+    check_landmark(landmark, half_life_days, run_date)
 
     def transform(engagements: DataFrame) -> DataFrame:
-        user_days = engagements.where(F.col("event_date") <= F.lit(run_date)).select("item_id", "user_id", "event_date").distinct()
+        events = engagements.where(F.col("event_date") <= F.lit(run_date)).select("item_id", "user_id", "event_date")
+        user_days = events.repartition("item_id", "user_id").distinct()  # one exchange for both: distinct days, and their sums
         weight = _decay(F.col("event_date"), landmark, half_life_days)
-        per_user = user_days.groupBy("item_id", "user_id").agg(
+        return user_days.groupBy("item_id", "user_id").agg(
             F.sum(weight).alias("weight"),
             F.count(F.lit(1)).alias("num_user_days"),
             F.sum(F.when(F.col("event_date") < F.lit(holdout_from), weight).otherwise(0.0)).alias("fit_weight"),
             F.min("event_date").alias("first_engaged_date"),
             F.max("event_date").alias("last_engaged_date"),
         )
-        totals = per_user.groupBy("item_id").agg(
+
+    return transform
+
+
+def count_popularity(*, landmark: date, holdout_from: date, run_date: date) -> Transform:
+    """Rows of `sum_user_items` to item_popularity: every item engaged with up to the run date."""
+
+    def transform(engaged: DataFrame) -> DataFrame:
+        totals = engaged.groupBy("item_id").agg(
             *(F.sum(name).alias(name) for name in ("weight", "num_user_days", "fit_weight")),
             F.count(F.lit(1)).alias("num_users"),
             F.min("first_engaged_date").alias("first_engaged_date"),
@@ -85,14 +103,13 @@ def count_daily_pairs(
     max_items_per_user_day: int,
     min_users: int,
     hash_key: bytes,
-    first_day: date,
-    last_day: date,
+    days: Mapping[date, int],
     num_tasks: int | None = None,
 ) -> Transform:
-    """Engagements to co_engagement_daily for the target days first_day to last_day, both included.
+    """Engagements to co_engagement_daily for some target days.
 
     Earlier engagements may be triggers and must be among the input as far back as the window reaches; it is pruned here. The result
-    of a day does not depend on the range it is counted in, on later days, on the order of rows or on the number of partitions.
+    of a day does not depend on the other days it is counted with, on later days, on the order of rows or on the number of partitions.
     Rows come out sorted by day, trigger and target inside a partition, except for days too big for one pass.
 
     Args:
@@ -101,144 +118,166 @@ def count_daily_pairs(
             (user, day or session, item) stay.
         min_users: user hashes kept per row.
         hash_key: secret key of the user hashes; one key for the life of the table, as hashes of different days are compared.
-        first_day: first target day.
-        last_day: last target day.
-        num_tasks: tasks, and so output files; None: twice `spark.sql.shuffle.partitions`. Days are dealt out in contiguous ranges;
-            with fewer days than tasks each day is split by the hash of an item.
+        days: target days and the engagements of each, by which they are dealt out to tasks.
+        num_tasks: tasks, and so output files; None: as many as the engagements ask for, at most twice `spark.sql.shuffle.partitions`.
 
     Raises:
-        SettingsError: the key is empty or the range of days is.
+        SettingsError: the key is empty or there are no days.
     """
     if not hash_key:
         raise SettingsError("the key of the user hashes is empty; set the environment variable that pairs.user_hash_key_env names")
-    if last_day < first_day:
-        raise SettingsError(f"no days to count: first_day {first_day} is after last_day {last_day}")
-    rule = _window_rule(window, max_items_per_user_day, hash_key, first_day, last_day)
+    if not days:
+        raise SettingsError("no days to count; name at least one target day")
 
     def transform(engagements: DataFrame) -> DataFrame:
-        tasks = num_tasks or 2 * _shuffle_partitions(engagements)
-        num_splits = max(1, ceil(tasks / (rule.last_day - rule.first_day + 1)))
-        order = ["user_id", *(["session_id"] if window.kind == "session" else []), "time", "item_id"]
-        events = engagements.transform(_reaching(window, first_day, last_day)).repartition("user_id").sortWithinPartitions(*order)
-        windows = events.mapInArrow(partial(make_windows, rule=rule), WINDOW_SCHEMA)
-        counter = partial(count_windows, symmetric=window.symmetric, min_users=min_users, num_splits=num_splits)
-        return windows.transform(_dealt_out(rule, tasks, num_splits)).mapInArrow(counter, _DAILY_SCHEMA)
+        needed = ceil(sum(days.values()) / _ENGAGEMENTS_PER_TASK)
+        tasks = num_tasks or max(1, min(2 * _shuffle_partitions(engagements), needed))
+        rule = _window_rule(window, max_items_per_user_day, hash_key, days, tasks)
+        windows = engagements.transform(_by_user(window, days)).mapInArrow(partial(make_windows, rule=rule), WINDOW_SCHEMA)
+        dealt = windows.repartitionById(tasks, F.col("task")).sortWithinPartitions("day", "split")
+        return dealt.mapInArrow(partial(count_windows, symmetric=window.symmetric, min_users=min_users), _DAILY_SCHEMA)
 
     return transform
 
 
-def cap_metrics(*, window: WindowSettings, max_items_per_user_day: int, first_day: date, last_day: date) -> Transform:
-    """Engagements to one row that reports what the cap cuts: num_capped_groups (user-days or sessions) and num_cut_items."""
+def measure_days(*, window: WindowSettings, max_items_per_user_day: int, days: Mapping[date, int]) -> Transform:
+    """Engagements to one row per target day that says what the cap cuts from it.
+
+    Columns event_date, num_capped_groups (user-days, or sessions up to the day), num_cut_items (distinct items of these that take no
+    part). A day without engagements that could form a pair has no row.
+    """
 
     def transform(engagements: DataFrame) -> DataFrame:
-        by_session = window.kind == "session"
-        wanted = F.col("event_date").between(F.lit(first_day), F.lit(last_day))
-        events = engagements.where(F.col("session_id").isNotNull() if by_session else wanted)
-        groups = events.groupBy("user_id", "session_id" if by_session else "event_date").agg(
-            F.count_distinct("item_id").alias("num_items"), F.max("event_date").alias("last")
-        )
-        over = F.greatest(F.col("num_items") - F.lit(max_items_per_user_day), F.lit(0))
-        return groups.where(F.col("last").between(F.lit(first_day), F.lit(last_day)) if by_session else F.lit(True)).agg(
-            F.count_if(over > 0).alias("num_capped_groups"), F.coalesce(F.sum(over), F.lit(0)).alias("num_cut_items")
-        )
+        rule = _window_rule(window, max_items_per_user_day, b"", days, 1)
+        cuts = engagements.transform(_by_user(window, days)).mapInArrow(partial(measure_cuts, rule=rule), CUT_SCHEMA)
+        sums = [F.sum(name).alias(name) for name in ("num_capped_groups", "num_cut_items")]
+        return cuts.groupBy(F.date_from_unix_date("day").alias("event_date")).agg(*sums)
 
     return transform
 
 
-def collect_user_items(engagements: DataFrame, *, run_date: date, hash_key: bytes, max_users: int) -> UserItems:
-    """Engagements to who ever engaged what up to the run date: what swing needs of single users.
+def collect_user_items(engaged: DataFrame, *, hash_key: bytes, max_users: int) -> UserItems:
+    """Who ever engaged what: what swing needs of single users.
 
     It passes through the driver and then to each worker: 8 bytes per distinct user and item, and the ids.
 
     Args:
-        engagements: the cleaned events.
-        run_date: later engagements are ignored.
+        engaged: rows of `sum_user_items`.
         hash_key: secret key of the user hashes.
         max_users: users that count per trigger; those with the smallest keyed hashes.
     """
-    engaged = engagements.where(F.col("event_date") <= F.lit(run_date)).select("user_id", "item_id").distinct()
-    return index_user_items(engaged.toArrow(), hash_key=hash_key, max_users=max_users)
+    return index_user_items(engaged.select("user_id", "item_id").toArrow(), hash_key=hash_key, max_users=max_users)
 
 
-def aggregate_pairs(
-    popularity: DataFrame,
-    user_items: UserItems,
+def sum_totals(
     *,
     landmark: date,
     half_life_days: float,
     holdout_from: date,
     min_users: int,
-    max_pairs_per_trigger: int,
-    run_date: date,
+    earlier: DataFrame | None = None,
     num_tasks: int | None = None,
 ) -> Transform:
-    """co_engagement_daily to co_engagement_pairs as of the run date.
-
-    A pair needs `min_users` distinct users, whatever its number of user-days. `conditional` is the share among all pairs of the
-    trigger above that minimum, before the cut to `max_pairs_per_trigger` (heaviest first, ties by target id).
+    """Rows of co_engagement_daily to co_engagement_totals.
 
     Args:
-        popularity: item_popularity as of the same run date and landmark; the denominators.
-        user_items: who ever engaged what up to the same run date.
         landmark: day d0 of the weights.
         half_life_days: days after which a co-engagement counts half.
         holdout_from: days from here on do not enter fit_weight.
-        min_users: the privacy minimum; at most the number of hashes that the daily table keeps.
-        max_pairs_per_trigger: pairs kept.
-        run_date: later days are ignored.
-        num_tasks: tasks; None: four times `spark.sql.shuffle.partitions`. Each holds all rows of its triggers in memory.
-
-    Raises:
-        SettingsError: the landmark lies so far back that weights would overflow.
+        min_users: the privacy minimum of distinct users; at most the number of hashes that the daily table keeps.
+        earlier: totals of a former night that the rows are added to; rows may then have `counts`, false where a row is part of its
+            total already and only left the holdout (`features.increments.night_parts`). None: the rows are all there is.
+        num_tasks: tasks; None: four times `spark.sql.shuffle.partitions`. Each holds all rows of its pairs in memory, and pairs go to
+            tasks by the hash of both items, so that tasks are of one size.
     """
-    _check_landmark(landmark, half_life_days, run_date)
     rule = TotalRule(
-        landmark=day_number(landmark),
-        half_life_days=half_life_days,
-        holdout_from=day_number(holdout_from),
-        min_users=min_users,
-        max_pairs=max_pairs_per_trigger,
+        landmark=day_number(landmark), half_life_days=half_life_days, holdout_from=day_number(holdout_from), min_users=min_users
     )
 
     def transform(daily: DataFrame) -> DataFrame:
         tasks = num_tasks or 4 * _shuffle_partitions(daily)
-        rows = daily.where(F.col("event_date") <= F.lit(run_date)).select(
-            "trigger_item_id", "target_item_id", F.unix_date("event_date").alias("day"), "num_users", "user_hashes"
-        )
-        blocks = rows.mapInArrow(partial(pack_by_trigger, num_buckets=tasks), PACKED_SCHEMA)
-        totals = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(partial(total_pairs, rule=rule), PACKED_SCHEMA)
-        # an exchange of few big blocks that Spark reuses: without it each reader of the totals would add up all days again
-        counted = totals.repartitionById(tasks, F.col("bucket"))
-        shared = daily.sparkSession.sparkContext.broadcast(user_items)
-        scored = counted.mapInArrow(partial(add_swing, shared=shared), SCORED_SCHEMA)
-        associated = scored.transform(_with_associations(_item_totals(popularity, counted)))
+        pack = partial(pack_by_pair, num_buckets=tasks)
+        day, more = F.unix_date("event_date").alias("day"), [name for name in daily.columns if name == "counts"]
+        rows = daily.select("trigger_item_id", "target_item_id", day, "num_users", "user_hashes", *more)
+        blocks = rows.mapInArrow(pack, PACKED_SCHEMA)
+        if earlier is not None:
+            blocks = blocks.union(earlier.select(*CO_ENGAGEMENT_TOTALS.column_names).mapInArrow(pack, PACKED_SCHEMA))
+        totals = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(partial(total_pairs, rule=rule), TOTAL_SCHEMA)
+        return totals.select(*CO_ENGAGEMENT_TOTALS.column_names)
+
+    return transform
+
+
+def score_pairs(
+    popularity: DataFrame,
+    user_items: UserItems,
+    *,
+    landmark: date,
+    holdout_from: date,
+    max_pairs_per_trigger: int,
+    run_date: date,
+    num_tasks: int | None = None,
+) -> Transform:
+    """co_engagement_totals to co_engagement_pairs.
+
+    `conditional` is the share among all pairs of the trigger, before the cut to `max_pairs_per_trigger` (heaviest first, ties by
+    target id).
+
+    Args:
+        popularity: item_popularity as of the same run date and landmark; the denominators.
+        user_items: who ever engaged what up to the same run date.
+        landmark: as in the totals.
+        holdout_from: as in the totals.
+        max_pairs_per_trigger: pairs kept.
+        run_date: as of which day the totals are.
+        num_tasks: tasks; None: twice `spark.sql.shuffle.partitions`. Each holds the totals of its triggers in memory.
+    """
+
+    def transform(totals: DataFrame) -> DataFrame:
+        tasks = num_tasks or 2 * _shuffle_partitions(totals)
+        rows = totals.select(*CO_ENGAGEMENT_TOTALS.column_names)
+        blocks = rows.mapInArrow(partial(pack_by_trigger, num_buckets=tasks), PACKED_SCHEMA).repartitionById(tasks, F.col("bucket"))
+        strong = blocks.mapInArrow(partial(strongest_pairs, max_pairs=max_pairs_per_trigger), PACKED_SCHEMA)
+        # an exchange of few big blocks that Spark reuses: without it each reader of the pairs would rank them again
+        kept = strong.repartitionById(tasks, F.col("bucket"))
+        shared = totals.sparkSession.sparkContext.broadcast(user_items)
+        scored = kept.mapInArrow(partial(add_swing, shared=shared), SCORED_SCHEMA)
+        associated = scored.transform(_with_associations(_item_totals(popularity, kept)))
         return _dated(associated, landmark, holdout_from, run_date).select(*CO_ENGAGEMENT_PAIRS.column_names)
 
     return transform
 
 
-def holdout_start(engagements: DataFrame, *, holdout_share: float, run_date: date) -> date:
+def holdout_start(num_engagements: Mapping[date, int], *, holdout_share: float, run_date: date) -> date:
     """First day of the shortest run of last days that holds `holdout_share` of the engagements up to the run date.
 
     It is before the run date, and after the first day with engagements, so that both sides hold something; where both cannot be,
     the second wins. With a single day of engagements it is that day.
 
+    Args:
+        num_engagements: by day.
+        holdout_share: of all engagements up to the run date.
+        run_date: later days are ignored.
+
     Raises:
         SourceError: there are no engagements.
     """
-    counted = engagements.where(F.col("event_date") <= F.lit(run_date)).groupBy("event_date").count().orderBy("event_date").collect()
-    if not counted:
+    days = sorted(day for day, num in num_engagements.items() if num and day <= run_date)
+    if not days:
         raise SourceError(f"no engagements up to {run_date}; choose a later --run-date or check source.events")
-    days = [row["event_date"] for row in counted]
     if len(days) == 1:
-        return days[0]  # type: ignore[no-any-return]  # pyspark rows are untyped
-    wanted = holdout_share * sum(row["count"] for row in counted)
+        return days[0]
+    wanted = holdout_share * sum(num_engagements[day] for day in days)
     held, start = 0, len(days)
     while held < wanted:
         start -= 1
-        held += counted[start]["count"]
-    first_held: date = max(days[1], min(days[start], run_date - timedelta(days=1)))
-    return first_held
+        held += num_engagements[days[start]]
+    return max(days[1], min(days[start], run_date - timedelta(days=1)))
+
+
+def engagements_per_day(engagements: DataFrame) -> dict[date, int]:
+    """Rows by event_date."""
+    return {row["event_date"]: row["count"] for row in engagements.groupBy("event_date").count().collect()}
 
 
 def future_pairs(daily: DataFrame) -> DataFrame:
@@ -246,7 +285,8 @@ def future_pairs(daily: DataFrame) -> DataFrame:
     return daily.groupBy("trigger_item_id", "target_item_id").agg(F.sum("num_users").alias("num_user_days"))
 
 
-def _check_landmark(landmark: date, half_life_days: float, run_date: date) -> None:
+def check_landmark(landmark: date, half_life_days: float, run_date: date) -> None:
+    """Raise SettingsError where weights as of the run date would overflow."""
     exponent = (run_date - landmark).days / half_life_days
     if exponent > _MAX_EXPONENT:
         raise SettingsError(
@@ -271,7 +311,7 @@ def _shuffle_partitions(frame: DataFrame) -> int:
     return int(frame.sparkSession.conf.get("spark.sql.shuffle.partitions") or 1)
 
 
-def _window_rule(window: WindowSettings, max_items: int, hash_key: bytes, first_day: date, last_day: date) -> WindowRule:
+def _window_rule(window: WindowSettings, max_items: int, hash_key: bytes, days: Mapping[date, int], tasks: int) -> WindowRule:
     return WindowRule(
         kind=window.kind,
         window_micros=None if window.window_seconds is None else window.window_seconds * 1_000_000,
@@ -279,43 +319,45 @@ def _window_rule(window: WindowSettings, max_items: int, hash_key: bytes, first_
         symmetric=window.symmetric,
         max_items=max_items,
         hash_key=hash_key,
-        first_day=day_number(first_day),
-        last_day=day_number(last_day),
+        deal=deal_days({day_number(day): num for day, num in days.items()}, tasks),
     )
 
 
-def _reaching(window: WindowSettings, first_day: date, last_day: date) -> Transform:
-    """Engagements that can take part in a pair of the days: by date where the window has seconds, else by session or user."""
+def _by_user(window: WindowSettings, days: Collection[date]) -> Transform:
+    """Engagements that can take part in a pair of the days, all of a user together and in the order that the kernels ask for.
+
+    By date where the window has seconds, else by session or user.
+    """
 
     def transform(engagements: DataFrame) -> DataFrame:
-        events = engagements.where(F.col("event_date") <= F.lit(last_day))
-        recent = F.col("event_date") >= F.lit(first_day)
+        events = engagements.where(F.col("event_date") <= F.lit(max(days)))
+        recent = where_days(days)
         if window.kind == "session":
             events = events.where(F.col("session_id").isNotNull())
             keys = ["user_id", "session_id"]
             events = events.join(events.where(recent).select(*keys).distinct(), on=keys, how="left_semi")
         elif window.window_seconds is not None:
-            lookback = timedelta(days=ceil(window.window_seconds / _SECONDS_PER_DAY))
-            events = events.where(F.col("event_date") >= F.lit(first_day - lookback))
+            lookback = range(ceil(window.window_seconds / _SECONDS_PER_DAY) + 1)
+            events = events.where(where_days({day - timedelta(days=back) for day in days for back in lookback}))
         else:
             events = events.join(events.where(recent).select("user_id").distinct(), on="user_id", how="left_semi")
         time, day = F.unix_micros("engaged_at").alias("time"), F.unix_date("event_date").alias("day")
-        return events.select("user_id", "session_id", "item_id", day, time)
+        rows = events.select("user_id", "session_id", "item_id", day, time)
+        order = ["user_id", *(["session_id"] if window.kind == "session" else []), "time", "item_id"]
+        return rows.repartition("user_id").sortWithinPartitions(*order)
 
     return transform
 
 
-def _dealt_out(rule: WindowRule, tasks: int, num_splits: int) -> Transform:
-    """Windows to the task of their (day, split): contiguous ranges of days, so that files can be skipped by day."""
-
-    def transform(windows: DataFrame) -> DataFrame:
-        copies = windows.withColumn("split", F.explode(F.sequence(F.lit(0), F.lit(num_splits - 1))))
-        place = (F.col("day") - rule.first_day) * num_splits + F.col("split")
-        num_places = (rule.last_day - rule.first_day + 1) * num_splits
-        task = F.floor(place.cast("bigint") * tasks / num_places).cast("int")
-        return copies.repartitionById(tasks, task).sortWithinPartitions("day", "split")
-
-    return transform
+def where_days(days: Collection[date]) -> str:
+    """An SQL condition on event_date: one range per run of days."""
+    runs: list[list[date]] = []
+    for day in sorted(days):
+        if runs and (day - runs[-1][1]).days == 1:
+            runs[-1][1] = day
+        else:
+            runs.append([day, day])
+    return " OR ".join(f"event_date BETWEEN DATE'{first}' AND DATE'{last}'" for first, last in runs) or "false"
 
 
 def _item_totals(popularity: DataFrame, counted: DataFrame) -> DataFrame:

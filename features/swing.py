@@ -8,7 +8,7 @@ Two users who share little besides i and j say more about the pair than two who 
 I_u are the distinct items that user u ever engaged with up to the run date: no days, no windows, no decay. Of a trigger with many users
 only those with the smallest keyed hashes count, as the work grows with their square; that choice depends on no order of rows.
 
-Shapes: U users, N items, E distinct user-item pairs; of one trigger C users, T targets and e items of its users, repeats included.
+Shapes: U users, N items, E distinct user-item pairs; of a batch of triggers p pairs and R users, each counted once per trigger.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
-from features.pair_kernels import OUTPUT_ROWS, TOTAL_SCHEMA, Floats, Ints, encode, equal_runs, keyed_hash, ranges, unpack
+from features.pair_kernels import OUTPUT_ROWS, STRONG_SCHEMA, Floats, Ints, encode, equal_runs, keyed_hash, ranges, unpack
 
 ALPHA = 1.0
 """Smoothing of the overlap: small against the two items that any two users of i and j share."""
 
-SCORED_SCHEMA = f"{TOTAL_SCHEMA}, swing double"
-_DENSE_USERS = 5_000  # up to here the overlap of all pairs of users, 100 MB, is counted once; above, per trigger
+SCORED_SCHEMA = f"{STRONG_SCHEMA}, swing double"
+_BATCH_ITEMS = 100_000  # items of users in one sparse product, which then stays in cache; one trigger may have more
+_BATCH_COLUMNS = 500_000  # likewise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,6 @@ class UserItems:
     items: NDArray[np.int32]  # (E,)
     kept_start: Ints  # (N + 1,)
     kept: NDArray[np.int32]
-    overlap: NDArray[np.int32] | None  # (U, U) numbers of shared items; None where there are too many users
 
 
 def index_user_items(engaged: pa.Table, *, hash_key: bytes, max_users: int) -> UserItems:
@@ -71,21 +71,14 @@ def index_user_items(engaged: pa.Table, *, hash_key: bytes, max_users: int) -> U
         items=by_user.indices.astype(np.int32),
         kept_start=np.concatenate([[0], np.cumsum(num_kept)]).astype(np.int64),
         kept=by_item.indices[ranges(by_item.indptr[:-1].astype(np.int64), num_kept)].astype(np.int32),
-        overlap=_overlaps(by_user) if len(users) <= _DENSE_USERS else None,
     )
-
-
-def _overlaps(rows: Any) -> NDArray[np.int32]:
-    """Number of shared columns of each two of R sparse rows of ones: (R, R)."""
-    counts: NDArray[np.int32] = (rows @ rows.T).toarray()
-    return counts
 
 
 def add_swing(batches: Iterable[pa.RecordBatch], *, shared: Any) -> Iterator[pa.RecordBatch]:
     """Packed pairs to rows of SCORED_SCHEMA.
 
     Args:
-        batches: blocks of `total_pairs`.
+        batches: blocks of `strongest_pairs`.
         shared: broadcast UserItems.
     """
     for batch in batches:
@@ -100,58 +93,57 @@ def swing_scores(user_items: UserItems, triggers: pa.ChunkedArray, targets: pa.C
     """Swing (P,) of P pairs of item ids, of which those of a trigger follow each other; 0 where no two users share a pair."""
     trigger, target = (_positions(ids, user_items.item_ids) for ids in (triggers, targets))
     known = np.flatnonzero((trigger >= 0) & (target >= 0))
-    kernel = _Kernel(user_items)
     scores = np.zeros(len(trigger))
-    for start, length in equal_runs(trigger[known]):
-        rows = known[start : start + length]
-        scores[rows] = kernel.scores(int(trigger[rows[0]]), target[rows])
+    for start, stop in _batches(user_items, trigger[known]):
+        rows = known[start:stop]
+        scores[rows] = _batch_scores(user_items, trigger[rows], target[rows])
     return scores
+
+
+def _batches(of: UserItems, trigger: Ints) -> Iterator[tuple[int, int]]:
+    """Runs of whole triggers whose users' items fit into one batch; at least one trigger each."""
+    runs = equal_runs(trigger)
+    first = np.array([start for start, _ in runs], dtype=np.int64)
+    lengths = np.append(0, np.cumsum(of.start[of.kept + 1] - of.start[of.kept]))  # items of the users of items, added up
+    engaged = np.cumsum([lengths[of.kept_start[trigger[start] + 1]] - lengths[of.kept_start[trigger[start]]] for start in first.tolist()])
+    most = max(1, _BATCH_COLUMNS // max(1, len(of.item_ids)))
+    begin = 0
+    while begin < len(first):
+        before = engaged[begin - 1] if begin else 0
+        end = int(np.searchsorted(engaged, before + _BATCH_ITEMS, side="right"))
+        end = min(max(end, begin + 1), begin + most)
+        yield int(first[begin]), int(first[end]) if end < len(first) else len(trigger)
+        begin = end
+
+
+def _batch_scores(of: UserItems, trigger: Ints, target: Ints) -> Floats:
+    """Swing (p,) of all pairs of some triggers.
+
+    One sparse product for all triggers of the batch: a row is a user of a trigger, a column an item of that trigger, so that users of
+    different triggers share nothing and the product is made of one block per trigger.
+    """
+    num_items, runs = len(of.item_ids), equal_runs(trigger)
+    distinct = np.array([trigger[start] for start, _ in runs], dtype=np.int64)
+    num_users = of.kept_start[distinct + 1] - of.kept_start[distinct]
+    user = of.kept[ranges(of.kept_start[distinct], num_users)]  # (R,)
+    block = np.repeat(np.arange(len(runs), dtype=np.int64), num_users)  # (R,)
+    num_engaged = of.start[user + 1] - of.start[user]
+    pointers = np.append(0, np.cumsum(num_engaged))
+    column = np.repeat(block * num_items, num_engaged) + of.items[ranges(of.start[user], num_engaged)]
+    ones = np.ones(len(column))
+    engaged = sparse.csr_matrix((ones, column, pointers), shape=(len(user), len(runs) * num_items))
+    by_item = engaged.T.tocsr()
+    weight = engaged @ by_item  # (R, R) shared items of each two users of a trigger, at least the trigger
+    row = np.repeat(np.arange(len(user)), np.diff(weight.indptr))
+    root = 1.0 / np.sqrt(num_engaged)
+    weight.data = np.where(row == weight.indices, 0.0, root[row] * root[weight.indices] / (ALPHA + weight.data))  # a user is no pair
+    pair = np.repeat(np.arange(len(runs), dtype=np.int64) * num_items, [length for _, length in runs]) + target
+    both = by_item[pair]  # (p, R) 1 where a user of the trigger engaged the target
+    scores: Floats = np.asarray(both.multiply(both @ weight).sum(axis=1), dtype=np.float64).ravel()
+    return scores / 2  # every two users came in both orders
 
 
 def _positions(ids: pa.ChunkedArray, known: pa.Array) -> Ints:
     """Index of each id among the known ones, -1 where it is not."""
     found: Ints = pc.fill_null(pc.index_in(ids, value_set=known), -1).to_numpy().astype(np.int64)
     return found
-
-
-class _Kernel:
-    """Scores one trigger after the other; holds a scratch array, as a new one per trigger would cost its N items."""
-
-    def __init__(self, user_items: UserItems) -> None:
-        self._of = user_items
-        self._root = 1.0 / np.sqrt(np.maximum(np.diff(user_items.start), 1))  # (U,)
-        self._place = np.full(len(user_items.item_ids), -1, dtype=np.int64)  # (N,), -1 between two uses
-
-    def scores(self, trigger: int, targets: Ints) -> Floats:
-        """Swing (T,) of distinct targets of one trigger."""
-        of = self._of
-        users = of.kept[of.kept_start[trigger] : of.kept_start[trigger + 1]]  # (C,)
-        lengths = of.start[users + 1] - of.start[users]
-        items = of.items[ranges(of.start[users], lengths)]  # (e,)
-        engaged = self._engaged(items, lengths, targets)
-        weight = self._root[users, None] * self._root[users] / (ALPHA + self._overlap(users, items, lengths))  # (C, C)
-        np.fill_diagonal(weight, 0.0)  # a user is no pair
-        scores: Floats = 0.5 * np.einsum("ct,ct->t", engaged, weight @ engaged)  # every pair came in both orders
-        return scores
-
-    def _engaged(self, items: NDArray[np.int32], lengths: Ints, targets: Ints) -> Floats:
-        """1 where a user engaged a target, else 0: (C, T)."""
-        self._place[targets] = np.arange(len(targets))
-        column = self._place[items]
-        self._place[targets] = -1
-        found = np.flatnonzero(column >= 0)
-        row = np.repeat(np.arange(len(lengths)), lengths)
-        engaged = np.zeros((len(lengths), len(targets)))
-        engaged[row[found], column[found]] = 1.0
-        return engaged
-
-    def _overlap(self, users: NDArray[np.int32], items: NDArray[np.int32], lengths: Ints) -> NDArray[np.int32]:
-        """Number of shared items of each two users: (C, C)."""
-        if self._of.overlap is not None:
-            return self._of.overlap[users[:, None], users]
-        self._place[items] = np.arange(len(items))  # whichever place of an item wins becomes its column: e columns instead of N
-        column = self._place[items]
-        self._place[items] = -1
-        pointers = np.concatenate([[0], np.cumsum(lengths)])
-        rows = sparse.csr_matrix((np.ones(len(items), dtype=np.int32), column, pointers), shape=(len(users), len(items)))
-        return _overlaps(rows)

@@ -16,7 +16,7 @@ from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from rich.console import Console
 
@@ -24,7 +24,7 @@ from conf.errors import SettingsError, SourceError
 from conf.settings import Settings, load_settings
 from conf.tables import ENGAGEMENTS
 from features.engagements import accepted_events
-from features.pairs import holdout_start
+from features.pairs import engagements_per_day, holdout_start
 from jobs.arguments import add_config, report_errors
 from jobs.backtest_report import summary_words, terminal_tables, write_html, write_json
 from jobs.backtest_results import Report
@@ -101,7 +101,7 @@ class Backtest:
         until = self._last_day()
         whole = self.night(until)
         run_stage(whole, "ingest", ingest)
-        engagements = StageRun(night=whole, stage="backtest").read(ENGAGEMENTS)
+        engagements = engagements_per_day(StageRun(night=whole, stage="backtest").read(ENGAGEMENTS))
         cuts: list[tuple[date, date]] = []
         for _ in range(1 + self.settings.backtest.num_validation_cuts):
             cut = self._cut(engagements, until)
@@ -111,10 +111,10 @@ class Backtest:
             self.display.say(f"slice {cut + timedelta(days=1)} to {end}, cut {cut}")
         return cuts
 
-    def _cut(self, engagements: DataFrame, until: date) -> date:
+    def _cut(self, engagements: Mapping[date, int], until: date) -> date:
         share = self.settings.backtest.slice_share
         cut = holdout_start(engagements, holdout_share=share, run_date=until) - timedelta(days=1)
-        if not engagements.where(F.col("event_date") <= F.lit(cut)).head(1):
+        if min(engagements) > cut:
             raise SourceError(f"no engagements up to {cut}, so that nothing can be learned before the slice that ends on {until}; "
                               "bring more days of history, or lower backtest.slice_share or backtest.num_validation_cuts")  # fmt: skip
         return cut

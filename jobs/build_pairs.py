@@ -1,53 +1,239 @@
-"""Stage 2: `engagements` become `co_engagement_daily`, `co_engagement_pairs` and `item_popularity`.
+"""Stage 2: `engagements` become `co_engagement_daily`, `co_engagement_totals`, `co_engagement_pairs` and `item_popularity`.
 
 A pair belongs to the day of its later engagement. Days up to the run date are counted; weights decay from a landmark day, so that the
 weight at the run date is one factor at read time.
+
+A night builds on the last good one: it counts the days again that a change in `engagements` can reach, and adds what differs to the
+totals (`features.increments`). Its tables equal those of a night that starts from nothing, which is what it does where there is nothing
+to build on, and says so. Tables hold as of one run date: a night further back takes later days out, the next one counts them again.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from typing import Any
 
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from conf.errors import SourceError
-from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ENGAGEMENTS, ITEM_POPULARITY
-from features import pairs
-from jobs.lake import only_row
+from conf.errors import SettingsError, SourceError
+from conf.settings import PairSettings
+from conf.tables import (
+    CO_ENGAGEMENT_DAILY,
+    CO_ENGAGEMENT_DAYS,
+    CO_ENGAGEMENT_PAIRS,
+    CO_ENGAGEMENT_TOTALS,
+    ENGAGEMENTS,
+    ITEM_POPULARITY,
+)
+from features import increments, pairs
+from features.increments import DayState
+from features.pair_kernels import check_num_items
+from jobs.lake import in_memory, only_row
+from jobs.pair_state import PairState, counting_rule, find_state, totaling_rule
 from jobs.sources import user_hash_key
 from jobs.stage import StageRun, stage_main
 
 STAGE = "build_pairs"
+_DAY_SECONDS = 86_400
+_MOST_DAYS = 0.5  # above this share of stale days, comparing old with new rows costs more than starting from nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What this night has to count.
+
+    `before` is None where everything is counted from nothing; `totals_before` is None where all totals are added up again.
+    """
+
+    days: dict[date, DayState]
+    stale: set[date]
+    before: PairState | None
+    totals_before: PairState | None
+    reach_days: int
+    landmark: date
+    holdout_from: date
+
+    @cached_property
+    def recounted(self) -> dict[date, int]:
+        """Stale days that have engagements, and how many."""
+        return {day: self.days[day].num_events for day in sorted(self.stale & self.days.keys())}
 
 
 def build_pairs(run: StageRun) -> None:
-    """Count each day, sum up the days with decay, gate."""
+    """Count the days that changed, bring totals up to date, score pairs, gate."""
     settings, until = run.settings.pairs, f"event_date <= '{run.run_date}'"
     engagements = run.read(ENGAGEMENTS).where(until)
-    days: dict[str, Any] = {"first_day": _first_day(run), "last_day": run.run_date}
-    cap: dict[str, Any] = {"window": settings.window, "max_items_per_user_day": settings.max_items_per_user_day}
-    landmark = _landmark(run.run_date, settings.half_life_days)
-    holdout_from = pairs.holdout_start(engagements, holdout_share=settings.holdout_share, run_date=run.run_date)
-    decay: dict[str, Any] = {
-        "landmark": landmark,
-        "half_life_days": settings.half_life_days,
-        "holdout_from": holdout_from,
-        "run_date": run.run_date,
+    plan = make_plan(run, engagements)
+    decay: dict[str, Any] = {"landmark": plan.landmark, "half_life_days": settings.half_life_days, "holdout_from": plan.holdout_from}
+    as_of: dict[str, Any] = {"landmark": plan.landmark, "holdout_from": plan.holdout_from, "run_date": run.run_date}
+    with in_memory(engagements.transform(pairs.sum_user_items(run_date=run.run_date, **decay))) as engaged, _timed(run, "popularity"):
+        run.replace(ITEM_POPULARITY, engaged.transform(pairs.count_popularity(**as_of)))
+        key = user_hash_key(settings)[0]
+        user_items = pairs.collect_user_items(engaged, hash_key=key, max_users=settings.swing_max_users)
+    check_num_items(run.read_output(ITEM_POPULARITY).count())
+    with _timed(run, "days"):
+        _count_days(run, engagements, plan)
+    with _timed(run, "totals"):
+        changes = _sum_totals(run, plan, decay)
+    with _timed(run, "scores"):
+        popularity = run.read_output(ITEM_POPULARITY)
+        scored = pairs.score_pairs(popularity, user_items, max_pairs_per_trigger=settings.max_pairs_per_trigger, **as_of)
+        run.replace(CO_ENGAGEMENT_PAIRS, run.read_output(CO_ENGAGEMENT_TOTALS).transform(scored))
+    run.replace(CO_ENGAGEMENT_DAYS, _day_rows(run, engagements, plan))
+    run.gate(_metrics(run) | changes | _pruned(run))
+
+
+@contextmanager
+def _timed(run: StageRun, part: str) -> Iterator[None]:
+    """Note the seconds that a part of the stage takes."""
+    begin = time.monotonic()
+    yield
+    run.metrics[f"seconds_{part}"] = time.monotonic() - begin
+
+
+def make_plan(run: StageRun, engagements: DataFrame) -> Plan:
+    """Compare the engagements with what the last good night counted.
+
+    Raises:
+        SourceError: there are no engagements, or a session spans longer than any could.
+        SettingsError: the window is longer than the history.
+    """
+    settings = run.settings.pairs
+    days = {
+        row["event_date"]: DayState(num_events=row["num_events"], fingerprint=row["fingerprint"])
+        for row in engagements.transform(increments.fingerprint_days).collect()
     }
-    run.replace(ITEM_POPULARITY, engagements.transform(pairs.count_popularity(**decay)))
-    hash_key = user_hash_key(settings)[0]
-    daily = pairs.count_daily_pairs(min_users=settings.min_users_per_pair, hash_key=hash_key, **cap, **days)
-    run.replace(CO_ENGAGEMENT_DAILY, engagements.transform(daily), where=until, presorted=True)
-    summed = pairs.aggregate_pairs(
-        run.read_output(ITEM_POPULARITY),
-        pairs.collect_user_items(engagements, run_date=run.run_date, hash_key=hash_key, max_users=settings.swing_max_users),
-        min_users=settings.min_users_per_pair,
-        max_pairs_per_trigger=settings.max_pairs_per_trigger,
-        **decay,
+    _check_history(settings, days, run.run_date)
+    landmark = _landmark(run.run_date, settings.half_life_days)
+    pairs.check_landmark(landmark, settings.half_life_days, run.run_date)
+    before = _state_to_build_on(run)
+    changed = increments.changed_days(before.states if before else {}, days)
+    longest = max(_longest_session(settings, engagements, changed), before.common("reach_days") if before else 0)
+    reach = increments.window_reach(settings.window, longest_session_days=longest)
+    known = days.keys() | (before.days.keys() if before else set())
+    stale = increments.stale_days(changed, known, reach_days=reach)
+    if before and len(stale) > _MOST_DAYS * len(known):
+        run.note(f"pairs are counted from nothing: {len(stale)} of {len(known)} days are touched, which costs more to compare")
+        before, stale = None, set(days)
+    num_events = {day: state.num_events for day, state in days.items()}
+    same_totals = before is not None and before.common("totaled_by") == totaling_rule(settings, landmark)
+    if before and not same_totals:
+        run.note("all totals are added up again: pairs.half_life_days or the landmark has changed")
+    return Plan(
+        days=days,
+        stale=stale,
+        before=before,
+        totals_before=before if same_totals else None,
+        reach_days=longest,
+        landmark=landmark,
+        holdout_from=pairs.holdout_start(num_events, holdout_share=settings.holdout_share, run_date=run.run_date),
     )
-    run.replace(CO_ENGAGEMENT_PAIRS, run.read_output(CO_ENGAGEMENT_DAILY).where(until).transform(summed))
-    cut = only_row(engagements.transform(pairs.cap_metrics(**cap, **days)))
-    run.gate(_metrics(run, until) | cut)
+
+
+def _state_to_build_on(run: StageRun) -> PairState | None:
+    found = find_state(run)
+    reason = found.reason
+    if found.state is not None:
+        if found.state.common("counted_by") == counting_rule(run.settings.pairs, user_hash_key(run.settings.pairs)[0]):
+            return found.state
+        reason = "the code, or a setting that decides counts (window, max_items_per_user_day, min_users_per_pair, hash key), has changed"
+    run.note(f"pairs are counted from nothing: {reason}")
+    return None
+
+
+def _check_history(settings: PairSettings, days: Mapping[date, DayState], run_date: date) -> None:
+    if not days:
+        raise SourceError(f"no engagements up to {run_date}; wanted at least one, in the table engagements: run ingest for this date")
+    kept, seconds = (max(days) - min(days)).days + 1, settings.window.window_seconds
+    if seconds is not None and seconds > kept * _DAY_SECONDS:
+        raise SettingsError(
+            f"pairs.window.window_seconds is {seconds}, {seconds / _DAY_SECONDS:.3g} days, but engagements up to {run_date} go back "
+            f"{kept} days only, to {min(days)}: no pair could be that far apart; shorten the window or bring more history"
+        )
+
+
+def _longest_session(settings: PairSettings, engagements: DataFrame, changed: set[date]) -> int:
+    if settings.window.kind != "session" or not changed:
+        return 0
+    longest = int(only_row(increments.longest_session(engagements, changed))["days"])
+    if longest > settings.max_session_days:
+        raise SourceError(
+            f"a session spans {longest} days, wanted at most {settings.max_session_days}: its id seems to be used again for later visits; "
+            "check source.events.columns.session_id, or raise pairs.max_session_days"
+        )
+    return longest
+
+
+def _count_days(run: StageRun, engagements: DataFrame, plan: Plan) -> None:
+    if not plan.stale:
+        run.keep(CO_ENGAGEMENT_DAILY)
+        return
+    settings = run.settings.pairs
+    frame = run.night.spark.createDataFrame([], CO_ENGAGEMENT_DAILY.ddl)
+    if plan.recounted:
+        count = pairs.count_daily_pairs(
+            window=settings.window,
+            max_items_per_user_day=settings.max_items_per_user_day,
+            min_users=settings.min_users_per_pair,
+            hash_key=user_hash_key(settings)[0],
+            days=plan.recounted,
+        )
+        frame = engagements.transform(count)
+    where = pairs.where_days(plan.stale) if plan.before else None
+    run.replace(CO_ENGAGEMENT_DAILY, frame, where=where, presorted=True)
+
+
+def _sum_totals(run: StageRun, plan: Plan, decay: Mapping[str, Any]) -> dict[str, float]:
+    """Write co_engagement_totals; how much of it this night has touched."""
+    lake, settings, state = run.night.lake, run.settings.pairs, plan.totals_before
+    rule: dict[str, Any] = {"min_users": settings.min_users_per_pair, **decay}
+    after = run.read_output(CO_ENGAGEMENT_DAILY)
+    shares = {"recounted_days_share": len(plan.recounted) / len(plan.days), "built_from_nothing": float(plan.before is None)}
+    if state is None:
+        run.replace(CO_ENGAGEMENT_TOTALS, after.transform(pairs.sum_totals(**rule)), presorted=True)
+        return shares | {"touched_pairs_share": 1.0}
+    totals = lake.read(CO_ENGAGEMENT_TOTALS, state.versions[CO_ENGAGEMENT_TOTALS.name])
+    corrections = increments.corrections(
+        lake.read(CO_ENGAGEMENT_DAILY, state.versions[CO_ENGAGEMENT_DAILY.name]),
+        after,
+        recounted=plan.stale,
+        holdout_before=state.common("holdout_from"),
+        holdout_from=plan.holdout_from,
+    )
+    with in_memory(corrections) as rows, in_memory(increments.touched_pairs(rows, totals, holdout_from=plan.holdout_from)) as touched:
+        num_touched = touched.count()
+        parts, earlier = increments.night_parts(rows, touched, after=after, totals=totals, num_touched=num_touched)
+        run.replace(CO_ENGAGEMENT_TOTALS, parts.transform(pairs.sum_totals(earlier=earlier, **rule)), presorted=True)
+        found = run.read_output(CO_ENGAGEMENT_TOTALS).join(touched, on=list(CO_ENGAGEMENT_TOTALS.key), how="left_semi").count()
+    touched_share = found / max(1, run.read_output(CO_ENGAGEMENT_TOTALS).count())
+    run.night.display.say(f"  counted {len(plan.recounted)} of {len(plan.days)} days again, touched {touched_share:.1%} of pairs")
+    return shares | {"touched_pairs_share": touched_share}
+
+
+def _day_rows(run: StageRun, engagements: DataFrame, plan: Plan) -> DataFrame:
+    """Rows of co_engagement_days: of the days counted tonight what is cut from them, of the others what was."""
+    settings = run.settings.pairs
+    cuts: dict[date, tuple[int, int]] = {}
+    if plan.before:
+        cuts = {day: (row["num_capped_groups"], row["num_cut_items"]) for day, row in plan.before.days.items()}
+    if plan.recounted:
+        measure = pairs.measure_days(window=settings.window, max_items_per_user_day=settings.max_items_per_user_day, days=plan.recounted)
+        measured = {row["event_date"]: tuple(row)[1:] for row in engagements.transform(measure).collect()}
+        cuts |= {day: measured.get(day, (0, 0)) for day in plan.recounted}
+    common = (
+        plan.reach_days,
+        counting_rule(settings, user_hash_key(settings)[0]),
+        totaling_rule(settings, plan.landmark),
+        plan.landmark,
+        plan.holdout_from,
+        run.run_date,
+    )
+    rows = [(day, state.num_events, state.fingerprint, *cuts[day], *common) for day, state in sorted(plan.days.items())]
+    return run.night.spark.createDataFrame(rows, CO_ENGAGEMENT_DAYS.ddl)
 
 
 def _landmark(run_date: date, half_life_days: float) -> date:
@@ -56,15 +242,16 @@ def _landmark(run_date: date, half_life_days: float) -> date:
     return date.fromordinal(max(1, run_date.toordinal() // span * span))
 
 
-def _first_day(run: StageRun) -> date:
-    until = run.read(ENGAGEMENTS).where(F.col("event_date") <= F.lit(run.run_date))
-    first: date | None = only_row(until.agg(F.min("event_date").alias("day")))["day"]
-    if first is None:
-        raise SourceError(f"no engagements up to {run.run_date}; wanted at least one, in the table engagements: run ingest for this date")
-    return first
+def _pruned(run: StageRun) -> dict[str, float]:
+    """What the caps cut: items of user-days or sessions before counting, pairs of a trigger behind the strongest ones after it."""
+    cut = only_row(run.read_output(CO_ENGAGEMENT_DAYS).agg(*(F.sum(name).alias(name) for name in ("num_capped_groups", "num_cut_items"))))
+    over = F.col("count") - F.lit(run.settings.pairs.max_pairs_per_trigger)
+    triggers = run.read_output(CO_ENGAGEMENT_TOTALS).groupBy("trigger_item_id").count().where(over > 0)
+    pruned = triggers.agg(F.count(F.lit(1)).alias("num_pruned_triggers"), F.coalesce(F.sum(over), F.lit(0)).alias("num_pruned_pairs"))
+    return cut | only_row(pruned)
 
 
-def _metrics(run: StageRun, until: str) -> dict[str, float]:
+def _metrics(run: StageRun) -> dict[str, float]:
     written = run.read_output(CO_ENGAGEMENT_PAIRS)
     weight = F.col("weight")
     row = only_row(
@@ -78,8 +265,7 @@ def _metrics(run: StageRun, until: str) -> dict[str, float]:
         )
     )
     duplicates = row["num_pairs"] - written.select(*CO_ENGAGEMENT_PAIRS.key).distinct().count()
-    num_daily = run.read_output(CO_ENGAGEMENT_DAILY).where(until).count()
-    return row | {"num_daily_rows": num_daily, "num_duplicate_keys": duplicates}
+    return row | {"num_daily_rows": run.read_output(CO_ENGAGEMENT_DAILY).count(), "num_duplicate_keys": duplicates}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

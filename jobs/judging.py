@@ -8,7 +8,7 @@ Shapes: `T` triggers, `N` items that the night knew, `M` >= `N` with those that 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +45,14 @@ def future_pairs(engagements: DataFrame, *, settings: Settings, first_day: date,
 
     Triggers are sampled by hash. Users with many items take part with `max_items_per_session` of them a session (or day), drawn by hash.
     """
+    range_of_days = [first_day + timedelta(days=n) for n in range((last_day - first_day).days + 1)]
+    known = pairs.engagements_per_day(engagements)
     daily = pairs.count_daily_pairs(
         window=settings.evaluation.window or settings.pairs.window,
         max_items_per_user_day=settings.evaluation.max_items_per_session,
         min_users=1,
         hash_key=b"evaluate",  # nothing of it is stored: a fixed key gives the same sample every time
-        first_day=first_day,
-        last_day=last_day,
+        days={day: known.get(day, 0) for day in range_of_days},
     )
     counted = engagements.where(F.col("event_date") <= F.lit(last_day)).transform(daily).transform(pairs.future_pairs)
     with in_memory(counted) as future:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, date, datetime
@@ -120,10 +120,10 @@ def _record(row: dict[str, Any]) -> StageRecord:
     return StageRecord(**row | maps | {"notes": row["notes"] or []})
 
 
-def code_fingerprint() -> str:
-    """Hash of all modules and settings files, in a checkout or in a zip."""
+def code_fingerprint(packages: Sequence[str] = _CODE) -> str:
+    """Hash of all modules and settings files of some packages (all), in a checkout or in a zip."""
     digest = hashlib.sha256()
-    for package in _CODE:
+    for package in packages:
         for entry in sorted(resources.files(package).iterdir(), key=lambda entry: entry.name):
             if entry.name.endswith((".py", ".yaml")):
                 digest.update(entry.name.encode() + entry.read_bytes())

@@ -83,10 +83,11 @@ class Night:
 
 @dataclass(kw_only=True)
 class StageRun:
-    """One attempt at one stage; collects what the ledger row will say."""
+    """One attempt at one stage; collects what the ledger row will say. `force` asks for a run that builds on no earlier one."""
 
     night: Night
     stage: str
+    force: bool = False
     inputs: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -124,6 +125,10 @@ class StageRun:
         self._before.setdefault(table.name, lake.version(table) if lake.exists(table) else None)
         metadata = {"run_id": self.night.run_id, "stage": self.stage}
         self.outputs[table.name] = lake.replace(table, frame, where=where, presorted=presorted, metadata=metadata)
+
+    def keep(self, table: Table) -> None:
+        """Leave a table as it is, and note that this stage has nothing to change in it."""
+        self.outputs[table.name] = self.night.lake.version(table)
 
     def take_back(self) -> None:
         """Restore what this stage has written, after it failed: readers of the latest version then see the last good one.
@@ -205,7 +210,7 @@ def run_stage(night: Night, stage: str, function: Stage, *, force: bool = False)
         return done
     night.display.say(f"[bold]▶ {stage}[/bold]")
     night.lake.create(RUNS)
-    run = StageRun(night=night, stage=stage)
+    run = StageRun(night=night, stage=stage, force=force)
     started, clock = datetime.now(UTC), time.monotonic()
     try:
         with night.display.watch(stage, spark_tasks(night.spark)):

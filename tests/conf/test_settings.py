@@ -17,6 +17,8 @@ FAULTS = {
     "backtest.blend_values=[0, -0.1]": ("backtest.blend_values.1", "greater than or equal to 0"),
     "backtest.content_shares=[0, 1.01]": ("backtest.content_shares.1", "less than or equal to 1"),
     "backtest.popularity_exponents=[-0.5]": ("backtest.popularity_exponents.0", "greater than or equal to 0"),
+    "pairs.half_life_days=0": ("pairs.half_life_days", "wanted a half life > 0 days, very long for no decay; found 0"),
+    "pairs.window={kind: time, window_seconds: -1800}": ("pairs.window.window_seconds", "the target at or before it; wanted a number > 0"),
     "evaluation.cutoffs=[10, 0]": ("evaluation.cutoffs.1", "greater than or equal to 1"),
     GRADED: ("backtest.judges.editors.kind", "source.pair_relevance"),
 }
@@ -37,12 +39,12 @@ def test_a_value_out_of_range_is_refused(assignment):
 
 
 def test_all_faults_are_reported_together():
-    faults = faults_of(*FAULTS, "pairs.window.kind=never", "training.seed=x", "merge=[{value: 2, kind: quota}]")
+    faults = faults_of(*FAULTS, "evaluation.window={kind: never}", "training.seed=x", "merge=[{value: 2, kind: quota}]")
     assert len(faults) == len(FAULTS) + 1 + 3  # two of the grades are wrong
     for where in [
         *(where for where, _ in FAULTS.values()),
         "backtest.judges.taxonomy.level_grades.1",
-        "pairs.window.kind",
+        "evaluation.window.kind",
         "training.seed",
     ]:
         assert sum(fault.strip().startswith(f"{where}: ") for fault in faults) == 1, where

@@ -7,14 +7,28 @@ from itertools import combinations
 from math import log, sqrt
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
 from conf.tables import ENGAGEMENTS
 from features import swing
 from features.pair_kernels import keyed_hash
-from features.pairs import BM25_B, BM25_K1, aggregate_pairs, count_popularity
-from tests.features.test_pairs import DATED, HALF_LIFE, KEY, LANDMARK, SESSION_DIRECTED, counter, to_spark, totals_oracle, who, world
+from features.pairs import BM25_B, BM25_K1, score_pairs, sum_totals
+from tests.features.test_pairs import (
+    AS_OF,
+    DECAY,
+    HALF_LIFE,
+    KEY,
+    LANDMARK,
+    SESSION_DIRECTED,
+    counter,
+    popular,
+    to_spark,
+    totals_oracle,
+    who,
+    world,
+)
 
 Pair = tuple[str, str]
 CAP = 4
@@ -29,10 +43,10 @@ def sparse_world() -> pd.DataFrame:
 
 def scored(frame: DataFrame, *, max_users: int = 60, max_pairs: int = 100, num_tasks: int = 2) -> dict[Pair, dict[str, float]]:
     """The rows of co_engagement_pairs by pair."""
-    popularity = frame.transform(count_popularity(**DATED))
+    popularity = popular(frame)
     users = who(frame, max_users=max_users)
-    summed = aggregate_pairs(popularity, users, min_users=2, max_pairs_per_trigger=max_pairs, num_tasks=num_tasks, **DATED)
-    rows = frame.transform(counter(SESSION_DIRECTED)).transform(summed).collect()
+    totals = frame.transform(counter(SESSION_DIRECTED)).transform(sum_totals(min_users=2, **DECAY))
+    rows = totals.transform(score_pairs(popularity, users, max_pairs_per_trigger=max_pairs, num_tasks=num_tasks, **AS_OF)).collect()
     return {(row.trigger_item_id, row.target_item_id): row.asDict() for row in rows}
 
 
@@ -80,14 +94,17 @@ def test_scores_equal_their_formulas(spark: SparkSession, monkeypatch: pytest.Mo
     assert column(rows, "bm25") == pytest.approx(bm25(counts), rel=1e-9)
     assert column(rows, "swing") == pytest.approx(swings(events, set(expected), max_users=60), rel=1e-9)
 
-    # the cap leaves the smallest hashes, whatever the order of rows and tasks, and however the overlap is counted; BM25 sees what is kept
+    # the cap leaves the smallest hashes, whatever the order of rows and tasks; BM25 sees what is kept
     shuffled = to_spark(spark, events.sample(frac=1, random_state=2)).repartition(3)
-    monkeypatch.setattr(swing, "_DENSE_USERS", 2)
     capped = scored(shuffled, max_users=CAP, max_pairs=5, num_tasks=5)
     assert len(capped) < len(expected)
     wanted = swings(events, set(capped), max_users=CAP)
     assert column(capped, "swing") == pytest.approx(wanted, rel=1e-9)
     assert column(capped, "bm25") == pytest.approx(bm25(column(capped, "num_user_days")), rel=1e-9)
+    ids = [pa.chunked_array([pa.array(side)]) for side in zip(*sorted(capped), strict=True)]
+    monkeypatch.setattr(swing, "_BATCH_ITEMS", 1)  # each trigger in a sparse product of its own
+    alone = swing.swing_scores(who(shuffled, max_users=CAP), *ids)
+    assert dict(zip(sorted(capped), alone, strict=True)) == pytest.approx(wanted, rel=1e-9)
     assert 0.0 in wanted.values()
     assert any(wanted[pair] < rows[pair]["swing"] for pair in wanted)
 

@@ -13,16 +13,18 @@ from pyspark.sql.types import StructType
 
 from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
-from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ENGAGEMENTS, ITEM_POPULARITY
-from features.pair_kernels import WINDOW_SCHEMA, _distinct, count_windows, keyed_hash
+from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ENGAGEMENTS, ITEM_POPULARITY
+from features.pair_kernels import WINDOW_SCHEMA, _distinct, check_num_items, count_windows, deal_days, keyed_hash
 from features.pairs import (
-    aggregate_pairs,
-    cap_metrics,
     collect_user_items,
     count_daily_pairs,
     count_popularity,
     future_pairs,
     holdout_start,
+    measure_days,
+    score_pairs,
+    sum_totals,
+    sum_user_items,
 )
 from features.swing import UserItems
 
@@ -58,12 +60,17 @@ def to_spark(spark: SparkSession, frame: pd.DataFrame) -> DataFrame:
 
 
 def counter(window: WindowSettings, **over: object) -> Callable[[DataFrame], DataFrame]:
-    given = {"max_items_per_user_day": 200, "min_users": 2, "hash_key": KEY, "first_day": FIRST, "last_day": LAST} | over
+    days = dict.fromkeys((FIRST + timedelta(days=n) for n in range(6)), 60)
+    given = {"max_items_per_user_day": 200, "min_users": 2, "hash_key": KEY, "days": days} | over
     return count_daily_pairs(window=window, **given)
 
 
 def who(frame: DataFrame, *, max_users: int = 60) -> UserItems:
-    return collect_user_items(frame, run_date=LAST, hash_key=KEY, max_users=max_users)
+    return collect_user_items(frame.transform(sum_user_items(**DATED)), hash_key=KEY, max_users=max_users)
+
+
+def popular(frame: DataFrame) -> DataFrame:
+    return frame.transform(sum_user_items(**DATED)).transform(count_popularity(**AS_OF))
 
 
 def counted(frame: DataFrame) -> list[tuple[object, ...]]:
@@ -109,10 +116,10 @@ def test_daily_counts_equal_duckdb(spark: SparkSession, window: WindowSettings) 
     # neither the order of rows nor the partitions matter; 7 tasks over 6 days split every day in two
     shuffled = to_spark(spark, events.sample(frac=1, random_state=1)).repartition(3)
     assert counted(shuffled.transform(counter(window, num_tasks=7))) == expected
-    # a single late day, counted alone, sees as far back as its window reaches
+    # days counted apart from others see as far back as their window reaches
     late = [row for row in expected if row[0] == LAST]
     assert late
-    assert counted(shuffled.transform(counter(window, first_day=LAST, num_tasks=1))) == late
+    assert counted(shuffled.transform(counter(window, days={LAST: 1}, num_tasks=1))) == late
 
 
 def test_known_pairs(spark: SparkSession) -> None:
@@ -159,10 +166,16 @@ def test_cap_keeps_the_smallest_hashes(spark: SparkSession, window: WindowSettin
     frame = to_spark(spark, events)
     assert counted(frame.transform(counter(window, max_items_per_user_day=cap))) == sorted(kept)
     assert kept != oracle(events, window)
-    reported = frame.transform(cap_metrics(window=window, max_items_per_user_day=cap, first_day=FIRST, last_day=LAST)).first()
-    assert reported is not None
-    assert reported["num_capped_groups"] > 0
-    assert reported["num_cut_items"] >= reported["num_capped_groups"]
+    measured = frame.transform(measure_days(window=window, max_items_per_user_day=cap, days={FIRST: 1, LAST: 1})).collect()
+    for row in measured:  # a session has been cut on a day if it has an engagement there
+        known = events[events.event_date <= row.event_date] if window.kind == "session" else events[events.event_date == row.event_date]
+        known = known.assign(scope=scope)[known.session_id.notna() | (window.kind != "session")]
+        here = set(known[known.event_date == row.event_date][["user_id", "scope"]].itertuples(index=False, name=None))
+        sizes = known.groupby(["user_id", "scope"]).item_id.nunique()
+        over = [int(size) - cap for group, size in sizes.items() if group in here and size > cap]
+        assert (row.num_capped_groups, row.num_cut_items) == (len(over), sum(over))
+    assert sum(row.num_cut_items for row in measured) > 0
+    assert {row.event_date for row in measured} == {FIRST, LAST}
 
 
 def test_big_days_and_wide_keys_take_other_paths_to_the_same_counts(spark: SparkSession) -> None:
@@ -175,25 +188,45 @@ def test_big_days_and_wide_keys_take_other_paths_to_the_same_counts(spark: Spark
         "items": [["a", "b", "c"], ["b", "a", "d"]],
         "starts": [[0, 0, 0]] * 2,
         "stops": [[0, 1, 2]] * 2,
-        "split": [0, 0],
     }
-    batch = pa.RecordBatch.from_pydict(windows)
-    assert set(batch.schema.names) == {*StructType.fromDDL(WINDOW_SCHEMA).names, "split"}
 
-    def rows(pass_pairs: int) -> list[tuple[object, ...]]:
-        batches = count_windows([batch], symmetric=True, min_users=2, num_splits=1, pass_pairs=pass_pairs)
-        return sorted(tuple(row.values()) for out in batches for row in out.to_pylist())
+    def rows(pass_pairs: int, *, symmetric: bool = True, num_splits: int = 1) -> list[tuple[object, ...]]:
+        found = []
+        for split in range(num_splits):
+            places = {"task": [0, 0], "split": [split] * 2, "num_splits": [num_splits] * 2}
+            batch = pa.RecordBatch.from_pydict(windows | places)
+            assert set(batch.schema.names) == set(StructType.fromDDL(WINDOW_SCHEMA).names)
+            batches = count_windows([batch], symmetric=symmetric, min_users=2, pass_pairs=pass_pairs)
+            found += [tuple(row.values()) for out in batches for row in out.to_pylist()]
+        return sorted(found)
 
     assert rows(100)[0][1:] == ("a", "b", 2, [-7, 7])
     assert len(rows(100)) == 10
-    assert rows(1) == rows(100)  # a pass for nearly every pair
+    assert len(rows(100, symmetric=False)) == 6
+    for symmetric in (True, False):
+        for num_splits in (1, 2, 4, 16):  # a pass for nearly every pair, and a grid of splits over the items
+            assert rows(1, symmetric=symmetric, num_splits=num_splits) == rows(100, symmetric=symmetric)
     pair, user = np.array([5, 2, 5, 2, 5]), np.array([1, 0, 0, 0, 1])
-    for num_pairs in (6, 2**62):  # the second no longer packs into 63 bits
-        assert [column.tolist() for column in _distinct(pair, user, num_pairs, 2)] == [[2, 5, 5], [0, 0, 1]]
+    for pair_bits in (3, 63):  # the second no longer packs into 63 bits
+        assert [column.tolist() for column in _distinct(pair, user, pair_bits=pair_bits, user_bits=1)] == [[2, 5, 5], [0, 0, 1]]
+
+
+def test_days_are_dealt_out_by_their_work() -> None:
+    even = deal_days(dict.fromkeys(range(100, 108), 5), 4)
+    assert even.task.tolist() == sorted(even.task.tolist())
+    assert [even.task.tolist().count(task) for task in range(4)] == [2, 2, 2, 2]
+    assert set(even.num_splits.tolist()) == {1}
+    hot = deal_days({1: 10, 2: 1000, 3: 10, 4: 0}, 16)  # nearly all work is on one day
+    assert hot.num_splits.tolist() == [1, 8, 1, 1]
+    assert all(0 <= task <= 16 - splits for task, splits in zip(hot.task.tolist(), hot.num_splits.tolist(), strict=True))
+    alone = deal_days({7: 3}, 1)
+    assert (alone.days.tolist(), alone.task.tolist(), alone.num_splits.tolist()) == ([7], [0], [1])
 
 
 LANDMARK, HALF_LIFE, HOLDOUT = date(2024, 2, 1), 10.0, date(2024, 3, 5)
-DATED = {"landmark": LANDMARK, "half_life_days": HALF_LIFE, "holdout_from": HOLDOUT, "run_date": LAST}
+DECAY = {"landmark": LANDMARK, "half_life_days": HALF_LIFE, "holdout_from": HOLDOUT}
+DATED = DECAY | {"run_date": LAST}
+AS_OF = {"landmark": LANDMARK, "holdout_from": HOLDOUT, "run_date": LAST}
 
 
 def totals_oracle(events: pd.DataFrame, window: WindowSettings, *, min_users: int) -> dict[tuple[str, str], tuple[float, ...]]:
@@ -219,10 +252,11 @@ def totals_oracle(events: pd.DataFrame, window: WindowSettings, *, min_users: in
 def test_totals_equal_duckdb_and_keep_the_privacy_minimum(spark: SparkSession, min_users: int) -> None:
     events = world(seed=20 + min_users, num_events=260, num_items=16)
     frame = to_spark(spark, events)
-    popularity = frame.transform(count_popularity(**DATED)).cache()
+    popularity = popular(frame).cache()
     daily = frame.transform(counter(SESSION, min_users=min_users)).cache()
     user_items = who(frame)
-    totals = daily.transform(aggregate_pairs(popularity, user_items, min_users=min_users, max_pairs_per_trigger=100, **DATED))
+    summed = daily.transform(sum_totals(min_users=min_users, **DECAY)).cache()
+    totals = summed.transform(score_pairs(popularity, user_items, max_pairs_per_trigger=100, **AS_OF))
     assert totals.columns == list(CO_ENGAGEMENT_PAIRS.column_names)
     measures = ["weight", "num_user_days", "fit_weight", "conditional", "cosine", "jaccard", "lift"]
     found = {(row.trigger_item_id, row.target_item_id): tuple(row[name] for name in measures) for row in totals.collect()}
@@ -235,8 +269,8 @@ def test_totals_equal_duckdb_and_keep_the_privacy_minimum(spark: SparkSession, m
     assert any(values[2] == 0 for values in expected.values())
 
     # the cut leaves the heaviest, ties by target id, whatever the partitions; conditional still is the share of all
-    few = aggregate_pairs(popularity, user_items, min_users=min_users, max_pairs_per_trigger=3, num_tasks=1, **DATED)
-    cut = daily.repartition(5).transform(few)
+    shuffled = daily.repartition(5).transform(sum_totals(min_users=min_users, num_tasks=1, **DECAY))
+    cut = shuffled.transform(score_pairs(popularity, user_items, max_pairs_per_trigger=3, num_tasks=1, **AS_OF))
     kept = {(row.trigger_item_id, row.target_item_id): row.conditional for row in cut.collect()}
     strongest = sorted(expected, key=lambda pair: (pair[0], -expected[pair][0], pair[1]))
     wanted = [pair for n, pair in enumerate(strongest) if n < 3 or strongest[n - 3][0] != pair[0]]
@@ -244,15 +278,16 @@ def test_totals_equal_duckdb_and_keep_the_privacy_minimum(spark: SparkSession, m
     assert kept[wanted[0]] == pytest.approx(expected[wanted[0]][3])
     future = {(row.trigger_item_id, row.target_item_id): row.num_user_days for row in future_pairs(daily).collect()}
     assert all(future[pair] == values[1] for pair, values in expected.items())
-    popularity.unpersist()
-    daily.unpersist()
+    for frame in (popularity, daily, summed):
+        frame.unpersist()
 
 
 def test_popularity_equals_pandas(spark: SparkSession) -> None:
     events = world(seed=5)
     run_date = date(2024, 3, 4)
-    dated = DATED | {"run_date": run_date, "holdout_from": date(2024, 3, 3)}
-    found = to_spark(spark, events).transform(count_popularity(**dated))
+    as_of = {"landmark": LANDMARK, "run_date": run_date, "holdout_from": date(2024, 3, 3)}
+    engaged = to_spark(spark, events).transform(sum_user_items(half_life_days=HALF_LIFE, **as_of))
+    found = engaged.transform(count_popularity(**as_of))
     assert found.columns == list(ITEM_POPULARITY.column_names)
     days = events[events.event_date <= run_date].drop_duplicates(["item_id", "user_id", "event_date"]).copy()
     days["weight"] = [2.0 ** ((day - LANDMARK).days / HALF_LIFE) for day in days.event_date]
@@ -268,11 +303,10 @@ def test_popularity_equals_pandas(spark: SparkSession) -> None:
     assert found.count() == days.item_id.nunique()
 
 
-def test_holdout_start(spark: SparkSession) -> None:
+def test_holdout_start() -> None:
     def start(counts: dict[int, int], *, share: float, run_day: int) -> date:
-        rows = [(date(2024, 3, day),) for day, count in counts.items() for _ in range(count)]
-        frame = spark.createDataFrame(rows, "event_date date")
-        return holdout_start(frame, holdout_share=share, run_date=date(2024, 3, run_day))
+        by_day = {date(2024, 3, day): count for day, count in counts.items()}
+        return holdout_start(by_day, holdout_share=share, run_date=date(2024, 3, run_day))
 
     assert start({1: 50, 2: 30, 3: 15, 4: 5}, share=0.2, run_day=9) == date(2024, 3, 3)  # exactly a fifth
     assert start({1: 50, 2: 30, 3: 15, 4: 5}, share=0.21, run_day=9) == date(2024, 3, 2)
@@ -280,24 +314,32 @@ def test_holdout_start(spark: SparkSession) -> None:
     assert start({8: 1, 9: 90}, share=0.1, run_day=9) == date(2024, 3, 9)  # but after the first day
     assert start({1: 1, 2: 9}, share=0.1, run_day=1) == date(2024, 3, 1)  # later days do not count
     with pytest.raises(SourceError, match="no engagements up to 2024-02-01"):
-        holdout_start(spark.createDataFrame([(FIRST,)], "event_date date"), holdout_share=0.1, run_date=date(2024, 2, 1))
+        holdout_start({FIRST: 1}, holdout_share=0.1, run_date=date(2024, 2, 1))
 
 
 def test_no_engagements_give_no_pairs(spark: SparkSession) -> None:
     empty = spark.createDataFrame([], StructType.fromDDL(ENGAGEMENTS.ddl))
     daily = empty.transform(counter(TIME))
     assert daily.columns == list(CO_ENGAGEMENT_DAILY.column_names)
-    popularity = empty.transform(count_popularity(**DATED))
-    assert daily.transform(aggregate_pairs(popularity, who(empty), min_users=2, max_pairs_per_trigger=9, **DATED)).collect() == []
+    popularity = popular(empty)
+    totals = daily.transform(sum_totals(min_users=2, **DECAY))
+    assert totals.columns == list(CO_ENGAGEMENT_TOTALS.column_names)
+    assert totals.transform(score_pairs(popularity, who(empty), max_pairs_per_trigger=9, **AS_OF)).collect() == []
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(SettingsError, match="key of the user hashes is empty"):
         counter(TIME, hash_key=b"")
-    with pytest.raises(SettingsError, match="first_day 2024-03-07 is after last_day"):
-        counter(TIME, first_day=date(2024, 3, 7))
+    with pytest.raises(SettingsError, match="no days to count"):
+        counter(TIME, days={})
     with pytest.raises(SettingsError, match="half-lives before"):
-        count_popularity(**DATED | {"half_life_days": 0.01})
+        sum_user_items(**DATED | {"half_life_days": 0.01})
+
+
+def test_more_items_than_an_index_holds_are_refused() -> None:
+    check_num_items(2**31 - 1)
+    with pytest.raises(SettingsError, match=r"found 2,147,483,648 different items, wanted at most 2,147,483,647: .*item_id"):
+        check_num_items(2**31)
 
 
 def test_a_long_key_is_taken_whole() -> None:

@@ -1,0 +1,304 @@
+"""`make bench-pairs`: counting pairs side by side with DuckDB, Polars, the plain Spark self-join and scipy, on the same cores.
+
+Every method runs in a process of its own, once to warm up and then `--runs` times; its answer is compared with ours. Rows are kept in
+`var/bench/pairs.json` and replaced one by one, so that a long benchmark can be run in parts: `ARGS="--works clicks-64m --methods mtmh"`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from pyspark.sql import functions as F
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from conf.errors import MachineError
+from conf.settings import SparkSettings
+from features.pairs import count_daily_pairs, engagements_per_day, sum_totals
+from jobs.arguments import report_errors
+from jobs.bench_night import bench_night
+from jobs.bench_peers import answers_differ, duckdb_pairs, polars_pairs, scipy_pairs, self_join_pairs
+from jobs.bench_picture import draw_times
+from jobs.bench_worlds import NUM_DAYS, START, Work, open_work
+from jobs.session import start_session
+
+Json = dict[str, Any]
+FOLDER = Path("var/bench")
+WORKS = ("clicks-1m", "clicks-4m", "clicks-16m", "grocery", "ifdb_games")
+METHODS = ("mtmh", "duckdb", "polars", "scipy", "self_join", "radix_sort", "simd_sort")
+_PEERS: Mapping[str, Callable[[Work, Path], None]] = {"duckdb": duckdb_pairs, "polars": polars_pairs, "scipy": scipy_pairs}
+_SUITABLE: Mapping[str, Callable[[Work], bool]] = {
+    "scipy": lambda work: work.one_session_a_day,
+    "radix_sort": lambda work: work.window.kind == "session",
+    "simd_sort": lambda work: work.window.kind == "session",
+}
+_NO_CAP = 1_000_000  # peers cannot draw the items that a cap would keep
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is asked for, print the table, write the numbers and the picture."""
+
+    def run() -> None:
+        values = _arguments(argv)
+        if values.one:
+            print(json.dumps(_measure(values.one, open_work(values.works[0], FOLDER / "work"), values.runs)))
+            return
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        for name in values.works:
+            work = open_work(name, FOLDER / "work")
+            for method in values.methods:
+                if method in _SUITABLE and not _SUITABLE[method](work):
+                    continue
+                _keep(_run(method, work, runs=values.runs, limit=values.limit))
+        for name in values.nights:
+            found, peak = _child("night", name, runs=1, limit=10 * values.limit)
+            for row in found.get("rows", [{"work": f"night of {name}", "size": 0, "method": "mtmh", "runs": 0, **found}]):
+                _keep(row | {"peak_rss_mb": peak})
+        _show(Console())
+
+    report_errors(run)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="the benchmark of pair counting")
+    parser.add_argument("--works", nargs="*", default=list(WORKS), help="clicks-<millions>m, grocery, ifdb_games")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS, help="which of the methods")
+    parser.add_argument("--nights", nargs="*", default=[], help="works whose last day is added by an incremental night, and by a rebuild")
+    parser.add_argument("--runs", type=int, default=3, help="timed runs after the first")
+    parser.add_argument("--limit", type=int, default=900, help="seconds after which a method is given up")
+    parser.add_argument("--one", choices=[*METHODS, "night"], help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+# --- One method in its own process ---------------------------------------------------------------------------------------------
+
+
+def _measure(method: str, work: Work, runs: int) -> Json:
+    if method == "night":
+        return {"rows": list(bench_night(work, FOLDER / "night"))}
+    if method.endswith("_sort"):
+        return _limit(method, work, runs)
+    out = FOLDER / "answers" / work.name / f"{method}.parquet"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if method in _PEERS:
+        return {"seconds": [_timed(lambda: _PEERS[method](work, out)) for _ in range(1 + runs)]}
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as log:
+        logged = {"spark.eventLog.enabled": "true", "spark.eventLog.dir": f"file://{log}", "spark.eventLog.compress": "false"}
+        spark = start_session(SparkSettings(settings=logged | {"spark.eventLog.rolling.enabled": "false"}), app_name=f"bench {method}")
+        found: Json = {"session_s": time.monotonic() - begin}
+        count = self_join_pairs if method == "self_join" else _our_pairs
+        found["seconds"] = [_timed(lambda: count(spark, work, out)) for _ in range(1 + runs)]
+        if method == "mtmh":
+            found["phases"] = _phases(spark, work, found["seconds"][-1])
+        spark.stop()
+        found["tasks"] = _task_times(Path(log))
+    return found
+
+
+def _timed(work: Callable[[], object]) -> float:
+    begin = time.monotonic()
+    work()
+    return time.monotonic() - begin
+
+
+def _our_daily(spark: Any, work: Work) -> Any:
+    events = spark.read.parquet(str(work.folder))
+    count = count_daily_pairs(
+        window=work.window, max_items_per_user_day=_NO_CAP, min_users=2, hash_key=b"bench", days=engagements_per_day(events)
+    )
+    return events.transform(count)
+
+
+def _our_pairs(spark: Any, work: Work, out: Path) -> None:
+    add_up = sum_totals(landmark=START.date(), half_life_days=1000.0, holdout_from=START.date(), min_users=2)
+    totals = _our_daily(spark, work).transform(add_up)
+    totals.write.mode("overwrite").parquet(str(out))
+
+
+def _phases(spark: Any, work: Work, whole: float) -> Json:
+    """Seconds until the days are counted and given away, and of the rest: adding up and writing; what was emitted."""
+    daily = _timed(lambda: _our_daily(spark, work).write.format("noop").mode("overwrite").save())
+    read = _timed(lambda: spark.read.parquet(str(work.folder)).write.format("noop").mode("overwrite").save())
+    emitted = _our_daily(spark, work).agg(F.sum("num_users").alias("pairs"), F.count(F.lit(1)).alias("rows")).first()
+    return {"read_s": read, "count_s": daily - read, "add_up_and_write_s": whole - daily, "emitted": emitted[0], "daily_rows": emitted[1]}
+
+
+def _task_times(log: Path) -> Json:
+    """Of all stages that took over a second of task time: the longest task against the median one."""
+    times: dict[tuple[int, int], list[float]] = {}
+    for line in (line for path in log.iterdir() for line in path.read_text().splitlines() if "SparkListenerTaskEnd" in line):
+        event = json.loads(line)
+        info = event["Task Info"]
+        stage = (event["Stage ID"], event["Stage Attempt ID"])
+        times.setdefault(stage, []).append((info["Finish Time"] - info["Launch Time"]) / 1000)
+    heavy = [sorted(tasks) for tasks in times.values() if len(tasks) > 2 and sum(tasks) > 1]
+    seconds = sorted(task for tasks in heavy for task in tasks)
+    edges = [0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, float("inf")]
+    histogram = {f"<{high}": sum(low <= task < high for task in seconds) for low, high in pairwise(edges)}
+    worst = max((tasks[-1] / max(statistics.median(tasks), 0.01) for tasks in heavy if tasks[-1] > 1), default=1.0)
+    return {"histogram": histogram, "longest_s": seconds[-1] if seconds else 0.0, "worst_skew": worst}
+
+
+# --- All of them ---------------------------------------------------------------------------------------------------------------
+
+
+def _run(method: str, work: Work, *, runs: int, limit: int) -> Json:
+    """A row of the benchmark: one method on one piece of work, its answer compared with ours."""
+    row: Json = {"work": work.name, "size": work.size, "method": method}
+    found, peak = _child(method, work.name, runs=runs, limit=limit)
+    if "fault" in found:
+        return row | {"runs": 0, "peak_rss_mb": peak} | found
+    first, *seconds = found.pop("seconds")
+    row |= {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds), "runs": len(seconds)}
+    if method in _PEERS or method == "self_join":
+        _compare(method, work)
+    return row | {"first_s": first, "peak_rss_mb": peak} | found
+
+
+def _compare(method: str, work: Work) -> None:
+    mine, other = (FOLDER / "answers" / work.name / f"{name}.parquet" for name in ("mtmh", method))
+    if not mine.exists():
+        raise MachineError(f"no answer of mtmh on {work.name} to compare {method} with: name mtmh first under --methods")
+    if difference := answers_differ(mine, other, other_has_more=method == "scipy"):
+        raise MachineError(f"{method} and mtmh answer differently on {work.name}: {difference}")
+
+
+def _child(method: str, name: str, *, runs: int, limit: int) -> tuple[Json, float]:
+    """What a method in a process of its own says, or its `fault`; and its peak memory in MB."""
+    command = [sys.executable, "-m", "jobs.bench_pairs", "--one", method, "--works", name, "--runs", str(runs)]
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)  # noqa: S603 - our own command
+        peak = _watch(process, limit)
+        output.seek(0)
+        said = output.read().splitlines()
+    if process.returncode:
+        return {"fault": said[-1] if said and process.returncode > 0 else f"given up after {limit} s"}, peak
+    return json.loads(said[-1]), peak
+
+
+def _watch(process: "subprocess.Popen[bytes]", limit: int) -> float:
+    """Wait for the process, and return the largest memory of its process group in MB; shared pages count once."""
+    peak, end = 0.0, time.monotonic() + limit
+    while process.poll() is None:
+        peak = max(peak, _memory_mb(process.pid))
+        if time.monotonic() > end:
+            os.killpg(process.pid, 9)
+        threading.Event().wait(0.3)
+    return peak
+
+
+def _memory_mb(group: int) -> float:
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) == group:
+                lines = (folder / "smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        except OSError:
+            continue  # it has ended meanwhile
+    return total / 1024
+
+
+def _limit(method: str, work: Work, runs: int) -> Json:
+    """What the machine could do at best: sorting the keys of all pairs of sessions, and moving memory."""
+    keys = _pair_keys(work)
+    sort: Callable[[], object] = (lambda: _radix_sort(keys)) if method == "radix_sort" else (lambda: np.sort(keys))
+    buffer = np.zeros(50_000_000)
+    copied = min(_timed(lambda: np.copyto(buffer[:25_000_000], buffer[25_000_000:])) for _ in range(5))
+    seconds = [_timed(sort) for _ in range(1 + runs)]
+    return {"seconds": seconds, "num_keys": len(keys), "bandwidth_gb_s": 2 * 25_000_000 * 8 / copied / 1e9}
+
+
+def _pair_keys(work: Work) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """(i << 32) | j of every two different items of a session, once per session, smaller code first."""
+    table = pq.read_table(work.folder, columns=["session_id", "item_id"])
+    session, item = (table[name].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64) for name in table.column_names)
+    rows = np.unique((session << 32) | item)
+    session, item = rows >> 32, rows & 0xFFFFFFFF
+    found = []
+    for gap in range(1, int(np.bincount(session).max())):
+        same = session[gap:] == session[:-gap]
+        found.append((item[:-gap][same] << 32) | item[gap:][same])
+    return np.random.default_rng(0).permutation(np.concatenate(found))
+
+
+def _radix_sort(keys: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Least significant digit first, 16 bits at a time: numpy's stable sort of 16-bit integers is a radix sort."""
+    for shift in range(0, max(1, int(keys.max()).bit_length()), 16):
+        keys = keys[np.argsort(((keys >> shift) & 0xFFFF).astype(np.uint16), kind="stable")]
+    return keys
+
+
+# --- What is known so far ------------------------------------------------------------------------------------------------------
+
+
+def _rows() -> list[Json]:
+    path = FOLDER / "pairs.json"
+    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
+
+
+def _keep(row: Json) -> None:
+    key = ("work", "method")
+    rows = [old for old in _rows() if any(old[name] != row[name] for name in key)] + [row]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()  # noqa: S607
+    model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    machine = f"{len(os.sched_getaffinity(0))} cores, {model[0] if model else 'unknown'}"
+    content = {"machine": machine, "commit": commit, "rows": sorted(rows, key=lambda row: (row["work"], row["size"], row["method"]))}
+    (FOLDER / "pairs.json").write_text(json.dumps(content, indent=1))
+
+
+def _show(console: Console) -> None:
+    rows = _rows()
+    table = RichTable("work", "events", "method", "median s", "ratio", "runs", "peak MB", "note", title=f"counting pairs, {NUM_DAYS} days")
+    ours = {row["work"]: row.get("median_s") for row in rows if row["method"] == "mtmh"}
+    for row in sorted(rows, key=lambda row: (row["size"], row["work"], row.get("median_s", 1e9))):
+        mine, median = ours.get(row["work"]), row.get("median_s")
+        ratio = f"{median / mine:.2f}" if mine and median else "-"
+        shown = [f"{median:.1f}" if median else "-", ratio, str(row["runs"]), f"{row.get('peak_rss_mb', 0):,.0f}", _note(row)]
+        table.add_row(row["work"], f"{row['size']:,}", row["method"], *shown)
+    console.print(table)
+    draw_times(rows, FOLDER / "pairs.svg")
+    for line in _slope(rows):
+        console.print(line)
+
+
+def _note(row: Json) -> str:
+    if "fault" in row:
+        return str(row["fault"])
+    if "num_keys" in row:
+        return f"{row['num_keys']:,} keys, {row['num_keys'] / row['median_s']:,.0f}/s, one thread; memory {row['bandwidth_gb_s']:.1f} GB/s"
+    if "phases" in row:
+        phases, tasks = row["phases"], row["tasks"]
+        speed = phases["emitted"] / row["median_s"]
+        parts = ", ".join(f"{name.removesuffix('_s')} {phases[name]:.1f}" for name in ("read_s", "count_s", "add_up_and_write_s"))
+        skew = f"longest task {tasks['longest_s']:.1f} s, {tasks['worst_skew']:.1f} x its stage's median"
+        return f"session {row['session_s']:.1f} s; {phases['emitted']:,} pairs, {speed:,.0f}/s; {parts} s; {skew}"
+    return str(row.get("note", f"session {row['session_s']:.1f} s" if "session_s" in row else ""))
+
+
+def _slope(rows: Sequence[Json]) -> list[str]:
+    """How time grows with emitted pairs, between the click logs of 4 million events and more."""
+    ours = sorted((row["size"], row) for row in rows if row["method"] == "mtmh" and row["work"].startswith("clicks-") and "phases" in row)
+    ours = [(size, row) for size, row in ours if size >= 4_000_000]
+    if len(ours) < 2:
+        return []
+    (_, small), (_, large) = ours[0], ours[-1]
+    slope = np.log(large["median_s"] / small["median_s"]) / np.log(large["phases"]["emitted"] / small["phases"]["emitted"])
+    return [f"time grows as emitted pairs to the power {slope:.2f} from {small['work']} to {large['work']}"]
+
+
+if __name__ == "__main__":
+    main()
