@@ -118,15 +118,8 @@ def build_index(
     Raises:
         TrainingError: a head is missing, shapes disagree, or a vector is not finite.
     """
-    _check(
-        len(item_ids),
-        head_vectors,
-        content=content,
-        popularity_p=popularity_p,
-        eligible=eligible,
-        category_codes=category_codes,
-        trends=trends,
-    )
+    per_item = {"content": content, "popularity_p": popularity_p, "eligible": eligible, "category_codes": category_codes, "trends": trends}
+    _check(len(item_ids), head_vectors, **per_item)
     folder.mkdir(parents=True, exist_ok=True)
     informed = (content != 0).any(axis=1) | (popularity_p > 0)
     sample = np.sort(np.random.default_rng(0).permutation(len(eligible))[:_NUM_SAMPLED])
@@ -137,19 +130,8 @@ def build_index(
     _save(folder, "content", content)
     items = np.flatnonzero(eligible & (content != 0).any(axis=1)).astype(np.int32)
     reports[CONTENT] = write_index(folder, "content", content, items, queries=content[sample], settings=settings)
-    log_p = log_popularity(popularity_p.astype(np.float32))
-    order = FillOrder.build(log_p, eligible, category_codes[:, 0] if category_codes.shape[1] else np.full(len(log_p), -1, dtype=np.int32))
-    arrays = {
-        "log_popularity": log_p,
-        "trends": trends,
-        "categories": category_codes,
-        "popular": order.popular,
-        "fill_items": order.by_category,
-        "fill_categories": order.category,
-        "eligible": eligible,
-    }
-    for file, array in arrays.items():
-        _save(folder, file, array)
+    _save_per_item(folder, popularity_p, eligible, category_codes)
+    _save(folder, "trends", trends)
     user_level.save(folder)
     filters.save(folder)
     ids = pa.array(item_ids, pa.string()) if not isinstance(item_ids, pa.Array) else item_ids.cast(pa.string())
@@ -162,6 +144,23 @@ def build_index(
     meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "calibration": dict(calibration)}
     (folder / _META).write_text(json.dumps(meta))
     return reports
+
+
+def _save_per_item(folder: Path, popularity_p: Floats, eligible: Bools, category_codes: Ints) -> None:
+    """Popularity, eligibility, categories, and the orders in which short lists are filled."""
+    log_p = log_popularity(popularity_p.astype(np.float32))
+    coarsest = category_codes[:, 0] if category_codes.shape[1] else np.full(len(log_p), -1, dtype=np.int32)
+    order = FillOrder.build(log_p, eligible, coarsest)
+    arrays = {
+        "log_popularity": log_p,
+        "categories": category_codes,
+        "popular": order.popular,
+        "fill_items": order.by_category,
+        "fill_categories": order.category,
+        "eligible": eligible,
+    }
+    for file, array in arrays.items():
+        _save(folder, file, array)
 
 
 def _check(num_items: int, head_vectors: Mapping[str, tuple[Floats, Floats]], **arrays: npt.NDArray[Any]) -> None:

@@ -14,6 +14,7 @@ from pyspark.sql import SparkSession
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small worlds: threads that wait for each other cost more than they bring, twenty times here
 
 
 @pytest.fixture(scope="session")
