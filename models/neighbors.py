@@ -575,8 +575,11 @@ class Retriever:
         return pool.narrow(position, offsets, score[position], np.zeros(len(position), dtype=np.bool_), self.categories)
 
     def _mergeable(self, pool: _Pool, rules: Rules) -> _Pool:
-        """The candidates that the merged list may hold."""
-        return pool.only(rules.allowed(MERGED, pool.trigger[pool.segment], pool.item)) if rules.restrict([MERGED]) else pool
+        """The candidates that the merged list may hold, p over these alone."""
+        if not rules.restrict([MERGED]):
+            return pool
+        some = pool.only(rules.allowed(MERGED, pool.trigger[pool.segment], pool.item))
+        return replace(some, log_p=log_softmax(some.log_p, some.segment.astype(np.int32))) if len(some.item) else some
 
     def _candidate_set(self, pool: _Pool) -> CandidateSet:
         return CandidateSet(

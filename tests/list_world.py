@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
+from scipy.sparse import csr_array
 
 from conf.settings import Settings, load_settings
 from conf.tables import CONTRACT_VERSION, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY, RUNS, Table
 from jobs.ledger import Ledger, StageRecord
 from jobs.publication import publish_run
 from jobs.reader import artifacts_of, lake_root, open_table
+from models.data import TRENDS
 from models.eligibility import FilterColumn, FilterColumns
 from models.merge import read_policies
 from models.neighbors import Counted, Retriever, build_index
+from models.user_level import UserLevel
 from tests.worlds import write_config
 
 _SIMPLE = {
@@ -128,6 +131,8 @@ class ListWorld:
             category_codes=codes,
             tags=FilterColumn.encode([None] * num_items),
             category_names=[f"section {code}" for code in range(4)],
+            trends=np.zeros((num_items, len(TRENDS)), np.float32),
+            user_level=UserLevel.of(csr_array((rng.random((30, num_items)) < 0.1).astype(np.float32)), min_users=2),
             filters=FilterColumns.encode({}, coarsest=[f"section {code}" for code in codes[:, 0]], as_of=date(2024, 1, 1)),
             scorer_file=None,
             calibration={},
