@@ -170,7 +170,7 @@ def test_mixing_anew_at_the_value_of_the_policy_gives_the_published_lists(done: 
         mixes = remixer.mixes(item_id)
         again = [(neighbor.item.item_id, neighbor.score, neighbor.num_user_days) for neighbor in mixes.lists[mixes.own]]
         assert again == [(row["neighbor_id"], pytest.approx(row["score"]), row["num_user_days"]) for row in published[item_id]]
-        assert mixes.own == 0.01
+        assert mixes.own == done.night.settings.merge[0].value
         most_relevant = {neighbor.item.item_id for neighbor in mixes.lists[1.0][:5]}
         assert len(most_relevant & done.world.category_of(item_id)) > len(most_relevant & done.world.bundle_of(item_id))
     with pytest.raises(TableError, match="item 'unknown' is not in the index"):
@@ -184,7 +184,8 @@ def test_the_mix_is_moved_by_keyboard_and_kept_in_the_address(done: Done) -> Non
         page.goto(f"{address}/?item={done.world.item_id(3, 2)}")
         first = page.locator("#list-merged .neighbor").all_inner_texts()
         slider = page.get_by_role("slider", name="Mix")
-        expect(slider).to_have_attribute("aria-valuetext", "λ = 0.01 (as published)")
+        own, values = done.night.settings.merge[0].value, done.night.settings.backtest.blend_values
+        expect(slider).to_have_attribute("aria-valuetext", f"λ = {own:g} (as published)")
         slider.focus()
         page.keyboard.press("End")
         expect(slider).to_have_attribute("aria-valuetext", "λ = 1")
@@ -195,7 +196,7 @@ def test_the_mix_is_moved_by_keyboard_and_kept_in_the_address(done: Done) -> Non
         assert page.locator("#list-merged .neighbor .what > a").all_inner_texts() == moved
         slider.press("Home")
         assert page.url.endswith("&mix=0")
-        for _ in range([0.0, 0.001, 0.002, 0.005, 0.01].index(0.01)):
+        for _ in range(sorted(values).index(own)):
             page.keyboard.press("ArrowRight")
         assert "mix" not in page.url
         assert page.locator("#list-merged .neighbor").all_inner_texts() != first  # a page that was opened mixed has no published reasons
