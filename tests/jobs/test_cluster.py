@@ -66,9 +66,9 @@ def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def _zip(path: Path) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for room in _ROOMS:
-            for file in sorted((ROOT / room).glob("*")):
-                if file.suffix in (".py", ".yaml"):
-                    archive.write(file, f"{room}/{file.name}")
+            for file in sorted((ROOT / room).rglob("*")):
+                if file.suffix in (".py", ".yaml", ".html", ".css", ".js"):  # as `make zip`
+                    archive.write(file, file.relative_to(ROOT).as_posix())
     return path
 
 
