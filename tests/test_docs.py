@@ -43,7 +43,7 @@ def commands(text: str) -> list[str]:
 def test_the_tutorial_runs(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In an empty folder; jobs share the Spark session of the tests, and the explorer is a process of its own."""
+    """In an empty folder; jobs share the Spark session of the tests, whose JVM stays where it was started: it needs absolute paths."""
     monkeypatch.chdir(tmp_path)
     said: dict[str, str] = {}
     for command in commands(TUTORIAL):
@@ -54,7 +54,7 @@ def test_the_tutorial_runs(
             importlib.import_module(module).main(arguments)
             said[module] = capsys.readouterr().out
         else:
-            local = command.replace(".venv/bin/python", sys.executable)
+            local = command.replace(".venv/bin/python", sys.executable).replace("path: var/shop", f"path: {tmp_path}/var/shop")
             subprocess.run(["bash", "-euc", local], check=True, cwd=tmp_path, capture_output=True)
     assert {"jobs.nightly", "jobs.show", "jobs.query", "jobs.look_up", "jobs.export"} == set(said)
     assert "Tomato sauce" in said["jobs.show"]
