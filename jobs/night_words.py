@@ -36,6 +36,7 @@ METRICS: Mapping[str, str] = {
     "first_loss": "mean loss of the first tenth of the training steps, in nats",
     "num_steps": "optimizer steps",
     "*_num_zero_vectors": "items about which the head knows nothing",
+    "seconds_*": "wall time of a part of the stage, in seconds",
     "*_seconds": "wall time of a part of the stage, in seconds",
     "*_debiased_recall@*": "recall of judged lists in which a partner weighs one over the root of its popularity",
     "*_recall@*": "share of a trigger's partners in the days after the judged night that were in the first K of its list; mean",
