@@ -1,12 +1,12 @@
 """The calibrated merge scorer: how likely is each candidate to be the trigger's next partner.
 
 Fitted once a night on the last slice of engagements with features of everything before it, then frozen and applied to features of
-everything. All features are logarithms or cosines, so that the scorer is a small log-linear model with tanh units:
+everything. All features are logarithms, so that the scorer is a small log-linear model with tanh units:
 
     logit = w . z + v . tanh(W z + b),  z = (features - mean) / scale;   p(j given i) = softmax of the logits over i's candidates
 
 It knows what was engaged with and when, and nothing of content or relevance: with their cosines among the features it fitted what the last
-slice's few heavy users browsed, and lost a tenth of recall on the next slice of ifdb_games. Relevance enters by the merge policy alone.
+slice's few heavy users browsed, and lost a quarter of recall on the next slice of ifdb_games. Relevance enters by the merge policy alone.
 
 Applied with numpy alone (Spark tasks have no torch); torch is imported where it is fitted.
 Shapes: `N` items, `T` triggers, `M` candidates of all triggers together, `F` features, `V` vector length.

@@ -19,6 +19,7 @@ from conf.tables import (
     RUNS,
     Table,
 )
+from models.list_rows import ARROW_SCHEMA
 from tests.worlds import write_config
 
 NIGHT = date(2024, 3, 31)
@@ -29,24 +30,17 @@ _TYPES = {
     "array<float>": pa.list_(pa.float32()), "map<string,string>": pa.map_(pa.string(), pa.string()),
     "map<string,bigint>": pa.map_(pa.string(), pa.int64()), "map<string,double>": pa.map_(pa.string(), pa.float64()),
 }  # fmt: skip
-_NEIGHBOR = pa.struct(
-    [
-        ("neighbor_id", pa.string()),
-        ("score", pa.float64()),
-        ("reason", pa.string()),
-        ("sources", pa.list_(pa.string())),
-        ("num_user_days", pa.int64()),
-        ("relevance", pa.float64()),
-        ("filled", pa.bool_()),
-    ]
-)
 Lists = Mapping[tuple[str, str], Sequence[str]]
 """Neighbor ids by item and head."""
 
 
 def write_table(root: Path, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of a declared table; what a row leaves out is null, or zero where the table wants a number."""
-    fields = [pa.field(c.name, _TYPES.get(c.type, pa.list_(_NEIGHBOR)), nullable=c.nullable) for c in table.columns if _fits(c.type)]
+    fields = [
+        pa.field(c.name, _TYPES.get(c.type, ARROW_SCHEMA.field("neighbors").type), nullable=c.nullable)
+        for c in table.columns
+        if _fits(c.type)
+    ]
     schema = pa.schema(fields)
     whole = [{field.name: row.get(field.name, _nothing(field)) for field in fields} for row in rows]
     write_deltalake(str(root / table.name), pa.Table.from_pylist(whole, schema=schema), mode="append")
