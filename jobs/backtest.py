@@ -26,7 +26,7 @@ from conf.tables import ENGAGEMENTS
 from features.engagements import accepted_events
 from features.pairs import engagements_per_day, holdout_start
 from jobs.arguments import add_config, report_errors
-from jobs.backtest_report import summary_words, terminal_tables, write_html, write_json
+from jobs.backtest_report import REPORTS, summary_words, terminal_tables, write_html, write_json
 from jobs.backtest_results import Report
 from jobs.backtest_verdict import Verdict, make_report
 from jobs.demo_source import lay_source
@@ -39,7 +39,6 @@ from jobs.stage import Night, StageRun, make_night, run_stage
 from jobs.verdicts import choose
 from models.contest import Tuned
 
-REPORTS = Path("var/backtest")
 _FILE_COLUMNS = 150
 
 

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from jobs import backtest_tables as tables
+from jobs import backtest_tables as grids
 from jobs import pages
 from jobs.backtest_picture import frontier_svg
 from jobs.backtest_results import Report
@@ -34,8 +34,7 @@ $words
 <div role="img" aria-label="recall@100 and relevance@100 of every method, as in the tables below">
 $picture
 </div>
-<figcaption>Up and to the right is better. A line joins the mixes of a family in their order.
-Bars are 95 % bootstrap intervals over triggers. A single gray point is a method without a dial.</figcaption>
+<figcaption>$caption</figcaption>
 </figure>
 </section>
 $tables
@@ -48,6 +47,13 @@ $more
 """)
 
 
+CAPTION = (
+    "Up and to the right is better. A line joins the mixes of a family in their order. Bars are 95 % bootstrap intervals over triggers. "
+    "A single gray point is a method without a dial; a ring is a mix that was chosen."
+)
+"""What every picture of a frontier needs said."""
+
+
 def write_html(report: Report, path: Path) -> None:
     """Write the page to this file, in place of what was there; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +61,9 @@ def write_html(report: Report, path: Path) -> None:
 
 
 def _page(report: Report) -> str:
-    shown = (tables.comparisons(report), tables.headline(report), tables.parts(report), tables.judges(report))
-    by_decile = (tables.deciles(report, side) for side in ("trigger", "target"))
-    more = (tables.mixes(report), tables.further(report), *by_decile, tables.chosen(report))
+    shown = (grids.comparisons(report), grids.headline(report), grids.parts(report), grids.judges(report))
+    by_decile = (grids.deciles(report, side) for side in ("trigger", "target"))
+    more = (grids.mixes(report), grids.further(report), *by_decile, grids.chosen(report))
     return _PAGE.substitute(
         title=escape(report.title),
         style=pages.text("page.css"),
@@ -65,6 +71,7 @@ def _page(report: Report) -> str:
         tally=_tally(report),
         words="\n".join(_paragraph(words) for words in summary_words(report)),
         picture=frontier_svg(report),
+        caption=CAPTION,
         tables=_sections(shown),
         more=_sections(more),
     )
@@ -98,14 +105,16 @@ def _tally(report: Report) -> str:
 
 def _sections(grids: Iterable[Grid | None]) -> str:
     return "\n".join(
-        f"<section><h2>{escape(grid.title[:1].upper() + grid.title[1:])}</h2>\n{_table(grid)}\n</section>" for grid in grids if grid
+        f"<section><h2>{escape(grid.title[:1].upper() + grid.title[1:])}</h2>\n{table(grid)}\n</section>" for grid in grids if grid
     )
 
 
-def _table(grid: Grid) -> str:
-    head = "".join(f"<th{_class(grid, index)}>{_lines(heading)}</th>" for index, heading in enumerate(grid.columns))
+def table(grid: Grid) -> str:
+    """A grid as HTML, everything in it escaped."""
+    head = "".join(f"<th{_class(grid, index)}{_title(grid, index)}>{_lines(heading)}</th>" for index, heading in enumerate(grid.columns))
     body = "\n".join(
-        f"<tr>{''.join(_data(cell, _class(grid, index, cell.tone)) for index, cell in enumerate(cells))}</tr>" for cells in grid.rows
+        f"<tr>{''.join(_data(cell, _class(grid, index, cell.tone) + _title(grid, index)) for index, cell in enumerate(cells))}</tr>"
+        for cells in grid.rows
     )
     return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
@@ -113,6 +122,11 @@ def _table(grid: Grid) -> str:
 def _class(grid: Grid, index: int, tone: str = "") -> str:
     names = " ".join(name for name in ("label" if index < grid.num_labels else "", tone) if name)
     return f' class="{names}"' if names else ""
+
+
+def _title(grid: Grid, index: int) -> str:
+    """What the numbers of the column mean, one hover away."""
+    return f' title="{escape(grid.meanings[index])}"' if grid.meanings[index] else ""
 
 
 def _data(cell: Cell, attributes: str) -> str:

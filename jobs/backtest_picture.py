@@ -58,10 +58,11 @@ def frontier_svg(report: Report) -> str:
         drawn = [spot for index, family in enumerate(report.families) for spot in _draw_family(axes, report, family, index)]
         points = [point for method in [*report.our_heads, *report.baselines] if (point := _draw_single(axes, report, method))]
         drawn += [spot for point in points for spot in _cross(point)]
+        marks = _marked(axes, report)
         if report.families:
             figure.legend(loc="outside lower center", ncols=4, frameon=False)
         figure.draw_without_rendering()  # fixes the layout: from here on, positions in pixels are final
-        _write_labels(axes, [*(_label(report, point) for point in points), *_mix_labels(report)], drawn)
+        _write_labels(axes, [*marks, *(_label(report, point) for point in points), *_mix_labels(report)], drawn)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()
@@ -72,8 +73,8 @@ def _name_axes(axes: "Axes", report: Report) -> None:
     kind = INDEPENDENT if report.has_independent_judge else SAME_SOURCE
     names = next(iter(report.judges_of(kind)), "none")  # of several, the first one's relevance is the one without a name
     meaning = f"independent judge: {names}" if kind == INDEPENDENT else f"same-source judge: {names}; overlap with the source"
-    axes.set_xlabel("recall@100  →  more of the future partners found")
-    axes.set_ylabel(_plain(f"{report.relevance('relevance@100')}  →\n({meaning})"))
+    axes.set_xlabel(f"recall@{report.depth}  →  more of the future partners found")
+    axes.set_ylabel(_plain(f"{report.relevance(f'relevance@{report.depth}')}  →\n({meaning})"))
     axes.grid(color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(0.07)
@@ -89,7 +90,7 @@ def _draw_family(axes: "Axes", report: Report, family: str, index: int) -> list[
 
 def _draw_single(axes: "Axes", report: Report, method: Method) -> Point | None:
     """One head of ours, or one baseline."""
-    recall, relevance = report.find(method, "recall@100"), report.find(method, report.relevance("relevance@100"))
+    recall, relevance = (report.find(method, name) for name in (f"recall@{report.depth}", report.relevance(f"relevance@{report.depth}")))
     if recall is None or relevance is None:
         return None
     if method in report.our_heads:
@@ -103,6 +104,15 @@ def _draw_single(axes: "Axes", report: Report, method: Method) -> Point | None:
 def _label(report: Report, point: Point) -> _Label:
     method = (point[0].method, point[0].head)
     return _Label(text=name_of(method), at=_spot(point), color=_OURS if method in report.our_heads else _BASELINE_TEXT)
+
+
+def _marked(axes: "Axes", report: Report) -> list[_Label]:
+    """A ring around every marked mix of our family, and what it is."""
+    points = {mix: point for mix, *point in report.families.get(SWEPT[0], ()) if _is_drawable((point[0], point[1]))}
+    found = [((points[mix][0], points[mix][1]), what) for mix, what in report.marks.items() if mix in points]
+    for point, _ in found:
+        axes.plot(*_spot(point), marker="o", markersize=13, markerfacecolor="none", markeredgecolor="#1c2027", linestyle="none", zorder=7)
+    return [_Label(text=what, at=_spot(point), color="#1c2027") for point, what in found]
 
 
 def _mix_labels(report: Report) -> list[_Label]:

@@ -9,7 +9,7 @@ Every `low` and `high` is the end of a 95 % bootstrap interval over triggers; ev
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from typing import Literal
@@ -76,7 +76,8 @@ class Report:
 
     `num_reads` counts how often the last slice has been read so far, this time included; `judges` says of each judge whether it is
     independent or same-source; `unreachable_share` is the share of future weight whose target did not exist at the cut; `chosen` holds
-    the settings chosen on validation; `families` the swept mixes in their order, each with its recall row and its relevance row.
+    the settings chosen on validation; `families` the swept mixes in their order, each with its recall row and its relevance row;
+    `depth` how many places of a list count on the frontier, and `marks` says of mixes of SWEPT[0] what they are, e.g. `chosen`.
 
     Raises:
         ValueError: a judge is of an unknown kind, which could pass a same-source judge off as something else.
@@ -97,6 +98,8 @@ class Report:
     notes: Sequence[str]
     families: Mapping[str, Sequence[tuple[str, Row, Row]]]
     minutes: float
+    depth: int = 100
+    marks: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wrong = {name: kind for name, kind in self.judges.items() if kind not in (INDEPENDENT, SAME_SOURCE)}
@@ -139,13 +142,13 @@ class Report:
 
     @cached_property
     def baselines(self) -> list[Method]:
-        """Methods that are neither ours nor swept, the best recall@100 first."""
+        """Methods that are neither ours nor swept, the best recall first."""
         swept = {OURS, *SWEPT, *self.families}
         found = dict.fromkeys((row.method, row.head) for row in self.all_rows if row.method not in swept)
         return sorted(found, key=self._recall, reverse=True)
 
     def _recall(self, method: Method) -> float:
-        row = self.find(method, "recall@100")
+        row = self.find(method, f"recall@{self.depth}")
         return row.value if row else -1.0
 
     @cached_property

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from jobs.backtest_measures import meaning_of
 from jobs.backtest_results import INDEPENDENT, LOWER_IS_BETTER, Comparison, Method, Report, Row, name_of, number, percent
 
 _NUM_BASELINES_BY_DECILE = 4
@@ -20,17 +21,26 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A titled table; the first `num_labels` columns are words, the others numbers. A heading may have several lines."""
+    """A titled table; the first `num_labels` columns are words, the others numbers. A heading may have several lines.
+
+    `meanings` says of each column what its numbers are.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    meanings: Sequence[str]
     num_labels: int = 1
 
 
 def headline(report: Report) -> Grid | None:
     """Both axes of every method but the swept ones."""
     return _measures(report, "every method on both axes", _headline_metrics(report), [*report.our_heads, *report.baselines])
+
+
+def measures(report: Report) -> Grid | None:
+    """All measures of a report that has few of them."""
+    return _measures(report, "every method", list(dict.fromkeys(row.metric for row in report.rows)), [*report.our_heads, *report.baselines])
 
 
 def mixes(report: Report) -> Grid | None:
@@ -79,13 +89,16 @@ def comparisons(report: Report) -> Grid | None:
     names = [comparison.name for comparison in report.comparisons]
     shown = [name if name != before else "" for name, before in zip(names, ["", *names], strict=False)]
     rows = [_comparison(name, comparison) for name, comparison in zip(shown, report.comparisons, strict=True)]
-    return Grid(title="ours against theirs, paired over triggers", columns=titles, rows=rows, num_labels=5) if rows else None
+    meanings = [*[""] * 5, "mean over triggers of ours - theirs, with its 95 % interval", "the difference as a share of theirs"]
+    title = "ours against theirs, paired over triggers"
+    return Grid(title=title, columns=titles, meanings=meanings, rows=rows, num_labels=5) if rows else None
 
 
 def chosen(report: Report) -> Grid | None:
     """Settings chosen on validation."""
     rows = [[Cell(text=name), Cell(text=value)] for name, value in report.chosen.items()]
-    return Grid(title="chosen on validation, before the cut", columns=("setting", "value"), rows=rows) if rows else None
+    title, meaning = "chosen on validation, before the cut", "the value that did best on the slices before the last one"
+    return Grid(title=title, columns=("setting", "value"), meanings=("", meaning), rows=rows) if rows else None
 
 
 def _comparison(name: str, of: Comparison) -> list[Cell]:
@@ -112,7 +125,8 @@ def _grid(report: Report, title: str, columns: Sequence[tuple[str, str, str]], m
         for method in methods
         if any(report.find(method, *column[:2]) for column in taken)
     ]
-    return Grid(title=title, columns=["method", *(heading for *_, heading in taken)], rows=rows) if rows else None
+    meanings = ["", *(meaning_of(metric, part) for metric, part, _ in taken)]
+    return Grid(title=title, columns=["method", *(heading for *_, heading in taken)], meanings=meanings, rows=rows) if rows else None
 
 
 def _best(report: Report, column: tuple[str, str, str], methods: Sequence[Method]) -> float:

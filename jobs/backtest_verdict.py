@@ -6,7 +6,7 @@ from datetime import date
 from typing import Any
 
 from conf.settings import Settings
-from jobs.backtest_results import INDEPENDENT, SAME_SOURCE, Report, Row
+from jobs.backtest_results import INDEPENDENT, SAME_SOURCE, SWEPT, Report, Row
 from jobs.verdicts import RECALL, Board, Choice, compare, hypervolumes
 from models.contest import Tuned
 from models.metrics import Estimate
@@ -74,6 +74,7 @@ def make_report(verdict: Verdict, choice: Choice, settings: Settings, *, minutes
         notes=verdict.notes,
         families=_families(rows, verdict.board, exam),
         minutes=minutes,
+        marks={found: "chosen at recall kept"} if (found := choice.described().get(f"{SWEPT[0]} at recall kept")) else {},
     )
 
 

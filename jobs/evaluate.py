@@ -1,5 +1,7 @@
 """Stage 7: the lists of D - horizon are scored on the co-engagement of (D - horizon, D], beside simple baselines.
 
+Relevance is judged by content cosine, which the model has read: a night withholds nothing. Only a backtest has independent judges.
+
 A test pair is a co-engagement whose target falls after the night of the judged lists. Ranking is over the full catalog; a partner that
 is in no list stays in the denominator. Baselines rank from the very table versions that the judged night read.
 """
@@ -38,10 +40,12 @@ Lists = dict[tuple[str, str], Indices]
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What is judged, and (M,) user-days of each item before."""
+    """What is judged; (M,) user-days of each item before; (N, C) content and (N,) eligibility of the N <= M items known then."""
 
     future: Future
     popularity: npt.NDArray[np.float64]
+    content: npt.NDArray[np.float32]
+    eligible: npt.NDArray[np.bool_]
 
 
 def evaluate(run: StageRun) -> None:
@@ -70,12 +74,15 @@ def _judged(run: StageRun, night: StageRecord) -> Judged:
     """The future pairs of at most `max_triggers` triggers, and what the judged night knew of their popularity."""
     first_day = night.run_date + timedelta(days=1)
     table = future_pairs(run.read(ENGAGEMENTS), settings=run.settings, first_day=first_day, last_day=run.run_date)
-    features = _pinned(run, night, ITEM_FEATURES).select("item_id", "item_index").orderBy("item_index").toArrow()
+    features = (
+        _pinned(run, night, ITEM_FEATURES).select("item_id", "item_index", "eligible", "content_vector").orderBy("item_index").toArrow()
+    )
     future = index_future(table, features["item_id"].to_pylist())
     popularity = np.zeros(len(future.item_ids))
     counted = _pinned(run, night, ITEM_POPULARITY).select("item_id", "num_user_days").toArrow()
     popularity[future.positions(counted["item_id"])] = counted["num_user_days"].to_numpy()
-    return Judged(future=future, popularity=popularity)
+    content = np.stack(features["content_vector"].to_numpy()).astype(np.float32)
+    return Judged(future=future, popularity=popularity, content=content, eligible=features["eligible"].to_numpy())
 
 
 def _pinned(run: StageRun, night: StageRecord, table: Table) -> DataFrame:
@@ -107,9 +114,7 @@ def _published(run: StageRun, night: StageRecord, judged: Judged) -> Lists:
 def _baselines(run: StageRun, night: StageRecord, judged: Judged) -> Lists:
     """Popularity, decayed counts and content, ranked from what the judged night knew; a trigger it did not know gets popularity only."""
     k = max(run.settings.evaluation.cutoffs)
-    features = _pinned(run, night, ITEM_FEATURES).orderBy("item_index").select("eligible", "content_vector").toArrow()
-    eligible = features["eligible"].to_numpy()
-    content = np.stack(features["content_vector"].to_numpy()).astype(np.float32)
+    content, eligible = judged.content, judged.eligible
     popularity = judged.popularity[: len(eligible)].astype(np.float32)
     counts = _counts(run, night, judged.future.item_ids[: len(eligible)])
     ranked = {"popularity": baselines.popularity_lists(judged.future.triggers, popularity=popularity, eligible=eligible, k=k)}
@@ -129,12 +134,25 @@ def _counts(run: StageRun, night: StageRecord, item_ids: list[str]) -> sparse.cs
 def _scores(run: StageRun, judged: Judged, lists: Indices) -> Iterator[tuple[str, str, float, float, float]]:
     """(metric, slice, value, low, high) of one method's lists."""
     settings = run.settings.evaluation
+    alike = _content_cosine(judged, lists)
     for k in settings.cutoffs:
         plain = metrics.recall_at_k(lists, judged.future.partners, k=k)
         debiased = metrics.debiased_recall_at_k(lists, judged.future.partners, judged.popularity, k=k)
-        for name, values in ((f"recall@{k}", plain), (f"debiased_recall@{k}", debiased)):
+        relevance = metrics.relevance_at_k(lists, alike, k=k)
+        for name, values in ((f"recall@{k}", plain), (f"debiased_recall@{k}", debiased), (f"same_source_relevance@{k}", relevance)):
             found = metrics.bootstrap(values, num_resamples=settings.num_bootstrap, seed=run.settings.training.seed)
             yield name, "all", found.value, found.low, found.high
+
+
+def _content_cosine(judged: Judged, lists: Indices) -> npt.NDArray[np.float64]:
+    """(T, K) cosine of trigger and neighbor in content, at least 0; NaN where one was not known. Same-source: the model reads it."""
+    num_known = len(judged.content)
+    found = np.full(lists.shape, np.nan)
+    for row, (trigger, neighbors) in enumerate(zip(judged.future.triggers.tolist(), lists, strict=True)):
+        known = np.flatnonzero((neighbors >= 0) & (neighbors < num_known))
+        if trigger < num_known:
+            found[row, known] = np.maximum(judged.content[neighbors[known]] @ judged.content[trigger], 0.0)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,9 +4,10 @@ Everything is read from the ledger and from tables without Spark, whose session 
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,15 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from conf.errors import TableError
 from conf.settings import Settings
 from conf.tables import EVALUATION, ITEM_NEIGHBORS
 from jobs import pages
+from jobs.backtest_page import CAPTION, table
+from jobs.backtest_picture import frontier_svg
+from jobs.backtest_report import REPORTS, read_json
+from jobs.backtest_results import SAME_SOURCE, Report, Row
+from jobs.backtest_tables import headline, measures
 from jobs.explorer import catalog
 from jobs.explorer.catalog import Catalog
 from jobs.ledger import StageRecord, code_fingerprint
@@ -122,10 +129,6 @@ class NightReport:
         meanings = {result["metric"]: result["meaning"] for result in results}
         return [(name, format_number(value), meaning_of(name, meanings)) for name, value in sorted(record.metrics.items())]
 
-    def metrics_meaning(self, metric: str) -> str:
-        """Of a metric of `evaluation`, e.g. recall@100."""
-        return meaning_of(f"_{metric}", {})
-
     @property
     def tally(self) -> list[tuple[str, str, str]]:
         """Name, number and meaning of what is seen first."""
@@ -158,19 +161,29 @@ class NightReport:
         return curves_svg(json.loads(path.read_text())["steps"]) if trained else ""
 
     @property
-    def judged(self) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]:
-        """How the lists of some days ago met what followed, if this night judged them: rows of `evaluation` by method, head and metric."""
+    def judged(self) -> Report | None:
+        """How the lists of some days ago met what followed, if this night judged them: recall and relevance, from `evaluation`."""
         night = self.night
         if not table_exists(night.lake.root, EVALUATION) or "evaluate" not in {record.stage for record in self.records}:
-            return {}
+            return None
         date = night.run_date - timedelta(days=night.settings.evaluation.horizon_days)
         judged = night.ledger.last_success(stage="publish_neighbors", run_date=date)
         rows = rows_where(night.lake.root, EVALUATION, "run_id", [judged.run_id]).to_pylist() if judged else []
-        found: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-        for row in rows:
-            if row["slice"] == "all":
-                found.setdefault((row["method"], row["head"]), {})[row["metric"]] = row
-        return found
+        return judged_report(night, [row for row in rows if row["slice"] == "all"])
+
+    @property
+    def backtest(self) -> Report | str:
+        """The latest backtest of this configuration, its published mix marked; a sentence where there is none."""
+        name, path = self.night.settings.name, REPORTS / f"{self.night.settings.name}.json"
+        if not path.is_file():
+            return f"No backtest of {name} at {path}: `make backtest CONFIG={name}` ranks every baseline beside these lists."
+        try:
+            report = read_json(path)
+        except TableError as error:
+            return str(error)
+        default = next(policy for policy in self.night.settings.merge if policy.scope == "default")
+        mix = f"{default.value:g}" if default.kind == "blend" else ""
+        return replace(report, marks={**report.marks, mix: " and ".join(filter(None, [report.marks.get(mix), "the settings' mix"]))})
 
 
 def _check(stage: str, result: Mapping[str, Any]) -> Check:
@@ -183,6 +196,38 @@ def _check(stage: str, result: Mapping[str, Any]) -> Check:
     found = result["found"]
     number = "no number" if found is None else found if isinstance(found, str) else format_number(found)
     return Check(stage=stage, metric=result["metric"], found=number, wanted=result["wanted"], meaning=result["meaning"], state=state)
+
+
+def judged_report(night: Night, rows: Sequence[Mapping[str, Any]]) -> Report | None:
+    """Rows of `evaluation` of one night as a report, whose judge of relevance is the content vector; None without any row."""
+    if not rows:
+        return None
+    names = [field.name for field in fields(Row)]
+    cut = rows[0]["run_date"]
+    return Report(
+        config=night.settings.name,
+        title=f"Lists of {cut}",
+        cut=cut,
+        until=cut + timedelta(days=rows[0]["horizon_days"]),
+        final=False,
+        num_reads=0,
+        judges={"content cosine": SAME_SOURCE},
+        unreachable_share=math.nan,
+        num_triggers=rows[0]["num_triggers"],
+        rows=[Row(**{name: row[name] for name in names}) for row in rows],
+        comparisons=(),
+        chosen={},
+        notes=(),
+        families={},
+        minutes=math.nan,
+        depth=max(int(row["metric"].partition("@")[2]) for row in rows),
+    )
+
+
+def _frontier(report: Report | None) -> dict[str, Any] | None:
+    """Picture and table of both axes, drawn as a backtest draws them."""
+    grid = (headline(report) if report.families else measures(report)) if report else None
+    return {"report": report, "picture": Markup(frontier_svg(report)), "table": Markup(table(grid))} if report and grid else None  # noqa: S704
 
 
 def settings_text(settings: Settings) -> str:
@@ -208,7 +253,10 @@ def write_report(night: Night, stages: Sequence[str]) -> Path:
         "slices": lists.slices() if lists else [],
         "slice_columns": SLICE_COLUMNS,
         "curves": Markup(report.curves),  # noqa: S704 - drawn here, of names in the settings, which are escaped as XML
-        "judged": report.judged,
+        "judged": _frontier(report.judged),
+        "backtest": _frontier(backtest) if isinstance(backtest := report.backtest, Report) else None,
+        "no_backtest": backtest if isinstance(backtest, str) else "",
+        "caption": CAPTION,
         "settings": settings_text(night.settings),
         "code": code_fingerprint(),
         "longest": max((record.seconds for record in report.records), default=0.0) or 1.0,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from conf.errors import MtmhError
+from jobs.backtest_measures import meaning_of as measure_meaning
 
 METRICS: Mapping[str, str] = {
     "num_source_events": "rows of the events source that were read",
@@ -38,8 +39,6 @@ METRICS: Mapping[str, str] = {
     "*_num_zero_vectors": "items about which the head knows nothing",
     "seconds_*": "wall time of a part of the stage, in seconds",
     "*_seconds": "wall time of a part of the stage, in seconds",
-    "*_debiased_recall@*": "recall of judged lists in which a partner weighs one over the root of its popularity",
-    "*_recall@*": "share of a trigger's partners in the days after the judged night that were in the first K of its list; mean",
 }
 """By name or pattern; the first that fits counts. What a gate checks is explained by its rule."""
 
@@ -64,7 +63,10 @@ TALLY: Mapping[str, str] = {
 
 def meaning_of(metric: str, gates: Mapping[str, str]) -> str:
     """The definition of a stage's metric, from its gate's rule or from METRICS; empty if nobody has written one."""
-    return gates.get(metric) or next((words for name, words in METRICS.items() if fnmatchcase(metric, name)), "")
+    if found := gates.get(metric) or next((words for name, words in METRICS.items() if fnmatchcase(metric, name)), ""):
+        return found
+    parts = metric.split("_")  # method, head and measure; a head's name may have such a line in it too
+    return next((words for start in range(len(parts)) if (words := measure_meaning("_".join(parts[start:])))), "")
 
 
 def first_line(error: str) -> str:

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from conf.errors import TableError
 from jobs import backtest_tables as tables
-from jobs.backtest_report import Comparison, Report, Row, frontier_svg, summary_words, terminal_tables, write_html, write_json
+from jobs.backtest_measures import meaning_of
+from jobs.backtest_report import Comparison, Report, Row, frontier_svg, read_json, summary_words, terminal_tables, write_html, write_json
 from models.judges import TaxonomyJudge
 from models.scoreboard import measure
 from tests.models.test_scoreboard import CODES, LISTS, exam
@@ -319,3 +321,25 @@ def test_json_has_the_fixed_form(tmp_path: Path) -> None:
     assert ("rrf", "0.3", "recall@100", "all") in values
     assert len(values) == len(found["rows"])
     assert [entry["verdict"] for entry in found["comparisons"]] == ["wins", "wins", "ties", "loses"]
+
+
+def test_what_json_keeps_is_read_again(tmp_path: Path) -> None:
+    made = report(marks={"0.03": "chosen"})
+    write_json(made, tmp_path / "report.json")
+    found = read_json(tmp_path / "report.json")
+    assert frontier_svg(found) == frontier_svg(made)
+    assert "chosen" in {element.text for element in ET.fromstring(frontier_svg(made)).iter()}
+    write_json(found, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == (tmp_path / "report.json").read_text()
+    (tmp_path / "report.json").write_text('{"cut": "2024-01-01", "rows": []}')
+    with pytest.raises(TableError, match=r"no report of a backtest as this code writes it.*run `make backtest` again"):
+        read_json(tmp_path / "report.json")
+
+
+def test_every_number_of_the_page_is_explained(tmp_path: Path) -> None:
+    write_html(report(judges=MIXED), tmp_path / "report.html")
+    cells = re.findall(r"<td([^>]*)>([−+.\d]+)(?:<|$)", (tmp_path / "report.html").read_text())
+    assert len(cells) > 300
+    assert [text for attributes, text in cells if "title=" not in attributes] == []
+    words = meaning_of("same_source_relevance@100", "judge:titles")
+    assert words.endswith("reads what the model has read too; a missing place counts 0; by the judge titles")
