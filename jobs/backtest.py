@@ -26,12 +26,13 @@ from conf.tables import ENGAGEMENTS
 from features.engagements import accepted_events
 from features.pairs import engagements_per_day, holdout_start
 from jobs.arguments import add_config, report_errors
+from jobs.backtest_lists import backtest_lake
 from jobs.backtest_report import REPORTS, summary_words, terminal_tables, write_html, write_json
-from jobs.backtest_results import Report
+from jobs.backtest_results import FINAL, VALIDATION, Report
 from jobs.backtest_verdict import Verdict, make_report
 from jobs.demo_source import lay_source
 from jobs.ingest import checked_events, ingest
-from jobs.judge_cut import FINAL, VALIDATION, judge_cut
+from jobs.judge_cut import judge_cut
 from jobs.leaks import TRAINING, check_leaks
 from jobs.progress import Display
 from jobs.session import start_session
@@ -44,10 +45,9 @@ _FILE_COLUMNS = 150
 
 def backtest_settings(settings: Settings) -> Settings:
     """The settings of a backtest: a lake variant of its own, and the judges' fields withheld from the model."""
-    variant = "-".join(filter(None, (settings.lake.variant, "backtest")))
     withheld = sorted({*settings.features.judge_fields, *settings.backtest.judge_fields})
     changes = {
-        "lake": settings.lake.model_copy(update={"variant": variant}),
+        "lake": backtest_lake(settings.lake),
         "features": settings.features.model_copy(update={"judge_fields": withheld}),
     }
     return settings.model_copy(update=changes)

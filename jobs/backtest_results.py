@@ -19,6 +19,8 @@ HEADS = ("merged", "engagement", "relevance")
 """Heads of our model in the order of every table; others follow."""
 SWEPT = ("mtmh_blend", "late_blend", "rrf", "quota")
 """Families of mixes: their head is the mix as text, e.g. `0.01`."""
+VALIDATION, FINAL = "backtest_validation", "backtest_final"
+"""Stages of the ledger: its rows of the second say how often a last slice was read."""
 INDEPENDENT, SAME_SOURCE = "independent", "same-source"
 LOWER_IS_BETTER = ("gini@10",)
 

@@ -13,7 +13,8 @@ from pyspark.sql import functions as F
 
 from conf.settings import RetrievalSettings, Settings
 from conf.tables import EVALUATION, ITEM_FEATURES, ITEM_POPULARITY
-from jobs.backtest_results import OURS, Row
+from jobs.backtest_lists import keep_lists
+from jobs.backtest_results import FINAL, OURS, Row
 from jobs.backtest_verdict import Verdict, evaluation_rows
 from jobs.exam import ASSOCIATIONS, CutData, read_cut
 from jobs.lake import only_row
@@ -22,16 +23,13 @@ from jobs.stage import Night, StageRun
 from jobs.verdicts import RECALL, Board
 from models import metrics
 from models.baselines import score_lists
-from models.contest import LIST_LENGTH, Tuned
+from models.contest import LIST_LENGTH, TRAINED, Tuned
 from models.data import Ints
 from models.merge import Policy, read_policies
 from models.metrics import Values
 from models.neighbors import ENGAGEMENT, MERGED, Counted, Neighbors, Retriever
 from models.ranking import Longs
 from models.scoreboard import Scored, measure, measure_axes
-
-VALIDATION, FINAL = "backtest_validation", "backtest_final"
-"""Stages of the ledger: its rows of the second say how often a last slice was read."""
 
 ENCODER = "encoder"
 """Head under which the engagement head alone is reported, beside the list that the scorer orders."""
@@ -111,9 +109,12 @@ def _board(run: StageRun, data: CutData, tuned: Tuned, before: Night | None, ste
         steps.done += 1
     if before is not None:
         methods[OURS, MERGED].values["churn@10", "all"] = _churn(StageRun(night=before, stage=run.stage), data, heads[MERGED])
+    kept: dict[str, Ints] = {}
     for name, lists in data.contest.baselines(tuned, settings, note=run.note):
         methods[name, "-"] = measure(lists, exam)
+        kept |= {name: lists} if name in TRAINED else {}
         steps.done += 1
+    keep_lists(run.night.artifacts("backtest"), data.future.item_ids, data.future.triggers, kept)
     swept |= data.contest.families(tuned, settings)
     families = {}
     for family, mixes in swept.items():

@@ -23,6 +23,8 @@ from models.data import Floats, Ints, Sparse, TrainingData
 from models.factorization import Factorization, ScoreWeights, factorize, recall
 
 LIST_LENGTH = 100
+TRAINED = ("smooth", "smooth_svd", "ease", "als", "item2vec")
+"""Baselines that cannot be looked up in the tables of a night."""
 _HALF_LIVES = (7.0, 14.0, 30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1e9)
 _SEED = 0
 _WINDOW, _MAX_WINDOW = 5, 60  # positions; the time of item2vec grows with it, and no more items of a session are judged either

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import uvicorn
-from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from conf.settings import Settings
 from jobs.explorer.app import Explorer, make_app
@@ -19,13 +19,25 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PAT
 
 
 @contextmanager
-def open_browser(*, width: int = 1280, height: int = 900, dark: bool = False, scripts: bool = True) -> Iterator[BrowserContext]:
-    """A fresh browser; the window's size in CSS pixels."""
+def launched() -> Iterator[Browser]:
+    """A browser. While it is open, its thread counts as one with a running event loop: there can be no second one."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        scheme = "dark" if dark else "light"
-        yield browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, java_script_enabled=scripts)
+        yield browser
         browser.close()
+
+
+def window(browser: Browser, *, width: int = 1280, height: int = 900, dark: bool = False, scripts: bool = True) -> BrowserContext:
+    """A fresh window with nothing remembered; its size in CSS pixels."""
+    scheme = "dark" if dark else "light"
+    return browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, java_script_enabled=scripts)
+
+
+@contextmanager
+def open_browser(*, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[BrowserContext]:
+    """A window of a browser of its own."""
+    with launched() as browser:
+        yield window(browser, width=width, height=height, dark=dark)
 
 
 def watched(context: BrowserContext) -> tuple[Page, list[str]]:

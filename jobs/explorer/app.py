@@ -23,7 +23,7 @@ from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS
 from jobs import pages
 from jobs.explorer.feedback import Vote, append_vote
-from jobs.explorer.night import BASELINES, Neighbor, PublishedNight, found_by_both, marked, to_rows, with_votes_and_both
+from jobs.explorer.night import BASELINES, CONTENT, Neighbor, PublishedNight, found_by_both, marked, to_rows, with_votes_and_both
 from jobs.explorer.remix import Remixer
 from jobs.reader import lake_root, open_table
 
@@ -112,7 +112,7 @@ def _add_pages(app: FastAPI, explorer: Explorer) -> None:
         if not item:
             found = night.catalog.search(q, k=50)
             return _render("home.html", 200, found=found, view=View(), missing="", **shared)
-        view = View(item=item, k=k, since=since, mix=mix, by=by if by in BASELINES else "")
+        view = View(item=item, k=k, since=since, mix=mix, by=by if by in _baselines(night) else "")
         shown = night.catalog.item(item)
         if shown is None:
             return _render("home.html", 404, found=night.catalog.search(item, k=50), view=View(), missing=item, **shared)
@@ -148,7 +148,7 @@ def _item_page(explorer: Explorer, night: PublishedNight, view: View) -> dict[st
         nearest = min(mixes.lists, key=lambda value: abs(value - (view.mix or 0.0)))
         lists["merged"] = marked(mixes.lists[nearest], [neighbor.item.item_id for neighbor in lists.get("merged", ())])
     if view.by:
-        lists[view.by] = night.baseline(view.item, view.by, k=night.settings.retrieval.list_length)
+        lists[view.by] = _baseline(explorer, night, view)
     shown = view.k or night.settings.explorer.num_shown
     now = {head: {neighbor.item.item_id for neighbor in neighbors} for head, neighbors in lists.items()}
     gone = {head: [other for other in ids[:shown] if other not in now.get(head, ())] for head, ids in before.items()}
@@ -159,8 +159,28 @@ def _item_page(explorer: Explorer, night: PublishedNight, view: View) -> dict[st
         "shown": shown,
         "longest": max((len(neighbors) for neighbors in lists.values()), default=0),
         "kept_nights": night.kept_nights(),
-        "baselines": BASELINES,
+        "baselines": _baselines(night),
+        "groups": _groups(night),
     }
+
+
+def _groups(night: PublishedNight) -> dict[str, dict[str, str]]:
+    """Baselines and their meaning, by where they come from; without a backtest there are no trained ones."""
+    kept = night.kept
+    trained = f"As of the backtest's cut {kept.cut}, with its judges' fields withheld; only of triggers that it judged." if kept else ""
+    groups = {"of this night": dict(BASELINES)}
+    return groups | ({f"trained, of the backtest of {kept.cut}": dict.fromkeys(kept.methods, trained)} if kept else {})
+
+
+def _baselines(night: PublishedNight) -> dict[str, str]:
+    return {name: meaning for group in _groups(night).values() for name, meaning in group.items()}
+
+
+def _baseline(explorer: Explorer, night: PublishedNight, view: View) -> list[Neighbor]:
+    k = night.settings.retrieval.list_length
+    if view.by == CONTENT:
+        return explorer.remixer().content(view.item, k=k)
+    return night.baseline(view.item, view.by, k=k) if view.by in BASELINES else night.trained(view.item, view.by)
 
 
 def _add_data(app: FastAPI, explorer: Explorer) -> None:

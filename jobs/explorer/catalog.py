@@ -220,6 +220,12 @@ class Catalog:
             rows = (connection.execute("SELECT item_id FROM items WHERE rank = ? AND in_catalog", (rank,)).fetchone() for rank in ranks)
             return {rank: row[0] for rank, row in zip(ranks, rows, strict=True) if row is not None}
 
+    def most_popular(self, k: int) -> list[Item]:
+        """The most engaged items that may be offered."""
+        wanted = "in_catalog AND json_extract(facts, '$.eligible') ORDER BY rank LIMIT ?"
+        with closing(_connect(self.path)) as connection:
+            return _items(connection, wanted, k)
+
     def random_item(self, kind: str) -> Item | None:
         """A `hot` item, of the most engaged hundredth, or a `cold` one: never engaged with, or else of the least engaged tenth."""
         with closing(_connect(self.path)) as connection:

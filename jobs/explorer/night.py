@@ -21,20 +21,27 @@ from conf.tables import (
     RELEVANCE_FEEDBACK,
     RUNS,
 )
+from jobs.backtest_lists import KeptLists
 from jobs.explorer import catalog
 from jobs.explorer.catalog import Catalog, Item
 from jobs.publication import base_run
 from jobs.reader import artifacts_of, lake_root, neighbors_of, open_table, rows_where, table_exists
 
+COUNTS, POPULARITY, CONTENT = "counts", "popularity", "content"
+_SCORES = {COUNTS: "weight"} | {c.name: c.name for c in CO_ENGAGEMENT_PAIRS.columns if c.type == "double" and "weight" not in c.name}
+"""Baselines that are an order of counted pairs, and the column that gives it."""
+_MEANT = {column.name: column.comment for column in CO_ENGAGEMENT_PAIRS.columns}
 BASELINES = {
-    column.name: column.comment for column in CO_ENGAGEMENT_PAIRS.columns if column.type == "double" and column.name != "fit_weight"
+    **{name: _MEANT[column] for name, column in _SCORES.items()},
+    POPULARITY: "The same for every item: the items with the most user-days.",
+    CONTENT: "Nearest by cosine of content vectors, whatever was engaged with.",
 }
-"""What counted pairs can be ranked by, without any model, and what it means."""
+"""What can be made from the tables and the index of a night, without training, and what it means."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbor:
-    """A place in a list.
+    """A place in a list. `score` is None where only the order was kept.
 
     `change` says how the place compares with another list: `new`, `+3` for three places up, `-2` for two down, empty for no change;
     `both` that the engagement list and the relevance list hold the neighbor; `vote` is the grade given here, None for none.
@@ -42,7 +49,7 @@ class Neighbor:
 
     rank: int
     item: Item
-    score: float
+    score: float | None
     reason: str = ""
     sources: tuple[str, ...] = ()
     num_user_days: int = 0
@@ -152,14 +159,29 @@ class PublishedNight:
         return rows_where(self.root, CO_ENGAGEMENT_PAIRS, "trigger_item_id", [item_id], columns, version)
 
     def baseline(self, item_id: str, by: str, *, k: int) -> list[Neighbor]:
-        """The trigger's counted pairs in the order of one of BASELINES."""
-        pairs = self.pairs_of(item_id, list(dict.fromkeys(["target_item_id", "num_user_days", by])))
-        best = pairs.sort_by([(by, "descending"), ("target_item_id", "ascending")]).slice(0, k).to_pylist()
-        items = self.catalog.known([row["target_item_id"] for row in best])
+        """What a trigger gets by one of BASELINES, but for content, which only the index knows."""
+        if by == POPULARITY:
+            best = [item for item in self.catalog.most_popular(k + 1) if item.item_id != item_id][:k]
+            return [Neighbor(rank=rank, item=item, score=item.num_user_days) for rank, item in enumerate(best, start=1)]
+        column = _SCORES[by]
+        pairs = self.pairs_of(item_id, list(dict.fromkeys(["target_item_id", "num_user_days", column])))
+        rows = pairs.sort_by([(column, "descending"), ("target_item_id", "ascending")]).slice(0, k).to_pylist()
+        items = self.catalog.known([row["target_item_id"] for row in rows])
         return [
-            Neighbor(rank=rank, item=items[row["target_item_id"]], score=row[by], num_user_days=row["num_user_days"])
-            for rank, row in enumerate(best, start=1)
+            Neighbor(rank=rank, item=items[row["target_item_id"]], score=row[column], num_user_days=row["num_user_days"])
+            for rank, row in enumerate(rows, start=1)
         ]
+
+    def trained(self, item_id: str, method: str) -> list[Neighbor]:
+        """What a trigger got by a trained baseline of the latest backtest, as of its cut; empty if it was not judged there."""
+        ids = self.kept.ids_of(item_id, method) if self.kept else []
+        items = self.catalog.known(ids)
+        return [Neighbor(rank=rank, item=items[other], score=None) for rank, other in enumerate(ids, start=1)]
+
+    @cached_property
+    def kept(self) -> KeptLists | None:
+        """Lists of the trained baselines, if a backtest has been run on this lake."""
+        return KeptLists.latest(self.settings.lake)
 
     def votes(self, item_id: str) -> dict[str, float]:
         """The latest grade given to each neighbor of a trigger; what was withdrawn is not there."""

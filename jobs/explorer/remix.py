@@ -62,6 +62,24 @@ class Remixer:
             kind=kind, own=own, lists={value: self._neighbors(retriever, found) for value, found in zip(values, lists, strict=True)}
         )
 
+    def content(self, item_id: str, *, k: int) -> list[Neighbor]:
+        """The items nearest in content, by the night's index.
+
+        Raises:
+            TableError: the night's index is gone, or it does not know the item.
+        """
+        with self._lock:
+            retriever = self._retriever
+        trigger = _positions(retriever, [item_id])
+        if trigger[0] < 0:
+            raise TableError(f"item {item_id!r} is not in the index of night {self.night.run_id}")
+        query = retriever.content[trigger]
+        near = retriever.content_flat.search(query, k + 1)[0]
+        near = near[(near >= 0) & (near != trigger[0])][:k]
+        ids = retriever.item_ids.take(pa.array(near)).to_pylist()
+        items, cosines = self.night.catalog.known(ids), (retriever.content[near] @ query[0]).tolist()
+        return [Neighbor(rank=rank, item=items[other], score=cosines[rank - 1]) for rank, other in enumerate(ids, start=1)]
+
     @cached_property
     def _retriever(self) -> Any:
         from models.neighbors import Retriever

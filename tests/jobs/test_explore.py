@@ -3,6 +3,7 @@
 What needs a night that was really made (the mix, and votes that come back as labels) is tested in test_nightly.
 """
 
+import base64
 import csv
 import http.client
 import io
@@ -10,24 +11,30 @@ import json
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from conf.errors import MachineError, TableError
 from conf.settings import Settings, load_settings
-from conf.tables import ITEM_NEIGHBORS, RELEVANCE_FEEDBACK
+from conf.tables import ITEM_NEIGHBORS, RELEVANCE_FEEDBACK, RUNS
+from jobs.backtest_lists import backtest_lake, keep_lists
+from jobs.backtest_results import VALIDATION
 from jobs.explore import check_port
 from jobs.explorer import catalog
 from jobs.explorer.app import Explorer, View
 from jobs.explorer.catalog import Catalog, build_catalog, fold
-from jobs.reader import open_table
-from tests.browser import needs_chromium, open_browser, served, sticking_out, watched
-from tests.lakes import RUN, RUN_BEFORE, write_lake
+from jobs.reader import artifacts_of, lake_root, open_table
+from tests.browser import launched, needs_chromium, served, sticking_out, watched, window
+from tests.lakes import NIGHT, RUN, RUN_BEFORE, write_lake, write_table
 from tests.worlds import write_config
 
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg==")
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{7*7}}"
 TITLES = {
     "soup": "Condensed soup, 10 OZ",
@@ -59,7 +66,21 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     heads = {"merged": ["stew", "tea", "evil/1?&<b>", "milk"], "engagement": ["milk", "tea"], "relevance": ["stew", "tea", "evil/1?&<b>"]}
     lists = {("soup", head): ids for head, ids in heads.items()} | {(name, "merged"): ["soup"] for name in OTHERS}
     before = {("soup", "merged"): ["gone", "stew", "milk", "evil/1?&<b>"]}
-    return write_lake(tmp_path_factory.mktemp("explorer"), [item(name) for name in TITLES], lists=lists, before=before)
+    made = write_lake(tmp_path_factory.mktemp("explorer"), [item(name) for name in TITLES], lists=lists, before=before)
+    judge(made)
+    return made
+
+
+def judge(settings: Settings) -> None:
+    """Two backtests of the lake, of which the later one failed; the first kept a list of soup: tea, then stew."""
+    lake = backtest_lake(settings.lake)
+    done = {"stage": VALIDATION, "attempt": 1, "run_date": NIGHT - timedelta(days=30)}
+    runs = [done | {"run_id": "good", "status": "succeeded"}, done | {"run_id": "bad", "status": "failed"}]
+    write_table(Path(lake_root(lake)), RUNS, runs)
+    folder = artifacts_of(lake, "good") / "backtest"
+    folder.mkdir(parents=True)
+    lists = {"als": np.array([[2, 1, -1]], np.int32), "ease": np.array([[-1, -1, -1]], np.int32)}
+    keep_lists(folder, ["soup", "stew", "tea"], np.array([0], np.int32), lists)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +112,25 @@ class Opened:
         return self.page.locator(f"#list-{head} .neighbor .what > a").all_inner_texts()
 
 
+@pytest.fixture(scope="module")
+def address(settings: Settings) -> Iterator[str]:
+    with served(settings) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with launched() as browser:
+        yield browser
+
+
 @pytest.fixture
-def opened(settings: Settings) -> Iterator[Opened]:
-    with served(settings) as address, open_browser() as context:
-        context.route("https://images.invalid/*", lambda route: route.fulfill(body=b"", content_type="image/png"))
-        page, faults = watched(context)
-        yield Opened(page=page, address=address, faults=faults)
+def opened(address: str, browser: Browser) -> Iterator[Opened]:
+    context = window(browser)
+    context.route("https://images.invalid/*", lambda route: route.fulfill(body=PIXEL, content_type="image/png"))
+    page, faults = watched(context)
+    yield Opened(page=page, address=address, faults=faults)
+    context.close()
 
 
 @needs_chromium
@@ -145,12 +179,18 @@ def test_changes_baselines_and_votes_are_shown_and_the_address_keeps_them(settin
     page.goto(opened.address + "/?item=soup")
     page.get_by_label("Changes since").select_option(RUN_BEFORE)
     page.wait_for_url("**since=*")
-    page.get_by_label("Compare with counts by").select_option("cosine")
+    page.get_by_label("Compare with").select_option("cosine")
     page.wait_for_url("**by=cosine*")
     assert page.locator("#list-merged .neighbor .what").first.inner_text().startswith("Beef stew ▲\N{NO-BREAK SPACE}1")
     assert page.locator("#list-merged .badge.new").count() == 1
     assert page.locator("#list-merged .gone").inner_text() == TITLES["gone"]
     assert opened.titles("cosine")[:2] == [TITLES["stew"], TITLES["milk"]]
+    for name, expected in {"als": ["tea", "stew"], "ease": [], "popularity": ["stew", "milk", "evil/1?&<b>", "tea", "unseen"]}.items():
+        page.get_by_label("Compare with").select_option(name)
+        page.wait_for_url(f"**by={name}*")
+        assert opened.titles(name) == [TITLES[other] for other in expected], name
+    expect(page.locator("#list-popularity")).to_contain_text("score 60")
+    expect(page.locator("optgroup").nth(1)).to_have_attribute("label", "trained, of the backtest of 2024-03-01")
     up = page.locator("#list-merged .neighbor").first.get_by_role("button", name="Relevant", exact=True)
     up.click()
     expect(up).to_have_attribute("aria-pressed", "true")
@@ -168,42 +208,42 @@ def test_changes_baselines_and_votes_are_shown_and_the_address_keeps_them(settin
 
 @needs_chromium
 @pytest.mark.parametrize("dark", [False, True])
-def test_pages_fit_a_phone_and_work_without_scripts(settings: Settings, dark: bool) -> None:
-    with served(settings) as address, open_browser(width=360, height=740, dark=dark, scripts=dark) as context:
-        page, _ = watched(context)
-        for path in ("/", "/?q=soup", f"/?item=soup&since={RUN_BEFORE}&by=cosine"):
-            page.goto(address + path)
-            assert page.locator("h1").count() == 1
-            if dark:
-                assert not sticking_out(page), path
-        background = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor") if dark else ""
-        assert not dark or max(map(int, background.strip("rgb()").split(","))) < 60
-        if not dark:
-            page.get_by_role("searchbox").or_(page.get_by_role("combobox", name="Find an item")).first.fill("stew")
-            page.keyboard.press("Enter")
-            page.get_by_role("link", name="Beef stew").click()
-            expect(page.get_by_role("heading", level=1)).to_have_text("Beef stew")
+def test_pages_fit_a_phone_and_work_without_scripts(address: str, browser: Browser, dark: bool) -> None:
+    context = window(browser, width=360, height=740, dark=dark, scripts=dark)
+    page, _ = watched(context)
+    for path in ("/", "/?q=soup", f"/?item=soup&since={RUN_BEFORE}&by=cosine"):
+        page.goto(address + path)
+        assert page.locator("h1").count() == 1
+        if dark:
+            assert not sticking_out(page), path
+    background = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor") if dark else ""
+    assert not dark or max(map(int, background.strip("rgb()").split(","))) < 60
+    if not dark:
+        page.get_by_role("searchbox").or_(page.get_by_role("combobox", name="Find an item")).first.fill("stew")
+        page.keyboard.press("Enter")
+        page.get_by_role("link", name="Beef stew").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Beef stew")
+    context.close()
 
 
-def test_only_this_machine_is_answered_and_bad_requests_are_refused(settings: Settings) -> None:
-    with served(settings) as address:
-        assert ask(address, "/", host="elsewhere.example").status == 400
-        assert "default-src 'self'" in ask(address, "/").headers["content-security-policy"]
-        vote = {"item_id": "soup", "other_item_id": "stew", "grade": 1, "head": "merged"}
-        for wrong in ({"other_item_id": "soup"}, {"grade": 2}, {"item_id": ""}, {"more": 1}):
-            assert ask(address, "/feedback", body=vote | wrong).status == 422, wrong
-        # a form of another site can send this without asking first; JSON it cannot
-        assert ask(address, "/feedback", body=vote, content_type="text/plain").status == 422
-        assert ask(address, "/static/../app.py").status == 404
-        assert ask(address, "/random?kind=hot").headers["location"] == "/?item=soup"
-        assert ask(address, "/random?kind=cold").headers["location"] == "/?item=unseen"
-        rows = json.loads(ask(address, "/export?item=soup&format=json").text)
-        lines = list(csv.DictReader(io.StringIO(ask(address, "/export?item=soup&format=csv").text)))
+def test_only_this_machine_is_answered_and_bad_requests_are_refused(address: str) -> None:
+    assert ask(address, "/", host="elsewhere.example").status == 400
+    assert "default-src 'self'" in ask(address, "/").headers["content-security-policy"]
+    vote = {"item_id": "soup", "other_item_id": "stew", "grade": 1, "head": "merged"}
+    for wrong in ({"other_item_id": "soup"}, {"grade": 2}, {"item_id": ""}, {"more": 1}):
+        assert ask(address, "/feedback", body=vote | wrong).status == 422, wrong
+    # a form of another site can send this without asking first; JSON it cannot
+    assert ask(address, "/feedback", body=vote, content_type="text/plain").status == 422
+    assert ask(address, "/static/../app.py").status == 404
+    assert ask(address, "/random?kind=hot").headers["location"] == "/?item=soup"
+    assert ask(address, "/random?kind=cold").headers["location"] == "/?item=unseen"
+    rows = json.loads(ask(address, "/export?item=soup&format=json").text)
+    lines = list(csv.DictReader(io.StringIO(ask(address, "/export?item=soup&format=csv").text)))
     assert [row["title"] for row in rows] == [line["title"] for line in lines]
     assert [(row["head"], row["rank"]) for row in rows][:5] == [*(("merged", rank) for rank in range(1, 5)), ("engagement", 1)]
 
 
-def test_what_is_missing_is_said(settings: Settings, tmp_path: Path) -> None:
+def test_what_is_missing_is_said(address: str, tmp_path: Path) -> None:
     with pytest.raises(TableError, match="no table item_neighbors under"):
         Explorer(settings=load_settings(str(write_config(tmp_path)))).night()
     with socket.socket() as taken:
@@ -211,10 +251,10 @@ def test_what_is_missing_is_said(settings: Settings, tmp_path: Path) -> None:
         taken.listen()
         with pytest.raises(MachineError, match=r"port \d+ of 127.0.0.1 cannot be used.*--set explorer.port"):
             check_port(taken.getsockname()[1])
-    with served(settings) as address:
-        found = ask(address, "/?item=soup&mix=0.3")
-    assert found.status == 409
-    assert "run the night again" in found.text
+    for what in ("mix=0.3", "by=content"):  # both need the index, which this night does not have
+        found = ask(address, f"/?item=soup&{what}")
+        assert found.status == 409
+        assert "run the night again" in found.text
 
 
 def test_another_night_is_shown_once_it_is_published(tmp_path: Path) -> None:
@@ -282,3 +322,31 @@ def test_titles_are_found_as_people_write_them(titles: Catalog, query: str, foun
 
 def test_a_title_is_folded() -> None:
     assert fold("  Crème   BRÛLÉE ") == "creme brulee"
+
+
+@needs_chromium
+def test_everything_that_is_operated_has_a_name_and_images_are_shown(opened: Opened) -> None:
+    """What a screen reader says: landmarks, one main heading, a name for every control, lists as lists; and nothing twice."""
+    page = opened.page
+    page.goto(f"{opened.address}/?item=soup&by=als")
+    for role in ("banner", "main", "contentinfo", "search"):
+        expect(page.get_by_role(role)).to_have_count(1)  # type: ignore[arg-type]
+    operated = page.locator("a, button, input:not([type=hidden]), select").filter(visible=True)
+    names = operated.evaluate_all("all => all.map(e => e.ariaLabel || e.labels?.[0]?.innerText.trim() || e.innerText.trim())")
+    assert len(names) > 30
+    assert all(names), names
+    levels = page.locator("h1, h2, h3").evaluate_all("all => all.map(e => Number(e.tagName[1]))")
+    assert levels[0] == 1
+    assert all(later - sooner <= 1 for sooner, later in pairwise(levels))
+    ids = page.locator("[id]").evaluate_all("all => all.map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    for attribute in ("aria-labelledby", "aria-controls", "for"):
+        pointed = page.locator(f"[{attribute}]").evaluate_all(f"all => all.map(e => e.getAttribute('{attribute}'))")
+        assert set(pointed) <= set(ids), attribute
+    assert page.locator("ol > :not(li)").count() == 0
+    expect(page.get_by_role("group", name="Is Beef stew relevant?").first.get_by_role("button")).to_have_count(2)
+    image = page.locator(".trigger img")
+    assert image.evaluate("e => e.complete && e.naturalWidth") == 1
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the lists")).to_be_focused()
+    assert opened.page.evaluate("document.documentElement.lang") == "en"
