@@ -54,7 +54,7 @@ explore: env  ## look at the published lists in a browser: CONFIG=demo
 bench-explorer: env  ## times of the explorer on a made-up night of a million items; ARGS="--items 100000" for fewer
 	$(PY) -m jobs.bench_explorer $(ARGS)
 
-docs: env  ## write the pages of docs/ that say what conf/ declares
+docs: env  ## write the pages of docs/ that say what conf/ declares, and the pictures of the method
 	$(PY) -m jobs.write_docs
 
 bench-neighbors: java env jars  ## time search, publication, lookups and a changed policy; ARGS="--works search ivf" chooses

@@ -1,4 +1,7 @@
-"""Write the pages of `docs/` that say what `conf/` declares: one per table, and one of all settings. A test holds them up to date."""
+"""Write what is generated in `docs/`: a page per table and one of all settings, from `conf/`, and the pictures of the method.
+
+A test holds them up to date.
+"""
 
 import argparse
 import json
@@ -13,6 +16,7 @@ from pydantic_core import PydanticUndefined
 from conf.settings import Section, Settings, base_content
 from conf.tables import TABLES, Table
 from jobs.arguments import report_errors
+from jobs.method_pictures import pictures
 from jobs.session import ROOT
 
 _BY_HAND = "<!-- written by `python -m jobs.write_docs` from conf/: change it there -->"
@@ -211,9 +215,10 @@ def _cell(text: str) -> str:
 
 
 def write_pages(folder: Path) -> int:
-    """Write all pages, remove those of tables that are gone, and return how many there are."""
-    made = pages()
-    (folder / "tables").mkdir(parents=True, exist_ok=True)
+    """Write all pages and pictures, remove those of tables that are gone, and return how many there are."""
+    made = pages() | pictures()
+    for name in ("tables", "pictures"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     for stale in (folder / "tables").glob("*.md"):
         if f"tables/{stale.name}" not in made:
             stale.unlink()
@@ -224,8 +229,8 @@ def write_pages(folder: Path) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the pages of this checkout."""
-    argparse.ArgumentParser(description="pages of docs/ from conf/").parse_args(argv)
-    report_errors(lambda: print(f"{write_pages(ROOT / 'docs')} pages in docs/"))
+    argparse.ArgumentParser(description="pages of docs/ from conf/, and pictures of the method").parse_args(argv)
+    report_errors(lambda: print(f"{write_pages(ROOT / 'docs')} pages and pictures in docs/"))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ import pytest
 from pyspark.sql import SparkSession
 
 from conf.tables import TABLES
+from jobs.method_pictures import pictures
 from jobs.write_docs import EXAMPLES, pages
 from tests.conftest import ROOT
 
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 
 
@@ -27,10 +29,33 @@ def test_generated_pages_are_up_to_date() -> None:
     assert set(EXAMPLES) <= set(TABLES)
 
 
+def test_pictures_of_the_method_are_up_to_date_and_looked_at() -> None:
+    """By their text: the last digits of a position may differ between machines."""
+    folder, made = ROOT / "docs", pictures()
+    texts = re.compile(r">([^<>]*\w[^<>]*)<")
+    stale = [name for name, picture in made.items() if texts.findall(picture) != texts.findall((folder / name).read_text())]
+    assert stale == [], "run `make docs`"
+    shown = {f"pictures/{path.name}" for path in (folder / "pictures").iterdir()}
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert {name for name in shown if name not in text} == set()
+    assert {name for name in shown if name.endswith(".svg")} == set(made)
+
+
+def anchors(page: Path) -> set[str]:
+    """What headings can be linked by."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
-        for link in re.findall(r"[]][(](?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+    linked = set()
+    for page in PAGES:
+        for link, anchor in re.findall(r"[]][(](?!https?:)([^)#]*)(?:#([^)]+))?[)]", page.read_text(encoding="utf-8")):
+            target = (page.parent / link).resolve() if link else page
+            assert target.exists(), f"{page.relative_to(ROOT)} links to {link}"
+            assert not anchor or anchor in anchors(target), f"{page.relative_to(ROOT)} links to #{anchor} of {target.name}"
+            linked.add(target)
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if page not in linked] == []
 
 
 def commands(text: str) -> list[str]:

@@ -14,6 +14,8 @@ from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+GUIDES = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "tutorial.md")
+"""Pages by hand whose commands take too long to be run here; the tutorial's are run."""
 
 
 def _flags(module: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -23,8 +25,9 @@ def _flags(module: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_commands_name_modules_with_these_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [line for kind, block in BLOCKS if kind == "sh" for line in block.replace("\\\n", " ").splitlines()]
-    lines += re.findall(r"`([^`]*python -m jobs[^`]*)`", README)
+    blocks = [block for kind, block in [*BLOCKS, *re.findall(r"```(\w+)\n(.*?)```", GUIDES, flags=re.DOTALL)] if kind == "sh"]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`([^`\n]*python -m jobs[^`\n]*)`", README + GUIDES)
     commands = [line for line in lines if "jobs." in line or "jobs/" in line]
     assert len(commands) >= 6
     for command in commands:
@@ -38,7 +41,7 @@ def test_commands_name_modules_with_these_flags(capsys: pytest.CaptureFixture[st
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = set(re.findall(r"(?:`|\n)make ([a-z-]+)", README + (ROOT / "CONTRIBUTING.md").read_text()))
+    named = set(re.findall(r"(?:`|\n)make ([a-z-]+)", README + GUIDES + (ROOT / "CONTRIBUTING.md").read_text()))
     assert named
     assert named <= targets
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -34,7 +34,7 @@ from jobs.export import export
 from jobs.ingest import ingest
 from jobs.ledger import StageRecord
 from jobs.look_up import Lookup
-from jobs.night_report import NightReport
+from jobs.night_report import NightReport, write_report
 from jobs.nightly import STAGES, plan, run_night, summary
 from jobs.online import lists_served_at, open_feature_store
 from jobs.progress import Display
@@ -225,6 +225,7 @@ def test_the_report_opens_from_the_disk_and_explains_every_number(done: Done, wi
         assert page.evaluate(f"{bare}.map(e => e.outerHTML)") == []
         assert page.locator("svg").count() == 1
         assert page.get_by_text("Nothing to compare: no night was published before.").count() == 1
+        assert page.get_by_text("No backtest of own at var/backtest/own.json").count() == 1
         assert sticking_out(page) == []
         assert faults == []
 
@@ -342,9 +343,22 @@ def test_lists_are_judged_by_what_followed(done: Done) -> None:
     assert engagement["low"] <= engagement["value"] <= engagement["high"]
     assert popularity["value"] < 0.5
     assert record.metrics["num_triggers"] == engagement["num_triggers"] > 10
+    alike = {head: rows["mtmh", head, "same_source_relevance@5"]["value"] for head in ("engagement", "relevance")}
+    assert alike["relevance"] > 0.9 > 0.5 > alike["engagement"]  # text tells the category, and nothing of the bundle
+    _is_drawn_on_two_axes(later)
     # judging has brought in later events: the night itself is still done, at the version it had pinned
     assert all(r.ended_at <= record.ended_at for r in run_night(_night(done.night.spark, done.config, NIGHT)))
     assert len(later.ledger.records(run_id=done.night.run_id, stage="ingest")) <= 2
+
+
+def _is_drawn_on_two_axes(later: Night) -> None:
+    report = NightReport.of(later, list(STAGES)).judged
+    assert report is not None
+    assert (report.cut, report.depth, [head for _, head in report.our_heads]) == (NIGHT, 5, ["merged", "engagement", "relevance"])
+    page = write_report(later, list(STAGES)).read_text()
+    assert "The lists of 2024-03-31, judged by the co-engagements from then to 2024-04-07" in page
+    assert ">recall@5  →  more of the future partners found<" in page
+    assert re.search(r'<td class="best" title="share of a trigger&#x27;s future partners that are among the first 5[^>]*>1.0000', page)
 
 
 def test_a_failed_gate_keeps_the_published_table(done: Done) -> None:
