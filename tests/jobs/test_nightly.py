@@ -356,7 +356,7 @@ def _is_drawn_on_two_axes(later: Night) -> None:
     assert report is not None
     assert (report.cut, report.depth, [head for _, head in report.our_heads]) == (NIGHT, 5, ["merged", "engagement", "relevance"])
     page = write_report(later, list(STAGES)).read_text()
-    assert "The lists of 2024-03-31, judged by the co-engagements from then to 2024-04-07" in page
+    assert "<h3>The lists of 2024-03-31</h3>\n<p>Judged by the co-engagements from then to 2024-04-07" in page
     assert ">recall@5  →  more of the future partners found<" in page
     assert re.search(r'<td class="best" title="share of a trigger&#x27;s future partners that are among the first 5[^>]*>1.0000', page)
 
