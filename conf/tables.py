@@ -364,7 +364,7 @@ RUNS = Table(
         _col("gates", "string", "Gate results as JSON."),
         _col("notes", "array<string>", "What a reader should know, e.g. catalog not point-in-time."),
         _col("error", "string", "Message of the failure."),
-        _col("report", "string", "Page about the night, there once `nightly` has ended."),
+        _col("report", "string", "Page about the night, there once `nightly` or `backtest` has ended."),
     ),
 )
 

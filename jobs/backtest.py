@@ -80,8 +80,12 @@ class Backtest:
             verdicts.append(self._judge(cut, until, stage=VALIDATION, last_cut=last[0], tuned=None))
             tuned = verdicts[-1].tuned
         choice = choose([verdict.board for verdict in verdicts])
-        judged = self._judge(*last, stage=FINAL, last_cut=last[0], tuned=tuned) if final else verdicts[-1]
-        return make_report(judged, choice, self.settings, minutes=(time.monotonic() - started) / 60)
+        if final:
+            verdicts.append(self._judge(*last, stage=FINAL, last_cut=last[0], tuned=tuned))
+        reports = [make_report(verdict, choice, self.settings, minutes=(time.monotonic() - started) / 60) for verdict in verdicts]
+        for report in reports:
+            write_html(report, self.night(report.cut).report_path)  # where `runs.report` says it is
+        return reports[-1]
 
     def check_leaks(self) -> Mapping[str, int]:
         """Train the first cut twice, the second time with the judges' fields permuted.

@@ -1,7 +1,7 @@
 """A lake written by hand, without Spark: what the explorer reads of a published night and of the one before."""
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from deltalake import write_deltalake
 from conf.settings import Settings, load_settings
 from conf.tables import (
     CO_ENGAGEMENT_PAIRS,
+    ITEM_ANNOTATIONS,
     ITEM_FEATURES,
     ITEM_NEIGHBORS,
     ITEM_NEIGHBORS_HISTORY,
@@ -23,6 +24,7 @@ from models.list_rows import ARROW_SCHEMA
 from tests.worlds import write_config
 
 NIGHT = date(2024, 3, 31)
+START = datetime(1970, 1, 1, tzinfo=UTC)
 RUN, RUN_BEFORE = "2024-03-31-aaaaaaaa", "2024-03-30-bbbbbbbb"
 _TYPES = {
     "string": pa.string(), "double": pa.float64(), "bigint": pa.int64(), "int": pa.int32(), "boolean": pa.bool_(), "date": pa.date32(),
@@ -78,10 +80,17 @@ def write_lake(folder: Path, items: Sequence[Mapping[str, Any]], *, lists: Lists
         if left is not right
     ]
     write_table(root, CO_ENGAGEMENT_PAIRS, pairs)
+    texts = [{"item_id": item["item_id"], "text": item.get("text"), "event_timestamp": START, "created_timestamp": START} for item in known]
+    later = datetime.combine(NIGHT + timedelta(days=1), time(), UTC)
+    late = [row | {"text": "known too late", "created_timestamp": later, "event_timestamp": later - timedelta(days=1)} for row in texts]
+    write_table(root, ITEM_ANNOTATIONS, [*texts, *late])
     write_table(root, ITEM_NEIGHBORS, _rows(lists, RUN, NIGHT))
     write_table(root, ITEM_NEIGHBORS_HISTORY, [*_rows(lists, RUN, NIGHT), *_rows(before, RUN_BEFORE, NIGHT - timedelta(days=1))])
     write_table(root, RELEVANCE_FEEDBACK, [])
-    versions = {table.name: 0 for table in (ITEM_FEATURES, ITEM_POPULARITY, CO_ENGAGEMENT_PAIRS, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY)}
+    versions = {
+        table.name: 0
+        for table in (ITEM_ANNOTATIONS, ITEM_FEATURES, ITEM_POPULARITY, CO_ENGAGEMENT_PAIRS, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY)
+    }
     runs = [(RUN, NIGHT), (RUN_BEFORE, NIGHT - timedelta(days=1))]
     done = {"stage": "publish_neighbors", "status": "succeeded", "attempt": 1, "output_versions": list(versions.items())}
     write_table(root, RUNS, [done | {"run_id": run_id, "run_date": run_date} for run_id, run_date in runs])

@@ -1,7 +1,7 @@
 """The explorer's pages over HTTP, for a browser on the same machine. The address of a page holds all of its state.
 
     /?item=ID [&k=N] [&since=RUN] [&mix=VALUE] [&by=SCORE]     an item's lists
-    /search?q=TEXT   /mixes?item=ID   /export?item=ID&format=csv   POST /feedback
+    /search?q=TEXT   /mixes?item=ID   /about?item=ID   /export?item=ID&format=csv and what else a page has   POST /feedback
 
 Every text of an item goes through a template that escapes it; the page may run no script but its own.
 """
@@ -47,6 +47,10 @@ class View:
     since: str = ""
     mix: float | None = None
     by: str = ""
+
+    def export(self, format: str) -> str:
+        """The address of what this view shows, as a file."""
+        return self.link(format=format).replace("/?", "/export?", 1)
 
     def link(self, **changes: object) -> str:
         """The address of this view with something changed; what is empty is left out."""
@@ -99,7 +103,7 @@ async def _with_headers(request: Request, call_next: Callable[[Request], Awaitab
 
 
 async def _error_page(request: Request, error: Exception) -> Response:
-    if request.url.path in ("/search", "/mixes", "/feedback"):
+    if request.url.path in ("/search", "/mixes", "/about", "/feedback"):
         return JSONResponse({"error": str(error)}, status_code=409)
     return HTMLResponse(pages.environment().get_template("error.html").render(error=str(error)), status_code=409)
 
@@ -140,15 +144,9 @@ def _add_pages(app: FastAPI, explorer: Explorer) -> None:
 
 def _item_page(explorer: Explorer, night: PublishedNight, view: View) -> dict[str, Any]:
     """What the template of an item shows besides its facts."""
-    lists = night.lists(view.item, since=view.since or None)
+    lists = _lists(explorer, night, view)
     both, votes = found_by_both(lists), night.votes(view.item)
     before = night.ids_of(view.item, view.since) if view.since else {}
-    if view.mix is not None:
-        mixes = explorer.remixer().mixes(view.item)
-        nearest = min(mixes.lists, key=lambda value: abs(value - (view.mix or 0.0)))
-        lists["merged"] = marked(mixes.lists[nearest], [neighbor.item.item_id for neighbor in lists.get("merged", ())])
-    if view.by:
-        lists[view.by] = _baseline(explorer, night, view)
     shown = view.k or night.settings.explorer.num_shown
     now = {head: {neighbor.item.item_id for neighbor in neighbors} for head, neighbors in lists.items()}
     gone = {head: [other for other in ids[:shown] if other not in now.get(head, ())] for head, ids in before.items()}
@@ -162,6 +160,18 @@ def _item_page(explorer: Explorer, night: PublishedNight, view: View) -> dict[st
         "baselines": _baselines(night),
         "groups": _groups(night),
     }
+
+
+def _lists(explorer: Explorer, night: PublishedNight, view: View) -> dict[str, list[Neighbor]]:
+    """Every list that a view shows, whole."""
+    lists = night.lists(view.item, since=view.since or None)
+    if view.mix is not None:
+        mixes = explorer.remixer().mixes(view.item)
+        nearest = min(mixes.lists, key=lambda value: abs(value - (view.mix or 0.0)))
+        lists["merged"] = marked(mixes.lists[nearest], [neighbor.item.item_id for neighbor in lists.get("merged", ())])
+    if view.by:
+        lists[view.by] = _baseline(explorer, night, view)
+    return lists
 
 
 def _groups(night: PublishedNight) -> dict[str, dict[str, str]]:
@@ -208,9 +218,15 @@ def _add_data(app: FastAPI, explorer: Explorer) -> None:
         ]
         return JSONResponse({"kind": made.kind, "own": made.own, "values": values})
 
+    @app.get("/about")
+    def about(item: str) -> JSONResponse:
+        return JSONResponse({"text": explorer.night().text_of(item)})
+
     @app.get("/export")
-    def export(item: str, format: str = "json") -> Response:
-        rows = to_rows(item, explorer.night().lists(item))
+    def export(item: str, since: str = "", mix: float | None = None, by: str = "", format: str = "json") -> Response:
+        night = explorer.night()
+        view = View(item=item, since=since, mix=mix, by=by if by in _baselines(night) else "")
+        rows = to_rows(item, _lists(explorer, night, view))
         name = f"neighbors.{'csv' if format == 'csv' else 'json'}"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         if format != "csv":
@@ -233,10 +249,15 @@ def _drawn(view: View, neighbors: Sequence[Neighbor]) -> str:
     return str(template.entries(view, "merged", neighbors))
 
 
+def no_formula(text: str) -> str:
+    """Text that a spreadsheet does not take for a formula; ids stay as they are, as tables are joined by them."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     out = io.StringIO()
     if rows:
         writer = csv.DictWriter(out, fieldnames=list(rows[0]))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: no_formula(value) if name in ("title", "reason") else value for name, value in row.items()} for row in rows)
     return out.getvalue()

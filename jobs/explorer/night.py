@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import UTC, date, datetime, time, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +14,7 @@ from conf.errors import TableError
 from conf.settings import Settings
 from conf.tables import (
     CO_ENGAGEMENT_PAIRS,
+    ITEM_ANNOTATIONS,
     ITEM_FEATURES,
     ITEM_NEIGHBORS,
     ITEM_NEIGHBORS_HISTORY,
@@ -182,6 +183,16 @@ class PublishedNight:
     def kept(self) -> KeptLists | None:
         """Lists of the trained baselines, if a backtest has been run on this lake."""
         return KeptLists.latest(self.settings.lake)
+
+    def text_of(self, item_id: str) -> str:
+        """The item's text as the night knew it; empty if it has none. Texts are long, so that this is asked for after the page."""
+        version, columns = self.versions.get(ITEM_ANNOTATIONS.name), ["event_timestamp", "created_timestamp", "text"]
+        if version is None:
+            return ""
+        end = datetime.combine(self.run_date + timedelta(days=1), time(), UTC)
+        rows = rows_where(self.root, ITEM_ANNOTATIONS, "item_id", [item_id], columns, version).to_pylist()
+        known = [row for row in rows if max(row["event_timestamp"], row["created_timestamp"]) < end]
+        return max(known, key=lambda row: row["event_timestamp"])["text"] or "" if known else ""
 
     def votes(self, item_id: str) -> dict[str, float]:
         """The latest grade given to each neighbor of a trigger; what was withdrawn is not there."""

@@ -92,6 +92,15 @@ if (controls) {
     if (event.target.matches("select")) go(event.target.name, event.target.value);
   });
   mixes();
+  about();
+}
+
+async function about() {
+  const text = document.getElementById("about");
+  const answer = await fetch("/about?" + new URLSearchParams({ item: controls.querySelector("[name=item]").value }));
+  if (!answer.ok) return;
+  text.textContent = (await answer.json()).text;
+  text.hidden = !text.textContent || text.textContent === document.querySelector("h1").textContent;
 }
 
 function go(name, value) {
@@ -137,6 +146,10 @@ async function mixes() {
     if (mix.value === made.own) here.delete("mix");
     else here.set("mix", mix.value);
     history.replaceState(null, "", "/?" + here);
+    document.querySelectorAll(".exports a").forEach((link) => {
+      here.set("format", new URLSearchParams(link.search).get("format"));
+      link.search = here;
+    });
   });
   tell();
   control.hidden = false;

@@ -17,9 +17,11 @@ from conf.errors import GateError, SettingsError
 from conf.settings import load_settings
 from conf.tables import EVALUATION, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from jobs.backtest import Backtest, backtest_settings
-from jobs.backtest_results import Report, Row
+from jobs.backtest_lists import KeptLists
+from jobs.backtest_results import FINAL, VALIDATION, Report, Row
 from jobs.leaks import check_leaks
 from jobs.progress import Display
+from models.contest import TRAINED
 from tests.worlds import BundleWorld, write_config
 
 pytestmark = [pytest.mark.night, pytest.mark.timeout(1800)]  # the first test waits for four trainings
@@ -102,6 +104,9 @@ def test_cuts_split_time_and_every_look_at_the_last_slice_is_counted(done: Done)
     assert validation.num_reads == 1  # a validation report says so too
     assert final.chosen["smooth"] == validation.chosen["smooth"]
     again = done.backtest.run(final=True)
+    ledger = done.backtest.night(final.cut).ledger
+    pages = {row.stage: Path(row.report or "").read_text() for stage in (VALIDATION, FINAL) for row in ledger.records(stage=stage)}
+    assert [f"{kind} report" in pages[stage] for kind, stage in (("validation", VALIDATION), ("final", FINAL))] == [True, True]
     assert again.num_reads == 2
     values = [np.array([row.value for row in report.rows]) for report in (again, final)]
     np.testing.assert_allclose(*values, atol=1e-9)  # NaN where NaN was
@@ -120,6 +125,16 @@ def test_it_lies_in_a_lake_of_its_own_and_publishes_nothing(done: Done) -> None:
         ("late_blend", "0.01"),
     }
     assert rows.groupBy(*EVALUATION.key).count().where("count > 1").count() == 0
+
+
+def test_lists_of_trained_baselines_are_kept_for_the_explorer(done: Done) -> None:
+    kept = KeptLists.latest(done.backtest.settings.lake.model_copy(update={"variant": ""}))
+    assert kept is not None
+    assert kept.cut == done.final.cut
+    assert {"smooth", "smooth_svd", "ease"} <= set(kept.methods) <= set(TRAINED)
+    item_id = WORLD.item_id(3, 2)
+    assert set(kept.ids_of(item_id, "smooth_svd")[:4]) == WORLD.bundle_of(item_id)
+    assert kept.ids_of("unknown", "smooth_svd") == kept.ids_of(item_id, "unknown") == []
 
 
 def test_a_model_that_is_shown_the_judges_field_is_caught(done: Done) -> None:

@@ -27,7 +27,7 @@ from jobs.backtest_lists import backtest_lake, keep_lists
 from jobs.backtest_results import VALIDATION
 from jobs.explore import check_port
 from jobs.explorer import catalog
-from jobs.explorer.app import Explorer, View
+from jobs.explorer.app import Explorer, View, no_formula
 from jobs.explorer.catalog import Catalog, build_catalog, fold
 from jobs.reader import artifacts_of, lake_root, open_table
 from tests.browser import launched, needs_chromium, served, sticking_out, watched, window
@@ -58,6 +58,7 @@ def item(name: str) -> dict[str, object]:
         "attributes": attributes,
         "tags": [HOSTILE] if name == "soup" else None,
         "in_catalog": name != "gone",
+        "text": f"Soup for two. {HOSTILE}" if name == "soup" else None,
     }
 
 
@@ -164,6 +165,7 @@ def test_hostile_titles_are_text_and_nothing_else(opened: Opened) -> None:
     page.goto(opened.address + View(item="evil/1?&<b>").link())
     expect(page.get_by_role("heading", level=1)).to_have_text(HOSTILE)
     page.goto(opened.address + View(item="soup").link(since=RUN_BEFORE, by="cosine"))
+    expect(page.locator("#about")).to_have_text(f"Soup for two. {HOSTILE}")
     page.locator("#find").fill("<script>alert(1)")
     expect(page.get_by_role("listbox", name="Items found").get_by_role("option")).to_have_text(HOSTILE + "shop")
     page.goto(f"{opened.address}/?q={HOSTILE}")
@@ -239,6 +241,10 @@ def test_only_this_machine_is_answered_and_bad_requests_are_refused(address: str
     assert ask(address, "/random?kind=cold").headers["location"] == "/?item=unseen"
     rows = json.loads(ask(address, "/export?item=soup&format=json").text)
     lines = list(csv.DictReader(io.StringIO(ask(address, "/export?item=soup&format=csv").text)))
+    shown = json.loads(ask(address, View(item="soup", since=RUN_BEFORE, by="als").export("json")).text)
+    assert [(row["title"], row["score"]) for row in shown if row["head"] == "als"] == [("Green tea", None), ("Beef stew", None)]
+    assert [row["change"] for row in shown if row["head"] == "merged"] == ["+1", "new", "+1", "-1"]
+    assert no_formula("=HYPERLINK(1)") == "'=HYPERLINK(1)"
     assert [row["title"] for row in rows] == [line["title"] for line in lines]
     assert [(row["head"], row["rank"]) for row in rows][:5] == [*(("merged", rank) for rank in range(1, 5)), ("engagement", 1)]
 
