@@ -18,6 +18,7 @@ from conf.settings import load_settings
 from conf.tables import EVALUATION, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from jobs.backtest import Backtest, backtest_settings
 from jobs.backtest_lists import KeptLists
+from jobs.backtest_measures import meaning_of
 from jobs.backtest_results import FINAL, VALIDATION, Report, Row
 from jobs.leaks import check_leaks
 from jobs.progress import Display
@@ -125,6 +126,10 @@ def test_it_lies_in_a_lake_of_its_own_and_publishes_nothing(done: Done) -> None:
         ("late_blend", "0.01"),
     }
     assert rows.groupBy(*EVALUATION.key).count().where("count > 1").count() == 0
+
+
+def test_every_measure_has_a_meaning(done: Done) -> None:
+    assert {row.metric for row in done.final.rows if not meaning_of(row.metric, row.slice)} == set(), "add it to jobs/backtest_measures.py"
 
 
 def test_lists_of_trained_baselines_are_kept_for_the_explorer(done: Done) -> None:
