@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from models.scoreboard import COLD_USER_DAYS
+
 _MEASURES: Mapping[str, str] = {
     "recall": "share of a trigger's future partners that are among the first {k} of its list, mean over triggers",
     "debiased_recall": "recall among the first {k} in which a partner weighs one over the root of its popularity, mean over triggers",
@@ -19,8 +21,8 @@ _MEASURES: Mapping[str, str] = {
 _SAME_SOURCE = "same_source_"
 _PARTS: Mapping[str, str] = {
     "new_pairs": "only of partners never seen together with the trigger before",
-    "cold_triggers": "only of triggers about which little was known",
-    "cold_targets": "only of partners about which little was known",
+    "cold_triggers": f"only of triggers with fewer than {COLD_USER_DAYS} user-days before",
+    "cold_targets": f"only of partners with fewer than {COLD_USER_DAYS} user-days before",
 }
 
 
