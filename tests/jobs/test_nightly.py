@@ -217,6 +217,11 @@ def test_the_report_opens_from_the_disk_and_explains_every_number(done: Done, wi
         page.goto(done.night.report_path.as_uri())
         assert asked == [done.night.report_path.as_uri()]
         assert page.locator("h1").inner_text() == "Night 2024-03-31: published"
+        settings = page.get_by_text("keep_nights: 60")
+        expect(settings).to_be_hidden()
+        page.emulate_media(media="print")
+        expect(settings).to_be_visible()  # nobody can unfold paper
+        page.emulate_media(media="screen")
         for summary in page.locator("summary").all():
             summary.click()
         number = r"/^[-−–]?[\d.,]+( of [\d,]+)?%?$/"
