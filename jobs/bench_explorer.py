@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from conf.settings import load_settings
-from conf.tables import ITEM_FEATURES, ITEM_NEIGHBORS, ITEM_POPULARITY, RUNS
+from conf.tables import ITEM_ANNOTATIONS, ITEM_FEATURES, ITEM_NEIGHBORS, ITEM_POPULARITY, RUNS
 from jobs.arguments import report_errors
 from jobs.explorer.night import PublishedNight
 from jobs.session import ROOT
@@ -59,6 +59,9 @@ def lay_lake(folder: Path, *, num_items: int, list_length: int) -> Path:
     dates = pa.array(np.full(num_items, np.datetime64(_NIGHT)))
     popularity = {"item_id": ids, "num_users": days, "first_engaged_date": dates, "last_engaged_date": dates}
     write_deltalake(str(root / ITEM_POPULARITY.name), pa.table(popularity))
+    first = pa.array(np.zeros(num_items, np.int64), pa.timestamp("us", "UTC"))
+    annotations = {"item_id": ids, "event_timestamp": first, "created_timestamp": first, "text": titles}
+    write_deltalake(str(root / ITEM_ANNOTATIONS.name), pa.table(annotations))
     groups = WriterProperties(max_row_group_size=_LISTS_PER_GROUP, compression="SNAPPY")
     write_deltalake(str(root / ITEM_NEIGHBORS.name), _lists(rng, ids, list_length), writer_properties=groups)
     _write_runs(root)
@@ -114,7 +117,7 @@ def _batch(rng: np.random.Generator, triggers: pa.Array, ids: pa.Array, list_len
 
 
 def _write_runs(root: Path) -> None:
-    versions = [(table.name, 0) for table in (ITEM_FEATURES, ITEM_POPULARITY, ITEM_NEIGHBORS)]
+    versions = [(table.name, 0) for table in (ITEM_ANNOTATIONS, ITEM_FEATURES, ITEM_POPULARITY, ITEM_NEIGHBORS)]
     row = {"run_id": _RUN, "run_date": _NIGHT, "stage": "publish_neighbors", "status": "succeeded", "input_versions": []}
     maps, at = pa.map_(pa.string(), pa.int64()), pa.timestamp("us", "UTC")
     types = {"run_id": pa.string(), "run_date": pa.date32(), "stage": pa.string(), "status": pa.string(), "ended_at": at}

@@ -11,6 +11,7 @@ from pyspark.sql import functions as F
 
 from conf.tables import (
     CONTRACT_VERSION,
+    ITEM_ANNOTATIONS,
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
     ITEM_NEIGHBORS,
@@ -60,9 +61,10 @@ def publish_lists(run: StageRun, lists: DataFrame, *, model_version: str, expect
 
 def _index_titles(run: StageRun) -> None:
     """What the explorer finds items by, beside the night's other files."""
-    versions = {table.name: run.version(table) for table in (ITEM_FEATURES, ITEM_POPULARITY)}
+    versions = {table.name: run.version(table) for table in (ITEM_ANNOTATIONS, ITEM_FEATURES, ITEM_POPULARITY)}
     path = run.night.artifacts("explorer") / catalog.FILE
-    index_titles(run.night.lake.root, versions, path, image_attribute=run.settings.explorer.image_attribute)
+    image = run.settings.explorer.image_attribute
+    index_titles(run.night.lake.root, versions, path, run_date=run.run_date, image_attribute=image)
 
 
 def _start_policy(run: StageRun) -> None:

@@ -1,7 +1,7 @@
 """The explorer's pages over HTTP, for a browser on the same machine. The address of a page holds all of its state.
 
     /?item=ID [&k=N] [&since=RUN] [&mix=VALUE] [&by=SCORE]     an item's lists
-    /search?q=TEXT   /mixes?item=ID   /about?item=ID   /export?item=ID&format=csv and what else a page has   POST /feedback
+    /search?q=TEXT   /mixes?item=ID   /export?item=ID&format=csv and what else a page has   POST /feedback
 
 Every text of an item goes through a template that escapes it; the page may run no script but its own.
 """
@@ -103,7 +103,7 @@ async def _with_headers(request: Request, call_next: Callable[[Request], Awaitab
 
 
 async def _error_page(request: Request, error: Exception) -> Response:
-    if request.url.path in ("/search", "/mixes", "/about", "/feedback"):
+    if request.url.path in ("/search", "/mixes", "/feedback"):
         return JSONResponse({"error": str(error)}, status_code=409)
     return HTMLResponse(pages.environment().get_template("error.html").render(error=str(error)), status_code=409)
 
@@ -120,7 +120,16 @@ def _add_pages(app: FastAPI, explorer: Explorer) -> None:
         shown = night.catalog.item(item)
         if shown is None:
             return _render("home.html", 404, found=night.catalog.search(item, k=50), view=View(), missing=item, **shared)
-        return _render("item.html", 200, view=view, item=shown, facts=shown.known, **shared, **_item_page(explorer, night, view))
+        return _render(
+            "item.html",
+            200,
+            view=view,
+            item=shown,
+            facts=shown.known,
+            text=night.catalog.text_of(item),
+            **shared,
+            **_item_page(explorer, night, view),
+        )
 
     @app.get("/random")
     def random_item(kind: str = "hot") -> RedirectResponse:
@@ -217,10 +226,6 @@ def _add_data(app: FastAPI, explorer: Explorer) -> None:
             for value, neighbors in made.lists.items()
         ]
         return JSONResponse({"kind": made.kind, "own": made.own, "values": values})
-
-    @app.get("/about")
-    def about(item: str) -> JSONResponse:
-        return JSONResponse({"text": explorer.night().text_of(item)})
 
     @app.get("/export")
     def export(item: str, since: str = "", mix: float | None = None, by: str = "", format: str = "json") -> Response:

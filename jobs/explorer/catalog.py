@@ -20,18 +20,21 @@ import pyarrow.compute as pc
 from rapidfuzz import process
 from rapidfuzz.distance import OSA
 
-FILE = "catalog.sqlite"
+FILE = "items.sqlite"
 FEATURES = ("item_id", "title", "categories", "tags", "attributes", "in_catalog", "eligible", "age_days", "num_user_days")
 POPULARITY = ("item_id", "num_users", "first_engaged_date", "last_engaged_date")
-"""What is read of item_features and of item_popularity."""
+TEXTS = ("item_id", "text")
+"""What is read of item_features, of item_popularity, and of item_annotations as of the night."""
 _SCHEMA = """
 CREATE TABLE items (
   rank INTEGER PRIMARY KEY, item_id TEXT NOT NULL UNIQUE, title TEXT NOT NULL, category TEXT NOT NULL, num_user_days INTEGER NOT NULL,
   in_catalog INTEGER NOT NULL, image TEXT NOT NULL, facts TEXT NOT NULL);
 CREATE VIRTUAL TABLE titles USING fts5(folded, content='', tokenize='trigram');
+CREATE TABLE texts (item_id TEXT PRIMARY KEY, text TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE words (word TEXT PRIMARY KEY, num_titles INTEGER NOT NULL) WITHOUT ROWID;
 """
 _MAX_WORDS = 200_000  # words that a query may be corrected to, the most frequent ones: comparing with more would be felt while typing
+_MAX_TEXT = 2_000  # letters of a text that are kept
 _MAX_MATCHES = 200  # matching titles that are looked at, the best known first
 _TRIGRAM = 3
 _HOT_SHARE, _COLD_SHARE = 0.01, 0.1
@@ -71,12 +74,13 @@ def fold(text: str) -> str:
     return " ".join(plain.casefold().split())
 
 
-def build_catalog(features: pa.Table, popularity: pa.Table, path: Path, *, image_attribute: str) -> None:
+def build_catalog(features: pa.Table, popularity: pa.Table, texts: pa.Table, path: Path, *, image_attribute: str) -> None:
     """Write the index, in place of what was there; an interrupted build leaves no file of this name.
 
     Args:
         features: FEATURES of a night's item_features.
         popularity: POPULARITY of its item_popularity.
+        texts: TEXTS, at most one of an item, null for none.
         path: the file to write; folders are made.
         image_attribute: name of the attribute that holds the URL of an item's image.
     """
@@ -92,6 +96,9 @@ def build_catalog(features: pa.Table, popularity: pa.Table, path: Path, *, image
             connection.executemany("INSERT INTO titles (rowid, folded) VALUES (?, ?)", folded)
             words.update(word for _, text in folded for word in set(_words(text)))
         connection.executemany("INSERT INTO words VALUES (?, ?)", words.most_common(_MAX_WORDS))
+        for batch in texts.select(list(TEXTS)).filter(pc.is_valid(texts["text"])).to_batches(max_chunksize=50_000):
+            cut = pc.utf8_slice_codeunits(batch["text"], 0, _MAX_TEXT)
+            connection.executemany("INSERT INTO texts VALUES (?, ?)", zip(batch["item_id"].to_pylist(), cut.to_pylist(), strict=True))
         connection.commit()
     partial.replace(path)
 
@@ -201,6 +208,12 @@ class Catalog:
     def item(self, item_id: str) -> Item | None:
         """The item of this id."""
         return next(iter(self.items([item_id]).values()), None)
+
+    def text_of(self, item_id: str) -> str:
+        """The beginning of the item's text; empty if it has none."""
+        with closing(_connect(self.path)) as connection:
+            found = connection.execute("SELECT text FROM texts WHERE item_id = ?", (item_id,)).fetchone()
+        return found[0] if found else ""
 
     def items(self, item_ids: Iterable[str]) -> dict[str, Item]:
         """Those of these items that the night knows, by id."""

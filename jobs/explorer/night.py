@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from conf.errors import TableError
@@ -96,7 +97,7 @@ class PublishedNight:
         versions = pinned_versions(root, first[0]["run_id"])
         path = artifacts_of(settings.lake, base_run(first[0]["run_id"])) / "explorer" / catalog.FILE
         if not path.is_file():
-            index_titles(root, versions, path, image_attribute=settings.explorer.image_attribute)
+            index_titles(root, versions, path, run_date=first[0]["run_date"], image_attribute=settings.explorer.image_attribute)
         return cls(settings=settings, root=root, version=table.version(), **first[0], versions=versions, catalog=Catalog.open(path))
 
     @property
@@ -184,16 +185,6 @@ class PublishedNight:
         """Lists of the trained baselines, if a backtest has been run on this lake."""
         return KeptLists.latest(self.settings.lake)
 
-    def text_of(self, item_id: str) -> str:
-        """The item's text as the night knew it; empty if it has none. Texts are long, so that this is asked for after the page."""
-        version, columns = self.versions.get(ITEM_ANNOTATIONS.name), ["event_timestamp", "created_timestamp", "text"]
-        if version is None:
-            return ""
-        end = datetime.combine(self.run_date + timedelta(days=1), time(), UTC)
-        rows = rows_where(self.root, ITEM_ANNOTATIONS, "item_id", [item_id], columns, version).to_pylist()
-        known = [row for row in rows if max(row["event_timestamp"], row["created_timestamp"]) < end]
-        return max(known, key=lambda row: row["event_timestamp"])["text"] or "" if known else ""
-
     def votes(self, item_id: str) -> dict[str, float]:
         """The latest grade given to each neighbor of a trigger; what was withdrawn is not there."""
         if not table_exists(self.root, RELEVANCE_FEEDBACK):
@@ -203,11 +194,22 @@ class PublishedNight:
         return {other: grade for other, grade in latest.items() if grade is not None}
 
 
-def index_titles(root: str, versions: Mapping[str, int], path: Path, *, image_attribute: str) -> None:
-    """Build the search index from the versions of item_features and item_popularity that a night reads."""
+def index_titles(root: str, versions: Mapping[str, int], path: Path, *, run_date: date, image_attribute: str) -> None:
+    """Build the search index from the versions of item_features, item_popularity and item_annotations that a night reads."""
     features = open_table(root, ITEM_FEATURES, versions[ITEM_FEATURES.name]).to_pyarrow_table(columns=list(catalog.FEATURES))
     popularity = open_table(root, ITEM_POPULARITY, versions[ITEM_POPULARITY.name]).to_pyarrow_table(columns=list(catalog.POPULARITY))
-    catalog.build_catalog(features, popularity, path, image_attribute=image_attribute)
+    texts = _texts(root, versions[ITEM_ANNOTATIONS.name], run_date)
+    catalog.build_catalog(features, popularity, texts, path, image_attribute=image_attribute)
+
+
+def _texts(root: str, version: int, run_date: date) -> pa.Table:
+    """item_id and its text as known at the end of the run date."""
+    end = pa.scalar(datetime.combine(run_date + timedelta(days=1), time(), UTC))
+    known = (ds.field("event_timestamp") < end) & (ds.field("created_timestamp") < end)
+    dataset = open_table(root, ITEM_ANNOTATIONS, version).to_pyarrow_dataset()
+    rows = dataset.to_table(columns=["item_id", "event_timestamp", "text"], filter=known).sort_by("event_timestamp")
+    latest = rows.group_by("item_id", use_threads=False).aggregate([("text", "last", pc.ScalarAggregateOptions(skip_nulls=False))])
+    return latest.rename_columns({"text_last": "text"})
 
 
 def pinned_versions(root: str, run_id: str) -> dict[str, int]:

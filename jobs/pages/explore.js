@@ -92,15 +92,6 @@ if (controls) {
     if (event.target.matches("select")) go(event.target.name, event.target.value);
   });
   mixes();
-  about();
-}
-
-async function about() {
-  const text = document.getElementById("about");
-  const answer = await fetch("/about?" + new URLSearchParams({ item: controls.querySelector("[name=item]").value }));
-  if (!answer.ok) return;
-  text.textContent = (await answer.json()).text;
-  text.hidden = !text.textContent || text.textContent === document.querySelector("h1").textContent;
 }
 
 function go(name, value) {

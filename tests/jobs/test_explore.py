@@ -296,7 +296,8 @@ def titles(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
         "num_user_days": days,
     }
     popularity = pa.table({name: pa.array([], pa.string()) for name in catalog.POPULARITY})
-    build_catalog(pa.table(columns), popularity, path, image_attribute="image_url")
+    texts = pa.table({name: pa.array([], pa.string()) for name in catalog.TEXTS})
+    build_catalog(pa.table(columns), popularity, texts, path, image_attribute="image_url")
     return Catalog.open(path)
 
 
