@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from conf.errors import TableError
 from conf.settings import Settings
-from conf.tables import EVALUATION, ITEM_NEIGHBORS
+from conf.tables import EVALUATION, ITEM_NEIGHBORS, MERGE_POLICY
 from jobs import pages
 from jobs.backtest_page import CAPTION, table
 from jobs.backtest_picture import frontier_svg
@@ -30,7 +30,7 @@ from jobs.ledger import StageRecord, code_fingerprint
 from jobs.night_lists import NightLists
 from jobs.night_picture import curves_svg
 from jobs.night_words import SLICE_COLUMNS, TALLY, first_line, listed, meaning_of
-from jobs.reader import rows_where, table_exists
+from jobs.reader import open_table, rows_where, table_exists
 from jobs.stage import Night
 from validation.suites import format_number
 
@@ -181,9 +181,8 @@ class NightReport:
             report = read_json(path)
         except TableError as error:
             return str(error)
-        default = next(policy for policy in self.night.settings.merge if policy.scope == "default")
-        mix = f"{default.value:g}" if default.kind == "blend" else ""
-        return replace(report, marks={**report.marks, mix: " and ".join(filter(None, [report.marks.get(mix), "the settings' mix"]))})
+        mix = _default_mix(self.night)
+        return replace(report, marks={**report.marks, mix: " and ".join(filter(None, [report.marks.get(mix), "the mix of merge_policy"]))})
 
 
 def _check(stage: str, result: Mapping[str, Any]) -> Check:
@@ -222,6 +221,15 @@ def judged_report(night: Night, rows: Sequence[Mapping[str, Any]]) -> Report | N
         minutes=math.nan,
         depth=max(int(row["metric"].partition("@")[2]) for row in rows),
     )
+
+
+def _default_mix(night: Night) -> str:
+    """Lambda of the default policy, as a backtest names its mixes; empty if it is no blend."""
+    root = night.lake.root
+    table = open_table(root, MERGE_POLICY).to_pyarrow_table().to_pylist() if table_exists(root, MERGE_POLICY) else []
+    policies = table or [policy.model_dump() for policy in night.settings.merge]
+    default = next((policy for policy in policies if policy["scope"] == "default"), None)
+    return f"{default['value']:g}" if default and default["kind"] == "blend" else ""
 
 
 def _frontier(report: Report | None) -> dict[str, Any] | None:
