@@ -5,7 +5,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
@@ -87,13 +87,13 @@ def judged(relevance: float, judges: Mapping[str, str]) -> Iterator[tuple[str, s
             yield from ((prefix + metric, part, share) for part in [*first, *([f"judge:{name}"] if len(judges) > 1 else [])])
 
 
-def family(name: str, prefix: str, place: int) -> list[tuple[str, Row, Row]]:
+def family(name: str, prefix: str, place: int, mixes: Sequence[str] = MIXES) -> list[tuple[str, Row, Row]]:
     """Less recall and more relevance from mix to mix, each family a little worse than the one before."""
     reach = 1 - 0.08 * place
     values = [(0.1398 - 0.07 * step**2.5, 0.088 + 0.5 * reach * step) for step in (0, 0.2, 0.4, 0.6, 0.8, 1)]
     return [
         (mix, row("recall@100", recall, method=name, head=mix), row(f"{prefix}relevance@100", relevance, method=name, head=mix))
-        for mix, (recall, relevance) in zip(MIXES, values, strict=True)
+        for mix, (recall, relevance) in zip(mixes, values, strict=True)
     ]
 
 

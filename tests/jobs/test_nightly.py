@@ -27,6 +27,7 @@ from conf.tables import (
     Table,
 )
 from features import store
+from jobs.backtest_report import REPORTS, write_json
 from jobs.evaluate import evaluate
 from jobs.explorer import catalog
 from jobs.explorer.app import Explorer
@@ -47,6 +48,8 @@ from jobs.stage import Night, make_night, run_stage
 from jobs.write_docs import duckdb_sql, example
 from tests.browser import needs_chromium, open_browser, served, sticking_out, watched
 from tests.conftest import ROOT
+from tests.jobs.test_backtest_report import family
+from tests.jobs.test_backtest_report import report as judged_lists
 from tests.lakes import write_table
 from tests.worlds import BundleWorld, write_config
 
@@ -337,7 +340,7 @@ def test_offline_lists_are_served_from_their_publication_on(done: Done) -> None:
     assert (after["run_id"], after["as_of"]) == (done.night.run_id, "2024-03-31")
 
 
-def test_lists_are_judged_by_what_followed(done: Done) -> None:
+def test_lists_are_judged_by_what_followed(done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     later = _night(done.night.spark, done.config, NIGHT + timedelta(days=7))
     run_stage(later, "ingest", ingest)
     record = run_stage(later, "evaluate", evaluate)
@@ -350,7 +353,16 @@ def test_lists_are_judged_by_what_followed(done: Done) -> None:
     assert record.metrics["num_triggers"] == engagement["num_triggers"] > 10
     alike = {head: rows["mtmh", head, "same_source_relevance@5"]["value"] for head in ("engagement", "relevance")}
     assert alike["relevance"] > 0.9 > 0.5 > alike["engagement"]  # text tells the category, and nothing of the bundle
+    monkeypatch.chdir(tmp_path)  # where a backtest has left its report
+    backtest = judged_lists(
+        config="own",
+        families={"mtmh_blend": family("mtmh_blend", "", 0, ("0", "0.005", "0.02", "0.1", "0.3", "1"))},
+        title="Backtest of own",
+    )
+    write_json(backtest, REPORTS / "own.json")
     _is_drawn_on_two_axes(later)
+    (REPORTS / "own.json").write_text("{}")
+    assert "no report of a backtest as this code writes it" in write_report(later, list(STAGES)).read_text()
     # judging has brought in later events: the night itself is still done, at the version it had pinned
     assert all(r.ended_at <= record.ended_at for r in run_night(_night(done.night.spark, done.config, NIGHT)))
     assert len(later.ledger.records(run_id=done.night.run_id, stage="ingest")) <= 2
@@ -363,6 +375,8 @@ def _is_drawn_on_two_axes(later: Night) -> None:
     page = write_report(later, list(STAGES)).read_text()
     assert "<h3>The lists of 2024-03-31</h3>\n<p>Judged by the co-engagements from then to 2024-04-07" in page
     assert ">recall@5  →  more of the future partners found<" in page
+    assert "Cut 2017-11-16, judged until 2017-11-30" in page
+    assert ">the mix of merge_policy<" in page
     assert re.search(r'<td class="best" title="share of a trigger&#x27;s future partners that are among the first 5[^>]*>1.0000', page)
 
 
