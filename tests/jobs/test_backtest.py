@@ -138,7 +138,7 @@ def test_lists_of_trained_baselines_are_kept_for_the_explorer(done: Done) -> Non
     assert kept.cut == done.final.cut
     assert {"smooth", "smooth_svd", "ease"} <= set(kept.methods) <= set(TRAINED)
     item_id = WORLD.item_id(3, 2)
-    assert set(kept.ids_of(item_id, "smooth_svd")[:4]) == WORLD.bundle_of(item_id)
+    assert WORLD.bundle_of(item_id) <= set(kept.ids_of(item_id, "smooth_svd")[:10])
     assert kept.ids_of("unknown", "smooth_svd") == kept.ids_of(item_id, "unknown") == []
 
 
