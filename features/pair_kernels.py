@@ -37,35 +37,24 @@ _CHUNK_ROWS = 500_000
 _BLOCK_PAIRS = 4_000_000
 _PASS_PAIRS = 16_000_000  # pairs held at once: some 0.5 GB with the arrays derived from them
 OUTPUT_ROWS = 50_000
-_PACKED_ROWS = 1_000_000  # rows held before they are packed: some 80 MB in a task
+PACKED_ROWS = 1_000_000
+"""Rows that a task holds before it packs or writes them: some 80 MB."""
 
-WINDOW_SCHEMA = "task int, day int, split int, num_splits int, user_hash bigint, items array<string>, starts array<int>, stops array<int>"
-_WINDOW_ARROW = pa.schema(
-    [
-        ("task", pa.int32()),
-        ("day", pa.int32()),
-        ("split", pa.int32()),
-        ("num_splits", pa.int32()),
-        ("user_hash", pa.int64()),
-        ("items", pa.list_(pa.string())),
-        ("starts", pa.list_(pa.int32())),
-        ("stops", pa.list_(pa.int32())),
-    ]
-)
-_DAILY_ARROW = pa.schema(
-    [
-        ("event_date", pa.date32()),
-        ("trigger_item_id", pa.string()),
-        ("target_item_id", pa.string()),
-        ("num_users", pa.int64()),
-        ("user_hashes", pa.list_(pa.int64())),
-    ]
-)
+WINDOW_SCHEMA = "task int, day int, split int, num_splits int, block binary"
 PACKED_SCHEMA = "bucket int, block binary"
 TOTAL_SCHEMA = "trigger_item_id string, target_item_id string, weight double, num_user_days bigint, fit_weight double"
 STRONG_SCHEMA = f"{TOTAL_SCHEMA}, conditional double"
 PARTNER_SCHEMA = "item_id string, num_triggers bigint, num_user_days bigint"
 _CODED = pa.dictionary(pa.int32(), pa.string())
+DAY_ARROW = pa.schema(
+    [
+        ("event_date", pa.date32()),
+        ("trigger_item_id", _CODED),
+        ("target_item_id", _CODED),
+        ("num_users", pa.int64()),
+        ("user_hashes", pa.list_(pa.int64())),
+    ]
+)
 _PART_ARROW = pa.schema(
     [
         ("trigger_item_id", _CODED),
@@ -189,7 +178,9 @@ def encode(values: pa.Array | pa.ChunkedArray) -> tuple[Ints, pa.Array]:
     Raises:
         SettingsError: there are more values than codes.
     """
-    array = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    if isinstance(values, pa.ChunkedArray):
+        values = (values.unify_dictionaries() if pa.types.is_dictionary(values.type) else values).combine_chunks()
+    array = values
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
     check_num_items(len(encoded.dictionary))
     order = pc.sort_indices(encoded.dictionary).to_numpy()
@@ -242,8 +233,8 @@ def make_windows(batches: Iterable[pa.RecordBatch], *, rule: WindowRule) -> Iter
         rule: which engagements form windows.
 
     Returns:
-        Batches of WINDOW_SCHEMA. The targets of a window are the last `len(starts)` entries of its items; the triggers of target t
-        are items[starts[t]:stops[t]].
+        Batches of WINDOW_SCHEMA: a block holds the windows of one (day, split) and chunk of users, since Spark would take tens of times
+        longer to move lists of strings row by row. A block is one row of lists, which `_flatten` reads.
     """
     for chunk in _whole_runs(batches, ["user_id"], min_rows=_CHUNK_ROWS):
         timeline = _cap(_timeline(chunk, rule), rule)
@@ -384,18 +375,52 @@ def _window_batches(timeline: _Timeline, starts: Ints, stops: Ints, rule: Window
     runs, num_targets, begin, end = runs[wanted], num_targets[wanted], begin[wanted], end[wanted]
     offset = np.repeat(begin, num_targets)
     hashes = np.array([keyed_hash(user, key=rule.hash_key) for user in timeline.users], dtype=np.int64)
-    first = targets[runs]
-    dealt = _dealt(days[first], rule.deal)
-    columns = [
-        pa.array(hashes[timeline.user[first]]),
-        _lists(timeline.names.take(pa.array(timeline.item[ranges(begin, end - begin)])), end - begin),
-        _lists(pa.array(starts[kept] - offset, pa.int32()), num_targets),
-        _lists(pa.array(stops[kept] - offset, pa.int32()), num_targets),
-    ]
-    rows = pa.array(dealt["row"])
-    places = [pa.array(dealt[name], pa.int32()) for name in ("task", "day", "split", "num_splits")]
-    table = pa.table([*places, *(column.take(rows) for column in columns)], schema=_WINDOW_ARROW)
-    yield from table.to_batches(max_chunksize=OUTPUT_ROWS)
+    windows = _Windows(
+        names=timeline.names,
+        item=timeline.item,
+        hashes=hashes[timeline.user[targets[runs]]],
+        begin=begin,
+        num_items=end - begin,
+        first_target=np.cumsum(num_targets) - num_targets,
+        num_targets=num_targets,
+        starts=starts[kept] - offset,
+        stops=stops[kept] - offset,
+    )
+    dealt = _dealt(days[targets[runs]], rule.deal)
+    order = np.lexsort((dealt["split"], dealt["day"]))
+    cells = equal_runs(dealt["day"][order], dealt["split"][order])
+    places = order[[start for start, _ in cells]]
+    columns = [pa.array(dealt[name][places], pa.int32()) for name in ("task", "day", "split", "num_splits")]
+    blocks = pa.array([windows.block(dealt["row"][order[start : start + num]]) for start, num in cells], pa.binary())
+    yield pa.RecordBatch.from_arrays([*columns, blocks], names=["task", "day", "split", "num_splits", "block"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Windows:
+    """Windows of a chunk of users. Window w holds item[begin[w] : begin[w] + num_items[w]], codes of `names`; of these the last
+    num_targets[w] are targets, target t with the triggers from starts[t] up to stops[t], counted from begin[w].
+    """
+
+    names: pa.Array
+    item: Ints
+    hashes: Ints
+    begin: Ints
+    num_items: Ints
+    first_target: Ints
+    num_targets: Ints
+    starts: Ints
+    stops: Ints
+
+    def block(self, rows: Ints) -> bytes:
+        """Some of the windows, packed."""
+        targets = ranges(self.first_target[rows], self.num_targets[rows])
+        used, items = np.unique(self.item[ranges(self.begin[rows], self.num_items[rows])], return_inverse=True)
+        counts = {"num_items": self.num_items[rows], "num_targets": self.num_targets[rows]}
+        ints = {"items": items, **counts, "starts": self.starts[targets], "stops": self.stops[targets]}
+        columns = {name: pa.array(values, pa.int32()) for name, values in ints.items()}
+        columns |= {"user_hashes": pa.array(self.hashes[rows]), "names": self.names.take(pa.array(used))}
+        lists = [_lists(values, np.array([len(values)])) for values in columns.values()]
+        return _pack(pa.table(lists, names=list(columns)))
 
 
 def _dealt(days: Ints, deal: Deal) -> dict[str, Ints]:
@@ -491,14 +516,14 @@ def count_windows(
         pass_pairs: pairs expanded at once; a bigger day is counted in several passes over its windows.
 
     Returns:
-        Rows of co_engagement_daily, sorted within a pass.
+        Rows of co_engagement_daily with coded ids (DAY_ARROW), sorted within a pass.
     """
     for table in _whole_runs(batches, ["day", "split"], min_rows=1):
         days, splits = _ints(table, "day"), _ints(table, "split")
         for start, length in equal_runs(days, splits):
-            part = table.slice(start, length)
-            windows = _flatten(part)
-            for cell in _cells(windows, split=int(splits[start]), num_splits=part["num_splits"][0].as_py(), pass_pairs=pass_pairs):
+            windows = _flatten(int(days[start]), table["block"].slice(start, length))
+            num_splits = table["num_splits"][start].as_py()
+            for cell in _cells(windows, split=int(splits[start]), num_splits=num_splits, pass_pairs=pass_pairs):
                 mirror = symmetric and cell is None
                 pair, user = _expand(windows, cell, symmetric=symmetric)
                 yield from _daily_batches(windows, pair, user, mirror=mirror, min_users=min_users)
@@ -529,22 +554,35 @@ def equal_runs(*columns: Ints) -> list[tuple[int, int]]:
     return list(zip(starts.tolist(), _run_lengths(starts, len(columns[0])).tolist(), strict=True))
 
 
-def _flatten(table: pa.Table) -> _DayWindows:
-    slots, starts, stops = (table.column(name).combine_chunks() for name in ("items", "starts", "stops"))
-    codes, names = encode(slots.flatten())
-    hashes, user = np.unique(_ints(table, "user_hash"), return_inverse=True)
-    num_slots, num_targets = (pc.list_value_length(lists).to_numpy().astype(np.int64) for lists in (slots, starts))
-    end = np.cumsum(num_slots)
-    first = starts.flatten().to_numpy().astype(np.int64)
+def decoded(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Rows of DAY_ARROW with plain ids, as Spark reads them."""
+    for batch in batches:
+        columns = [column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns]
+        yield pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _flatten(day: int, packed: pa.ChunkedArray) -> _DayWindows:
+    blocks = [unpack(block) for block in packed]
+
+    def joined(name: str) -> Ints:
+        return np.concatenate([block[name].combine_chunks().flatten().to_numpy() for block in blocks]).astype(np.int64)
+
+    names = [block["names"].combine_chunks().flatten() for block in blocks]
+    coded, known = encode(pa.concat_arrays(names))
+    base, sizes = np.cumsum([0] + [len(part) for part in names[:-1]]), [len(block["items"][0]) for block in blocks]
+    codes = coded[joined("items") + np.repeat(base, sizes)]
+    hashes, user = np.unique(joined("user_hashes"), return_inverse=True)
+    num_slots, num_targets = joined("num_items"), joined("num_targets")
+    end, first = np.cumsum(num_slots), joined("starts")
     return _DayWindows(
-        day=table.column("day")[0].as_py(),
-        names=names,
+        day=day,
+        names=known,
         hashes=hashes,
         items=codes,
         target=codes[ranges(end - num_targets, num_targets)],
         user=np.repeat(user.astype(np.int64), num_targets),
         first=np.repeat(end - num_slots, num_targets) + first,
-        length=stops.flatten().to_numpy().astype(np.int64) - first,
+        length=joined("stops") - first,
     )
 
 
@@ -631,12 +669,12 @@ def _daily_batches(windows: _DayWindows, pair: Ints, user: Ints, *, mirror: bool
         kept = np.minimum(counts[rows], min_users)
         columns = [
             pa.array(np.full(len(kept), windows.day, dtype=np.int32)).cast(pa.date32()),
-            windows.names.take(pa.array(pairs[rows] >> bits)),
-            windows.names.take(pa.array(pairs[rows] & low)),
+            pa.DictionaryArray.from_arrays(pa.array(pairs[rows] >> bits, pa.int32()), windows.names),
+            pa.DictionaryArray.from_arrays(pa.array(pairs[rows] & low, pa.int32()), windows.names),
             pa.array(counts[rows]),
             _lists(pa.array(windows.hashes[user[ranges(starts[rows], kept)]]), kept),
         ]
-        yield pa.RecordBatch.from_arrays(columns, schema=_DAILY_ARROW)
+        yield pa.RecordBatch.from_arrays(columns, schema=DAY_ARROW)
 
 
 # --- Adding up days ------------------------------------------------------------------------------------------------------------
@@ -647,14 +685,14 @@ def pack_by_trigger(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> I
 
     An exchange then moves a thousand blocks and not tens of millions of rows, each of which Spark would serialize, compress and sort.
     """
-    for chunk in _chunks(batches, min_rows=_PACKED_ROWS):
+    for chunk in _chunks(batches, min_rows=PACKED_ROWS):
         trigger, triggers = encode(chunk["trigger_item_id"])
         yield from _packed_by(chunk, (item_hashes(triggers) % num_buckets)[trigger], num_buckets)
 
 
 def pack_by_pair(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iterator[pa.RecordBatch]:
     """As `pack_by_trigger`, but by the hash of both items: the rows of a hot trigger go to all buckets. Ids become dictionaries."""
-    for chunk in _chunks(batches, min_rows=_PACKED_ROWS):
+    for chunk in _chunks(batches, min_rows=PACKED_ROWS):
         trigger, triggers = encode(chunk["trigger_item_id"])
         target, targets = encode(chunk["target_item_id"])
         mixed = item_hashes(triggers)[trigger] * 0x9E3779B1 + item_hashes(targets)[target]  # else (i, j) and (j, i) always met
@@ -748,8 +786,8 @@ def strongest_pairs(batches: Iterable[pa.RecordBatch], *, max_pairs: int) -> Ite
     if not blocks:
         return
     bucket, strong = blocks[0][0], _strongest(pa.concat_tables(table for _, table in blocks), max_pairs)
-    for start in range(0, strong.num_rows, _PACKED_ROWS):
-        yield _packed(bucket, strong.slice(start, _PACKED_ROWS))
+    for start in range(0, strong.num_rows, PACKED_ROWS):
+        yield _packed(bucket, strong.slice(start, PACKED_ROWS))
 
 
 def count_partners(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -11,17 +11,19 @@ Association scores of a pair are functions of the table's own rows and of item_p
 (`features.swing`).
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from functools import partial
 from math import ceil
 
-from pyspark.sql import Column, DataFrame
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ITEM_POPULARITY
+from features.day_files import FILE_SCHEMA, SLICE_SCHEMA, pack_slices, slices, write_days
 from features.pair_kernels import (
     CUT_SCHEMA,
     PACKED_SCHEMA,
@@ -34,6 +36,7 @@ from features.pair_kernels import (
     count_windows,
     day_number,
     deal_days,
+    decoded,
     make_windows,
     measure_cuts,
     pack_by_pair,
@@ -105,6 +108,7 @@ def count_daily_pairs(
     hash_key: bytes,
     days: Mapping[date, int],
     num_tasks: int | None = None,
+    folder: str | None = None,
 ) -> Transform:
     """Engagements to co_engagement_daily for some target days.
 
@@ -120,6 +124,8 @@ def count_daily_pairs(
         hash_key: secret key of the user hashes; one key for the life of the table, as hashes of different days are compared.
         days: target days and the engagements of each, by which they are dealt out to tasks.
         num_tasks: tasks, and so output files; None: as many as the engagements ask for, at most twice `spark.sql.shuffle.partitions`.
+        folder: of the table, as path or URI. Tasks write their rows to a file each there, and the result has a row of
+            `features.day_files.FILE_SCHEMA` a file, to be committed. None: the result is the rows.
 
     Raises:
         SettingsError: the key is empty or there are no days.
@@ -135,9 +141,28 @@ def count_daily_pairs(
         rule = _window_rule(window, max_items_per_user_day, hash_key, days, tasks)
         windows = engagements.transform(_by_user(window, days)).mapInArrow(partial(make_windows, rule=rule), WINDOW_SCHEMA)
         dealt = windows.repartitionById(tasks, F.col("task")).sortWithinPartitions("day", "split")
-        return dealt.mapInArrow(partial(count_windows, symmetric=window.symmetric, min_users=min_users), _DAILY_SCHEMA)
+        count = partial(count_windows, symmetric=window.symmetric, min_users=min_users)
+        if folder is None:
+            return dealt.mapInArrow(partial(_decoded_counts, count=count), _DAILY_SCHEMA)
+        return dealt.mapInArrow(partial(_written_counts, count=count, folder=folder), FILE_SCHEMA)
 
     return transform
+
+
+Counter = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+
+
+def _decoded_counts(batches: Iterable[pa.RecordBatch], *, count: Counter) -> Iterator[pa.RecordBatch]:
+    return decoded(count(batches))
+
+
+def _written_counts(batches: Iterable[pa.RecordBatch], *, count: Counter, folder: str) -> Iterator[pa.RecordBatch]:
+    return write_days(count(batches), folder=folder)
+
+
+def day_slices(spark: SparkSession, uris: Sequence[str]) -> DataFrame:
+    """The files of co_engagement_daily as work for tasks that read them themselves: what `sum_totals` adds up fastest."""
+    return spark.createDataFrame(slices(uris), SLICE_SCHEMA)
 
 
 def measure_days(*, window: WindowSettings, max_items_per_user_day: int, days: Mapping[date, int]) -> Transform:
@@ -178,7 +203,7 @@ def sum_totals(
     earlier: DataFrame | None = None,
     num_tasks: int | None = None,
 ) -> Transform:
-    """Rows of co_engagement_daily to co_engagement_totals.
+    """Rows of co_engagement_daily, or their files as `day_slices`, to co_engagement_totals.
 
     Args:
         landmark: day d0 of the weights.
@@ -197,9 +222,13 @@ def sum_totals(
     def transform(daily: DataFrame) -> DataFrame:
         tasks = num_tasks or 4 * _shuffle_partitions(daily)
         pack = partial(pack_by_pair, num_buckets=tasks)
-        day, more = F.unix_date("event_date").alias("day"), [name for name in daily.columns if name == "counts"]
-        rows = daily.select("trigger_item_id", "target_item_id", day, "num_users", "user_hashes", *more)
-        blocks = rows.mapInArrow(pack, PACKED_SCHEMA)
+        if "uri" in daily.columns:
+            dealt = daily.repartitionById(tasks, F.col("number") % tasks)
+            blocks = dealt.mapInArrow(partial(pack_slices, num_buckets=tasks), PACKED_SCHEMA)
+        else:
+            day, more = F.unix_date("event_date").alias("day"), [name for name in daily.columns if name == "counts"]
+            rows = daily.select("trigger_item_id", "target_item_id", day, "num_users", "user_hashes", *more)
+            blocks = rows.mapInArrow(pack, PACKED_SCHEMA)
         if earlier is not None:
             blocks = blocks.union(earlier.select(*CO_ENGAGEMENT_TOTALS.column_names).mapInArrow(pack, PACKED_SCHEMA))
         totals = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(partial(total_pairs, rule=rule), TOTAL_SCHEMA)

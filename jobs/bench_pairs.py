@@ -7,6 +7,7 @@ Every method runs in a process of its own, once to warm up and then `--runs` tim
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from pyspark.sql import functions as F
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from conf.errors import MachineError
 from conf.settings import SparkSettings
-from features.pairs import count_daily_pairs, engagements_per_day, sum_totals
+from features.pairs import count_daily_pairs, day_slices, engagements_per_day, sum_totals
 from jobs.arguments import report_errors
 from jobs.bench_night import bench_night
 from jobs.bench_peers import answers_differ, duckdb_pairs, polars_pairs, scipy_pairs, self_join_pairs
@@ -102,7 +105,7 @@ def _measure(method: str, work: Work, runs: int) -> Json:
         count = self_join_pairs if method == "self_join" else _our_pairs
         found["seconds"] = [_timed(lambda: count(spark, work, out)) for _ in range(1 + runs)]
         if method == "mtmh":
-            found["phases"] = _phases(spark, work, found["seconds"][-1])
+            found["phases"] = _phases(spark, work, out, found["seconds"][-1])
         spark.stop()
         found["tasks"] = _task_times(Path(log))
     return found
@@ -114,26 +117,31 @@ def _timed(work: Callable[[], object]) -> float:
     return time.monotonic() - begin
 
 
-def _our_daily(spark: Any, work: Work) -> Any:
+def _count_days(spark: Any, work: Work, folder: Path) -> Any:
+    """Count every day into files of the folder, as build_pairs does; rows of `features.day_files.FILE_SCHEMA`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     events = spark.read.parquet(str(work.folder))
-    count = count_daily_pairs(
-        window=work.window, max_items_per_user_day=_NO_CAP, min_users=2, hash_key=b"bench", days=engagements_per_day(events)
-    )
-    return events.transform(count)
+    rule: Json = {"window": work.window, "max_items_per_user_day": _NO_CAP, "min_users": 2, "hash_key": b"bench"}
+    return events.transform(count_daily_pairs(days=engagements_per_day(events), folder=str(folder), **rule)).collect()
 
 
 def _our_pairs(spark: Any, work: Work, out: Path) -> None:
+    folder = out.with_name("days")
+    files = _count_days(spark, work, folder)
     add_up = sum_totals(landmark=START.date(), half_life_days=1000.0, holdout_from=START.date(), min_users=2)
-    totals = _our_daily(spark, work).transform(add_up)
+    totals = day_slices(spark, [f"{folder.absolute()}/{file['name']}" for file in files]).transform(add_up)
     totals.write.mode("overwrite").parquet(str(out))
 
 
-def _phases(spark: Any, work: Work, whole: float) -> Json:
-    """Seconds until the days are counted and given away, and of the rest: adding up and writing; what was emitted."""
-    daily = _timed(lambda: _our_daily(spark, work).write.format("noop").mode("overwrite").save())
+def _phases(spark: Any, work: Work, out: Path, whole: float) -> Json:
+    """Seconds of reading the events, of counting days into files, and of the rest: adding up and writing; what was emitted."""
+    folder = out.with_name("days")
+    daily = _timed(lambda: _count_days(spark, work, folder))
     read = _timed(lambda: spark.read.parquet(str(work.folder)).write.format("noop").mode("overwrite").save())
-    emitted = _our_daily(spark, work).agg(F.sum("num_users").alias("pairs"), F.count(F.lit(1)).alias("rows")).first()
-    return {"read_s": read, "count_s": daily - read, "add_up_and_write_s": whole - daily, "emitted": emitted[0], "daily_rows": emitted[1]}
+    users = pa.table({"users": ds.dataset(folder).to_table(columns=["num_users"])["num_users"]})
+    emitted, rows = pc.sum(users["users"]).as_py(), users.num_rows
+    return {"read_s": read, "count_s": daily - read, "add_up_and_write_s": whole - daily, "emitted": emitted, "daily_rows": rows}
 
 
 def _task_times(log: Path) -> Json:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from pyspark.sql import DataFrame
@@ -173,18 +173,16 @@ def _count_days(run: StageRun, engagements: DataFrame, plan: Plan) -> None:
         run.keep(CO_ENGAGEMENT_DAILY)
         return
     settings = run.settings.pairs
+    rule: dict[str, Any] = {"max_items_per_user_day": settings.max_items_per_user_day, "min_users": settings.min_users_per_pair}
+    rule |= {"window": settings.window, "hash_key": user_hash_key(settings)[0], "days": plan.recounted}
+    if plan.before is None:
+        count = partial(pairs.count_daily_pairs, **rule)
+        run.replace_by_files(CO_ENGAGEMENT_DAILY, lambda folder: engagements.transform(count(folder=folder)).collect(), day="event_date")
+        return
     frame = run.night.spark.createDataFrame([], CO_ENGAGEMENT_DAILY.ddl)
     if plan.recounted:
-        count = pairs.count_daily_pairs(
-            window=settings.window,
-            max_items_per_user_day=settings.max_items_per_user_day,
-            min_users=settings.min_users_per_pair,
-            hash_key=user_hash_key(settings)[0],
-            days=plan.recounted,
-        )
-        frame = engagements.transform(count)
-    where = pairs.where_days(plan.stale) if plan.before else None
-    run.replace(CO_ENGAGEMENT_DAILY, frame, where=where, presorted=True)
+        frame = engagements.transform(pairs.count_daily_pairs(**rule))
+    run.replace(CO_ENGAGEMENT_DAILY, frame, where=pairs.where_days(plan.stale), presorted=True)
 
 
 def _sum_totals(run: StageRun, plan: Plan, decay: Mapping[str, Any]) -> dict[str, float]:
@@ -194,7 +192,8 @@ def _sum_totals(run: StageRun, plan: Plan, decay: Mapping[str, Any]) -> dict[str
     after = run.read_output(CO_ENGAGEMENT_DAILY)
     shares = {"recounted_days_share": len(plan.recounted) / len(plan.days), "built_from_nothing": float(plan.before is None)}
     if state is None:
-        run.replace(CO_ENGAGEMENT_TOTALS, after.transform(pairs.sum_totals(**rule)), presorted=True)
+        days = pairs.day_slices(run.night.spark, lake.files(CO_ENGAGEMENT_DAILY, run.outputs[CO_ENGAGEMENT_DAILY.name]))
+        run.replace(CO_ENGAGEMENT_TOTALS, days.transform(pairs.sum_totals(**rule)), presorted=True)
         return shares | {"touched_pairs_share": 1.0}
     totals = lake.read(CO_ENGAGEMENT_TOTALS, state.versions[CO_ENGAGEMENT_TOTALS.name])
     corrections = increments.corrections(

@@ -4,20 +4,23 @@ A write first selects and casts exactly the declared columns, so that a wrong fr
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from delta.tables import DeltaTable
-from pyspark.sql import Column, DataFrame, SparkSession
+from deltalake.transaction import AddAction, RemoveAction
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
 from conf.errors import MachineError, TableError
 from conf.settings import LakeSettings
 from conf.tables import Table
+from jobs.publication import commit_properties
 from jobs.reader import check_columns, lake_root, open_table, table_exists
 
 _ROW_GROUP = "parquet.block.size"
@@ -58,6 +61,10 @@ class Lake:
             reader = reader.option("versionAsOf", version)
         return reader.load(self.path(table))
 
+    def files(self, table: Table, version: int) -> list[str]:
+        """Paths or URIs of the files that make up a version, sorted."""
+        return sorted(open_table(self.root, table, version).file_uris())
+
     def create(self, table: Table) -> None:
         """Create an empty table with its comments and NOT NULL constraints, unless it is there.
 
@@ -90,6 +97,25 @@ class Lake:
             writer = writer.option("replaceWhere", where)
         with _row_groups(self.spark, table):
             writer.option("userMetadata", json.dumps(dict(metadata or {}))).save(self.path(table))
+        return self.version(table)
+
+    def replace_by_files(self, table: Table, files: Sequence[Row], *, day: str, metadata: Mapping[str, object] | None = None) -> int:
+        """Replace all rows by files that tasks have written into the table's folder, in one commit, and return the new version.
+
+        Args:
+            table: exists; its files hold the declared columns.
+            files: rows of `features.day_files.FILE_SCHEMA`.
+            day: the column that `first_day` and `last_day` are of, for readers that skip files.
+            metadata: of the commit.
+        """
+        target, moment = open_table(self.root, table), int(time.time() * 1000)
+        actions: list[AddAction | RemoveAction] = []
+        for file in files:
+            ends = {"minValues": {day: file["first_day"].isoformat()}, "maxValues": {day: file["last_day"].isoformat()}}
+            stats = json.dumps({"numRecords": file["num_rows"], **ends, "nullCount": dict.fromkeys(table.column_names, 0)})
+            actions.append(AddAction(file["name"], file["size"], {}, modification_time=moment, data_change=True, stats=stats))
+        properties = commit_properties(metadata or {}, fenced=False)
+        target.create_write_transaction(actions, "overwrite", target.schema(), [], commit_properties=properties)
         return self.version(table)
 
     def restore(self, table: Table, version: int) -> None:

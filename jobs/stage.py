@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 
 from conf.errors import TableError
 from conf.settings import Settings
@@ -125,6 +125,14 @@ class StageRun:
         self._before.setdefault(table.name, lake.version(table) if lake.exists(table) else None)
         metadata = {"run_id": self.night.run_id, "stage": self.stage}
         self.outputs[table.name] = lake.replace(table, frame, where=where, presorted=presorted, metadata=metadata)
+
+    def replace_by_files(self, table: Table, write: Callable[[str], Sequence[Row]], *, day: str) -> None:
+        """Replace all rows by files that `write` puts into the table's folder, which it is given; see `Lake.replace_by_files`."""
+        lake = self.night.lake
+        self._before.setdefault(table.name, lake.version(table) if lake.exists(table) else None)
+        lake.create(table)
+        metadata = {"run_id": self.night.run_id, "stage": self.stage}
+        self.outputs[table.name] = lake.replace_by_files(table, write(lake.path(table)), day=day, metadata=metadata)
 
     def keep(self, table: Table) -> None:
         """Leave a table as it is, and note that this stage has nothing to change in it."""

@@ -14,7 +14,7 @@ from pyspark.sql.types import StructType
 from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ENGAGEMENTS, ITEM_POPULARITY
-from features.pair_kernels import WINDOW_SCHEMA, _distinct, check_num_items, count_windows, deal_days, keyed_hash
+from features.pair_kernels import WINDOW_SCHEMA, _distinct, _Windows, check_num_items, count_windows, deal_days, keyed_hash
 from features.pairs import (
     collect_user_items,
     count_daily_pairs,
@@ -182,19 +182,24 @@ def test_big_days_and_wide_keys_take_other_paths_to_the_same_counts(spark: Spark
     import numpy as np
     import pyarrow as pa
 
-    windows = {
-        "day": [3, 3],
-        "user_hash": [7, -7],
-        "items": [["a", "b", "c"], ["b", "a", "d"]],
-        "starts": [[0, 0, 0]] * 2,
-        "stops": [[0, 1, 2]] * 2,
-    }
+    two = _Windows(
+        names=pa.array(["a", "b", "c", "d"]),
+        item=np.array([0, 1, 2, 1, 0, 3]),
+        hashes=np.array([7, -7]),
+        begin=np.array([0, 3]),
+        num_items=np.array([3, 3]),
+        first_target=np.array([0, 3]),
+        num_targets=np.array([3, 3]),
+        starts=np.zeros(6, np.int64),
+        stops=np.array([0, 1, 2] * 2),
+    )
+    blocks = [two.block(np.array([row])) for row in (0, 1)]  # of different chunks of users
 
     def rows(pass_pairs: int, *, symmetric: bool = True, num_splits: int = 1) -> list[tuple[object, ...]]:
         found = []
         for split in range(num_splits):
-            places = {"task": [0, 0], "split": [split] * 2, "num_splits": [num_splits] * 2}
-            batch = pa.RecordBatch.from_pydict(windows | places)
+            places = {"task": [0, 0], "day": [3, 3], "split": [split] * 2, "num_splits": [num_splits] * 2}
+            batch = pa.RecordBatch.from_pydict(places | {"block": blocks})
             assert set(batch.schema.names) == set(StructType.fromDDL(WINDOW_SCHEMA).names)
             batches = count_windows([batch], symmetric=symmetric, min_users=2, pass_pairs=pass_pairs)
             found += [tuple(row.values()) for out in batches for row in out.to_pylist()]
