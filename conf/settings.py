@@ -494,6 +494,18 @@ class GateSettings(Section):
     max_volume_drop: float = Field(0.5, ge=0, le=1, description="Drop of a table's rows against the last good night that stops the night.")
 
 
+class AlertSettings(Section):
+    """Who hears of a night that failed."""
+
+    command: list[str] = Field(
+        default_factory=list,
+        description="Program and arguments, started after a failure; MTMH_RUN_ID, MTMH_STAGE and MTMH_ERROR say which.",
+    )
+    webhook_env: str = Field(
+        "MTMH_WEBHOOK", description="Environment variable with the URL that a failure is posted to as JSON; unset: none."
+    )
+
+
 class SparkSettings(Section):
     """The session that `python -m` starts; under spark-submit your cluster's settings rule."""
 
@@ -520,6 +532,7 @@ class Settings(Section):
     evaluation: EvaluationSettings = Field(description="Judging.")
     backtest: BacktestSettings = Field(description="Judging on the past.")
     gates: GateSettings = Field(description="Thresholds.")
+    alerts: AlertSettings = Field(default_factory=AlertSettings, description="Failures.")
     spark: SparkSettings = Field(description="Session.")
 
     @model_validator(mode="after")

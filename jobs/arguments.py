@@ -19,6 +19,7 @@ class Arguments:
     plan: bool
     force: bool
     publish: bool
+    last_date: date
 
 
 def add_config(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
@@ -29,7 +30,7 @@ def add_config(parser: argparse.ArgumentParser, *, default: str | None = None) -
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated")
 
 
-def parse_date(text: str) -> date:
+def parse_date(text: str, *, flag: str = "--run-date") -> date:
     """An ISO day.
 
     Raises:
@@ -38,11 +39,11 @@ def parse_date(text: str) -> date:
     try:
         return date.fromisoformat(text)
     except ValueError as error:
-        raise SettingsError(f"--run-date {text!r} is not a day; wanted YYYY-MM-DD, e.g. 2017-11-30") from error
+        raise SettingsError(f"{flag} {text!r} is not a day; wanted YYYY-MM-DD, e.g. 2017-11-30") from error
 
 
-def parse(argv: Sequence[str] | None, *, description: str) -> Arguments:
-    """Parse the flags of a stage or a night.
+def parse(argv: Sequence[str] | None, *, description: str, ranged: bool = False) -> Arguments:
+    """Parse the flags of a stage or a night; `ranged`: of several nights, with a last date.
 
     Raises:
         SettingsError: a date or setting is wrong.
@@ -53,10 +54,17 @@ def parse(argv: Sequence[str] | None, *, description: str) -> Arguments:
     parser.add_argument("--plan", action="store_true", help="print stages, versions and sizes; do nothing")
     parser.add_argument("--force", action="store_true", help="run again what has succeeded with the same inputs")
     parser.add_argument("--publish", action="store_true", help="publish the lists even if a later night is the current one")
+    if ranged:
+        parser.add_argument("--to", help="last night of a range that is run day by day, e.g. to fill in history; default: only --run-date")
     values = parser.parse_args(argv)
+    first = parse_date(values.run_date)
+    last = parse_date(values.to, flag="--to") if ranged and values.to else first
+    if last < first:
+        raise SettingsError(f"--to {last} is before --run-date {first}; wanted the same day or a later one")
     return Arguments(
         settings=load_settings(values.config, values.set),
-        run_date=parse_date(values.run_date),
+        run_date=first,
+        last_date=last,
         plan=values.plan,
         force=values.force,
         publish=values.publish,
@@ -64,9 +72,9 @@ def parse(argv: Sequence[str] | None, *, description: str) -> Arguments:
 
 
 def report_errors(main: Callable[[], None]) -> None:
-    """Run a job's main: an error that a user can act on ends it with status 1 and its message, anything else with its traceback."""
+    """Run a job's main: an error that a user can act on ends it with its message and exit code, anything else with its traceback and 1."""
     try:
         main()
     except MtmhError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        raise SystemExit(error.exit_code) from error

@@ -1,10 +1,13 @@
 """The whole night for one run date: every stage in order, resumed after the last good one; nothing is published if a gate fails."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
 
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from jobs.alerts import alert
 from jobs.arguments import parse, report_errors
 from jobs.build_features import build_features
 from jobs.build_pairs import build_pairs
@@ -32,10 +35,18 @@ STAGES: Mapping[str, Stage] = {
 def run_night(night: Night, *, force: bool = False) -> list[StageRecord]:
     """Run every stage that has not succeeded yet in this night, and report on it however it ends."""
     night.display.say(f"[bold]night {night.run_date}[/bold], run {night.run_id}, lake {night.lake.root}")
+    records = list[StageRecord]()
     try:
-        return [run_stage(night, name, stage, force=force) for name, stage in STAGES.items()]
-    finally:
+        for name, stage in STAGES.items():
+            records.append(run_stage(night, name, stage, force=force))
+    except Exception as error:
         _report(night)
+        what = {"run_id": night.run_id, "run_date": night.run_date.isoformat(), "stage": list(STAGES)[len(records)]}
+        text = {"error": f"{type(error).__name__}: {error}"[:4000], "report": str(night.report_path)}
+        alert(night.settings.alerts, what | text, say=night.display.say)
+        raise
+    _report(night)
+    return records
 
 
 def _report(night: Night) -> None:
@@ -81,16 +92,17 @@ def summary(records: Sequence[StageRecord]) -> RichTable:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run or plan a night."""
+    """Run or plan a night, or each night of a range: finished ones are passed over, and the first that fails ends it."""
 
     def run() -> None:
-        arguments = parse(argv, description="one whole night")
-        night = open_night(arguments, stage="nightly")
-        if arguments.plan:
-            night.display.console.print(plan(night))
-            return
-        records = run_night(night, force=arguments.force)
-        night.display.console.print(summary(records))
+        arguments = parse(argv, description="one whole night", ranged=True)
+        for number in range((arguments.last_date - arguments.run_date).days + 1):
+            night = open_night(replace(arguments, run_date=arguments.run_date + timedelta(days=number)), stage="nightly")
+            if arguments.plan:
+                night.display.console.print(plan(night))
+                continue
+            records = run_night(night, force=arguments.force)
+            night.display.console.print(summary(records))
 
     report_errors(run)
 

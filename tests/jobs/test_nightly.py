@@ -35,6 +35,7 @@ from jobs.export import export
 from jobs.ingest import ingest
 from jobs.ledger import StageRecord
 from jobs.look_up import Lookup
+from jobs.maintain import maintain
 from jobs.night_report import NightReport, write_report
 from jobs.nightly import STAGES, plan, run_night, summary
 from jobs.online import lists_served_at, open_feature_store
@@ -44,7 +45,8 @@ from jobs.reader import neighbors_of, open_table
 from jobs.remerge import remerge
 from jobs.rollback import roll_back
 from jobs.show import side_by_side
-from jobs.stage import Night, make_night, run_stage
+from jobs.stage import Night, finished, make_night, run_stage
+from jobs.status import last_nights
 from jobs.write_docs import duckdb_sql, example
 from tests.browser import needs_chromium, open_browser, served, sticking_out, watched
 from tests.conftest import ROOT
@@ -395,6 +397,18 @@ def test_a_failed_gate_keeps_the_published_table(done: Done) -> None:
     assert re.search(r"num_items</span></td><td [^>]*>60</td><td [^>]*>at least 1,000</td><td [^>]*>failed", page)
     assert page.count("not reached") == len(STAGES) - 1
     assert done.night.lake.version(ITEM_NEIGHBORS) == before
+
+
+def test_house_keeping_changes_no_row_and_status_names_the_published_night(done: Done) -> None:
+    kept = (ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, RELEVANCE_FEEDBACK, RELEVANCE_EXAMPLES)
+    before = [_content(done.night, table) for table in kept]
+    maintain(done.night.settings)
+    for table, rows in zip(kept, before, strict=True):
+        pd.testing.assert_frame_equal(_content(done.night, table), rows)
+    assert all(finished(done.night, stage) for stage in STAGES)  # a night resumes as before
+    states = {night["run_id"]: (night["state"], night["published"]) for night in last_nights(done.night.settings, 10)}
+    assert states[done.night.run_id] == ("done", True)
+    assert ("failed in ingest", False) in states.values()
 
 
 def _readme_examples(done: Done) -> tuple[str, str]:
