@@ -37,6 +37,7 @@ _CHUNK_ROWS = 500_000
 _BLOCK_PAIRS = 4_000_000
 _PASS_PAIRS = 16_000_000  # pairs held at once: some 0.5 GB with the arrays derived from them
 OUTPUT_ROWS = 50_000
+_ENDS_SAY_ALL = 2  # at least two different users: the smallest hash of all is not the largest
 PACKED_ROWS = 1_000_000
 """Rows that a task holds before it packs or writes them: some 80 MB."""
 
@@ -60,8 +61,8 @@ _PART_ARROW = pa.schema(
         ("trigger_item_id", _CODED),
         ("target_item_id", _CODED),
         ("day", pa.int32()),
-        ("num_users", pa.int64()),
-        ("user_hashes", pa.list_(pa.int64())),
+        ("num_users", pa.int32()),
+        ("user_hash", pa.int64()),
     ]
 )
 _TOTAL_ARROW = pa.schema(
@@ -691,7 +692,10 @@ def pack_by_trigger(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> I
 
 
 def pack_by_pair(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iterator[pa.RecordBatch]:
-    """As `pack_by_trigger`, but by the hash of both items: the rows of a hot trigger go to all buckets. Ids become dictionaries."""
+    """As `pack_by_trigger`, but by the hash of both items: the rows of a hot trigger go to all buckets. Ids become dictionaries.
+
+    A list of user hashes becomes a row a hash, of which the first has the users: nearly all lists hold one, and numbers move faster.
+    """
     for chunk in _chunks(batches, min_rows=PACKED_ROWS):
         trigger, triggers = encode(chunk["trigger_item_id"])
         target, targets = encode(chunk["target_item_id"])
@@ -699,7 +703,29 @@ def pack_by_pair(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iter
         for name, code, names in (("trigger_item_id", trigger, triggers), ("target_item_id", target, targets)):
             coded = pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), names)
             chunk = chunk.set_column(chunk.column_names.index(name), name, coded)
-        yield from _packed_by(chunk, (mixed >> 7) % num_buckets, num_buckets)
+        bucket = (mixed >> 7) % num_buckets
+        if "user_hashes" in chunk.column_names:
+            chunk, rows = _one_hash_a_row(chunk)
+            bucket = bucket[rows]
+        yield from _packed_by(chunk, bucket, num_buckets)
+
+
+def _one_hash_a_row(chunk: pa.Table) -> tuple[pa.Table, Ints]:
+    """Rows of co_engagement_daily, each as often as it names a user; and the row that each was."""
+    lists, users = _Hashes.of(chunk["user_hashes"]), _ints(chunk, "num_users")
+    rows = np.repeat(np.arange(chunk.num_rows), lists.length)
+    users = np.where(_first_of_runs(rows), users[rows], 0)
+    chunk = chunk.drop_columns(["user_hashes", "num_users"])
+    if len(rows) > chunk.num_rows:
+        chunk = chunk.take(pa.array(rows))
+    chunk = chunk.append_column("num_users", pa.array(users, pa.int32())).append_column("user_hash", pa.array(lists.values))
+    return chunk, rows
+
+
+def _first_of_runs(values: Ints) -> Mask:
+    first = np.ones(len(values), dtype=np.bool_)
+    first[1:] = values[1:] != values[:-1]
+    return first
 
 
 def _packed_by(chunk: pa.Table, bucket: Ints, num_buckets: int) -> Iterator[pa.RecordBatch]:
@@ -743,7 +769,7 @@ def _packed(bucket: int, rows: pa.Table) -> pa.RecordBatch:
 
 def _pack(rows: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, rows.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+    with pa.ipc.new_stream(sink, rows.schema) as writer:  # the exchange compresses
         writer.write_table(rows)
     return bytes(sink.getvalue())
 
@@ -813,31 +839,36 @@ def _totals(days: pa.Table, earlier: pa.Table, rule: TotalRule) -> pa.Table:
     trigger, target = (encode(pa.chunked_array(days[name].chunks + earlier[name].cast(_CODED).chunks, _CODED)) for name in names)
     bits = _bits(len(target[1]))
     pair, num_days = (trigger[0] << bits) | target[0], days.num_rows
-    day, users = _ints(days, "day"), _ints(days, "num_users")
-    counts = days["counts"].to_numpy() if "counts" in days.column_names else np.ones(num_days, dtype=np.bool_)
-    fit = day < rule.holdout_from
-    decayed = users * np.exp2((day - rule.landmark) / rule.half_life_days)
+    day, all_users = _ints(days, "day"), np.concatenate([_ints(days, "num_users"), _ints(earlier, "num_user_days")])
     before = np.full(earlier.num_rows, (int(day.min()) if num_days else 0) - 1)
     order = _order(pair, np.concatenate([day, before]))  # sums in one order, whatever that of the rows
-    all_users = np.concatenate([users, _ints(earlier, "num_user_days")])
     order, starts = _frequent(pair, all_users, order, rule.min_users)
+    old, users = order >= num_days, all_users[order]
+    at = np.minimum(order, max(0, num_days - 1))  # of earlier totals: any row, masked below
+    day = day[at] if num_days else before[order]
+    counts = ~old & (days["counts"].to_numpy()[at] if num_days and "counts" in days.column_names else True)
+    fit = ~old & (day < rule.holdout_from)
+    decayed = users * np.exp2((day - rule.landmark) / rule.half_life_days)
 
-    def added(of_days: NDArray[Any], of_totals: str) -> NDArray[Any]:
-        return _sums(np.concatenate([of_days, earlier[of_totals].to_numpy()])[order], starts)
+    def added(of_days: NDArray[Any], counted: Mask, of_totals: str) -> NDArray[Any]:
+        values = np.where(counted, of_days, 0)
+        if earlier.num_rows:
+            values = np.where(old, earlier[of_totals].to_numpy()[np.maximum(order - num_days, 0)], values)
+        return _sums(values, starts)
 
-    old = order >= num_days
-    old_fit = np.concatenate([np.zeros(num_days), earlier["fit_weight"].to_numpy()])[order] > 0
-    people = _People(starts=starts, users=all_users[order], hashes=_Hashes.of(days["user_hashes"]), order=order)
-    enough = np.logical_or.reduceat(old, starts) | people.enough(_at(counts, order), rule.min_users)
-    fit_enough = np.logical_or.reduceat(old_fit, starts) | people.enough(_at(fit, order), rule.min_users)
+    people = _People(starts=starts, users=users, hashes=_ints(days, "user_hash")[at] if num_days else before[order])
+    fit_weight = added(decayed, fit, "fit_weight")
+    old_fit = old & (earlier["fit_weight"].to_numpy()[np.maximum(order - num_days, 0)] > 0) if earlier.num_rows else old
+    enough = np.logical_or.reduceat(old, starts) | people.enough(counts, rule.min_users)
+    fit_enough = np.logical_or.reduceat(old_fit, starts) | people.enough(fit, rule.min_users)
     kept = np.flatnonzero(enough)
-    first = pair[order][starts[kept]]
+    first = pair[order[starts[kept]]]
     columns = [
         trigger[1].take(pa.array(first >> bits)),
         target[1].take(pa.array(first & ((1 << bits) - 1))),
-        pa.array(added(np.where(counts, decayed, 0.0), "weight")[kept]),
-        pa.array(added(np.where(counts, users, 0), "num_user_days")[kept]),
-        pa.array(np.where(fit_enough, added(np.where(fit, decayed, 0.0), "fit_weight"), 0.0)[kept]),
+        pa.array(added(decayed, counts, "weight")[kept]),
+        pa.array(added(users, counts, "num_user_days")[kept]),
+        pa.array(np.where(fit_enough, fit_weight, 0.0)[kept]),
     ]
     return pa.table(columns, schema=_TOTAL_ARROW)
 
@@ -850,15 +881,14 @@ def _frequent(pair: Ints, users: Ints, order: Ints, min_users: int) -> tuple[Int
     return order[np.repeat(frequent, lengths)], np.cumsum(lengths[frequent]) - lengths[frequent]
 
 
-def _at(of_days: Mask, order: Ints) -> Mask:
-    """A flag of days at rows of all; that of earlier totals, which come behind the days, is false."""
-    return (order < len(of_days)) & of_days[np.minimum(order, len(of_days) - 1)] if len(of_days) else np.zeros(len(order), np.bool_)
-
-
 def _order(pair: Ints, day: Ints) -> Ints:
-    first, span = int(day.min()), int(day.max() - day.min()) + 1
-    if (int(pair.max()) + 1) * span < 2**63:
-        return np.argsort(pair * span + (day - first))
+    """Rows by pair, then day, then place. Sorting numbers that hold the row is twice as fast as sorting rows by numbers."""
+    first, row_bits = int(day.min()), _bits(len(pair))
+    day_bits = _bits(int(day.max()) - first + 1)
+    if int(pair.max()).bit_length() + day_bits + row_bits < 64:
+        keys = (((pair << day_bits) | (day - first)) << row_bits) | np.arange(len(pair))
+        keys.sort()
+        return keys & ((1 << row_bits) - 1)
     return np.lexsort((day, pair))
 
 
@@ -883,34 +913,37 @@ class _Hashes:
 
 @dataclass(frozen=True, kw_only=True)
 class _People:
-    """Who stands behind runs of rows: P pairs that start at `starts`; row r has `users` of which `hashes`, at order[r], are known."""
+    """Who stands behind runs of rows: P pairs that start at `starts`; a row has `users`, and `hashes` name one user each."""
 
     starts: Ints
     users: Ints
-    hashes: _Hashes
-    order: Ints
+    hashes: Ints
 
     def enough(self, counted: Mask, min_users: int) -> Mask:
         """Per pair, whether at least `min_users` distinct users engaged it on the counted rows.
 
-        A day with that many users decides at once. On every other day the hash list is complete, so that the union of the lists is
-        the set of users; it is only built for pairs whose user-days could reach the minimum.
+        A day with that many users decides at once. On every other day all users are named, so that the union of the days is the set
+        of users; beyond two users it is only built for pairs whose user-days could reach the minimum.
         """
         starts, users = self.starts, np.where(counted, self.users, 0)
         enough = np.maximum.reduceat(users, starts) >= min_users
+        if min_users <= _ENDS_SAY_ALL:
+            return enough | self._different(counted)
         open_ = ~enough & (_sums(users, starts) >= min_users)
         if not open_.any():
             return enough
         pair = np.repeat(np.arange(len(starts), dtype=np.int64), _run_lengths(starts, len(users)))
         rows = np.flatnonzero(open_[pair] & counted)
-        listed = self.order[rows]
-        length = self.hashes.length[listed]
-        owner = np.repeat(pair[rows], length)
-        values = self.hashes.values[ranges(self.hashes.start[listed], length)]
-        by_pair = np.lexsort((values, owner))
-        owner = owner[by_pair]
-        distinct = owner[_run_starts(owner, values[by_pair])]
+        rows = rows[np.lexsort((self.hashes[rows], pair[rows]))]
+        distinct = pair[rows][_run_starts(pair[rows], self.hashes[rows])]
         return enough | (np.bincount(distinct, minlength=len(starts)) >= min_users)
+
+    def _different(self, counted: Mask) -> Mask:
+        """Per pair, whether the counted rows name two users."""
+        bounds = np.iinfo(np.int64)
+        first, last = np.where(counted, self.hashes, bounds.max), np.where(counted, self.hashes, bounds.min)
+        different: Mask = np.minimum.reduceat(first, self.starts) < np.maximum.reduceat(last, self.starts)
+        return different
 
 
 def _strongest(totals: pa.Table, max_pairs: int) -> pa.Table:
