@@ -9,18 +9,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from delta import exceptions
 from delta.tables import DeltaTable
-from pyspark.sql import Column, DataFrame, SparkSession
+from deltalake import CommitProperties
+from pyspark.sql import Column, DataFrame, DataFrameWriter, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
 from conf.errors import MachineError, TableError
 from conf.settings import LakeSettings
 from conf.tables import Table
-from jobs.reader import check_columns, lake_root, open_table, table_exists
+from jobs.reader import changes_since, check_columns, lake_root, open_table, table_exists
 
 _ROW_GROUP = "parquet.block.size"
+_CONFLICTS = (exceptions.ConcurrentAppendException, exceptions.ConcurrentDeleteReadException, exceptions.ConcurrentDeleteDeleteException)
+_MOST_ATTEMPTS = 3  # of a write that meets compactions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,24 +84,45 @@ class Lake:
         presorted: bool = False,
         metadata: Mapping[str, object] | None = None,
     ) -> int:
-        """Replace the rows that satisfy `where` (None: all) in one commit, and return the new version.
+        """Replace the rows that satisfy `where` (None: all) in one commit, and return its version.
 
         Rows are sorted by the table's layout inside each file, unless the frame's partitions are `presorted`.
+
+        Raises:
+            TableError: somebody else changed the table meanwhile; a compaction meanwhile is no change.
         """
         self.create(table)
+        seen, token = self.version(table), uuid4().hex
         conformed = conform(frame, table)
         writer = (conformed if presorted else _laid_out(conformed, table)).write.format("delta").mode("overwrite")
+        writer = writer.option("userMetadata", json.dumps(dict(metadata or {}) | {"commit": token}))
         if where is not None:
             writer = writer.option("replaceWhere", where)
         with _row_groups(self.spark, table):
-            writer.option("userMetadata", json.dumps(dict(metadata or {}))).save(self.path(table))
-        return self.version(table)
+            self._save(writer, table, seen)
+        mine = [commit["version"] for commit in changes_since(self.root, table, seen) if token in commit.get("userMetadata", "")]
+        return int(mine[0]) if mine else seen  # without a row to replace or add there is no commit
+
+    def _save(self, writer: DataFrameWriter, table: Table, seen: int) -> None:
+        for attempt in range(_MOST_ATTEMPTS):
+            try:
+                writer.save(self.path(table))
+                return
+            except _CONFLICTS as error:
+                if changes_since(self.root, table, seen) or attempt == _MOST_ATTEMPTS - 1:
+                    raise TableError(
+                        f"somebody else changed {table.name} under {self.root} while this stage wrote it: is another night running on "
+                        "this lake? Nothing of this write was kept; run the same command again once the other one has ended"
+                    ) from error
 
     def restore(self, table: Table, version: int) -> None:
-        """Make an earlier version the latest one, by a commit of its own; without Spark, whose session may be what has failed."""
-        latest = open_table(self.root, table)
-        if latest.version() > version:  # a write without any row to replace or add may have made no commit
-            latest.restore(version)
+        """Make an earlier version the latest one, by a commit of its own; without Spark, whose session may be what has failed.
+
+        No commit is made where only compaction came after it, which a restore would undo.
+        """
+        if changes_since(self.root, table, version):
+            properties = CommitProperties(custom_metadata={"userMetadata": json.dumps({"stage": "restore"})})
+            open_table(self.root, table).restore(version, commit_properties=properties)
 
     def append(self, table: Table, frame: DataFrame) -> int:
         """Add rows in one commit, and return the new version."""
@@ -123,7 +149,7 @@ def open_lake(spark: SparkSession, settings: LakeSettings) -> Lake:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another job may have looked at the same time
     except OSError as error:
         raise MachineError(f"cannot write the lake at {folder}: {error.strerror}; set lake.root to a writable folder or URI") from error
     return Lake(spark=spark, root=str(folder))

@@ -16,6 +16,7 @@ from jobs.publish_neighbors import publish_neighbors
 from jobs.publish_online import publish_online
 from jobs.stage import Night, Stage, finished, open_night, run_stage
 from jobs.train_model import train_model
+from jobs.turns import turn
 from validation.suites import format_number
 
 STAGES: Mapping[str, Stage] = {
@@ -32,10 +33,11 @@ STAGES: Mapping[str, Stage] = {
 def run_night(night: Night, *, force: bool = False) -> list[StageRecord]:
     """Run every stage that has not succeeded yet in this night, and report on it however it ends."""
     night.display.say(f"[bold]night {night.run_date}[/bold], run {night.run_id}, lake {night.lake.root}")
-    try:
-        return [run_stage(night, name, stage, force=force) for name, stage in STAGES.items()]
-    finally:
-        _report(night)
+    with turn(night.settings.lake, night.run_id):
+        try:
+            return [run_stage(night, name, stage, force=force) for name, stage in STAGES.items()]
+        finally:
+            _report(night)
 
 
 def _report(night: Night) -> None:
