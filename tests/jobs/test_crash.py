@@ -72,7 +72,7 @@ def reference(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("crash")
     BundleWorld(num_bundles=6, num_users=40, num_categories=4).write(folder)
     training = {"num_steps": 5, "batch_size": 32, "num_processes": 2}
-    config = write_config(folder, training=training, online={"shard_items": 8}, evaluation={"horizon_days": 1, "num_bootstrap": 5})
+    config = write_config(folder, training=training, online={"shard_items": 8}, evaluation={"horizon_days": 1, "num_bootstrap": 10})
     settings = load_settings(str(config))
     night = [make_night(settings, day, spark=spark, display=Display(seconds_per_line=3600)) for day in (FIRST, SECOND)]
     run_night(night[0])
