@@ -59,3 +59,22 @@ class TableError(MtmhError):
     """A table of the lake is missing, has another schema, or is at another version than expected."""
 
     exit_code = 6
+
+
+_MACHINE_FAULTS = {
+    "No space left on device": "free some space there, or set lake.root to a larger place",
+    "Disk quota exceeded": "free some space there, or have the quota raised",
+    "Read-only file system": "make it writable again",
+}
+
+
+def machine_fault(error: BaseException, root: str) -> MachineError | None:
+    """The machine's fault behind an error of Spark, Delta or Python, however deep; None if none is known."""
+    texts, found = list[str](), error
+    while found is not None:
+        texts.append(str(found))
+        found = found.__cause__ or found.__context__  # type: ignore[assignment]
+    for phrase, advice in _MACHINE_FAULTS.items():
+        if any(phrase in text for text in texts):
+            return MachineError(f"{phrase.lower()}, while the lake at {root} was written: {advice}; then run the same command again")
+    return None

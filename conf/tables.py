@@ -352,6 +352,7 @@ RUNS = Table(
         _key("run_date", "date", "The run date."),
         _key("stage", "string", "Stage name."),
         _key("attempt", "int", "From 1, per run and stage."),
+        _key("sequence", "bigint", "Place in the order of writing, which says what is newest: a clock may go back."),
         _key("status", "string", "succeeded or failed."),
         _key("started_at", "timestamp", "UTC."),
         _key("ended_at", "timestamp", "UTC."),

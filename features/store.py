@@ -182,8 +182,7 @@ def online_rows(lists: pa.Table, heads: Sequence[str], *, run_id: str, as_of: st
         heads: all lists.
         run_id: night that wrote the lists.
         as_of: its run date as text.
-        written_at: aware time. It is the event time online: Redis ignores a write that is not newer than what it holds, and a list may
-            be published twice before the day after its run date.
+        written_at: aware time. It is the event time online.
 
     Returns:
         item_id in order of first appearance, `<head>_ids` and `<head>_scores` per head, run_id, as_of, event_timestamp, created_timestamp.
@@ -238,7 +237,8 @@ def lookup_online(store: "FeatureStore", item_ids: Sequence[str], *, heads: Sequ
 
 def _repository(online: OnlineSettings, *, connection: str) -> dict[str, Any]:
     """Content of feature_store.yaml."""
-    redis = {"type": "redis", "connection_string": connection}
+    # without skip_dedup Redis silently refuses a write that is older than what it holds: a rollback meanwhile, or a clock that went back
+    redis = {"type": "redis", "connection_string": connection, "skip_dedup": True}
     return {
         "project": "mtmh",
         "provider": "local",

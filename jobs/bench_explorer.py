@@ -118,11 +118,12 @@ def _batch(rng: np.random.Generator, triggers: pa.Array, ids: pa.Array, list_len
 
 def _write_runs(root: Path) -> None:
     versions = [(table.name, 0) for table in (ITEM_ANNOTATIONS, ITEM_FEATURES, ITEM_POPULARITY, ITEM_NEIGHBORS)]
-    row = {"run_id": _RUN, "run_date": _NIGHT, "stage": "publish_neighbors", "status": "succeeded", "input_versions": []}
+    row = {"run_id": _RUN, "run_date": _NIGHT, "stage": "publish_neighbors", "status": "succeeded", "sequence": 1}
+    row |= {"ended_at": datetime(2024, 4, 1, tzinfo=UTC), "input_versions": [], "output_versions": versions}
     maps, at = pa.map_(pa.string(), pa.int64()), pa.timestamp("us", "UTC")
-    types = {"run_id": pa.string(), "run_date": pa.date32(), "stage": pa.string(), "status": pa.string(), "ended_at": at}
-    schema = pa.schema(types | {"input_versions": maps, "output_versions": maps})
-    written = pa.Table.from_pylist([row | {"ended_at": datetime(2024, 4, 1, tzinfo=UTC), "output_versions": versions}], schema=schema)
+    types = {"run_id": pa.string(), "run_date": pa.date32(), "stage": pa.string(), "status": pa.string(), "sequence": pa.int64()}
+    schema = pa.schema(types | {"ended_at": at, "input_versions": maps, "output_versions": maps})
+    written = pa.Table.from_pylist([row], schema=schema)
     write_deltalake(str(root / RUNS.name), written)
 
 

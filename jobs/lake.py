@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from delta import exceptions
 from delta.tables import DeltaTable
+from deltalake import CommitProperties
 from deltalake.transaction import AddAction, RemoveAction
-from pyspark.sql import Column, DataFrame, Row, SparkSession
+from pyspark.sql import Column, DataFrame, DataFrameWriter, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
@@ -21,9 +24,11 @@ from conf.errors import MachineError, TableError
 from conf.settings import LakeSettings
 from conf.tables import Table
 from jobs.publication import commit_properties
-from jobs.reader import check_columns, lake_root, open_table, table_exists
+from jobs.reader import changes_since, check_columns, lake_root, open_table, table_exists
 
 _ROW_GROUP = "parquet.block.size"
+_CONFLICTS = (exceptions.ConcurrentAppendException, exceptions.ConcurrentDeleteReadException, exceptions.ConcurrentDeleteDeleteException)
+_MOST_ATTEMPTS = 3  # of a write that meets compactions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,21 +91,43 @@ class Lake:
         presorted: bool = False,
         metadata: Mapping[str, object] | None = None,
     ) -> int:
-        """Replace the rows that satisfy `where` (None: all) in one commit, and return the new version.
+        """Replace the rows that satisfy `where` (None: all) in one commit, and return its version.
 
         Rows are sorted by the table's layout inside each file, unless the frame's partitions are `presorted`.
+
+        Raises:
+            TableError: somebody else changed the table meanwhile; a compaction meanwhile is no change.
         """
         self.create(table)
+        seen, token = self.version(table), uuid4().hex
         conformed = conform(frame, table)
         writer = (conformed if presorted else _laid_out(conformed, table)).write.format("delta").mode("overwrite")
+        writer = writer.option("userMetadata", json.dumps(dict(metadata or {}) | {"commit": token}))
         if where is not None:
             writer = writer.option("replaceWhere", where)
         with _row_groups(self.spark, table):
-            writer.option("userMetadata", json.dumps(dict(metadata or {}))).save(self.path(table))
-        return self.version(table)
+            self._save(writer, table, seen)
+        return self._committed(table, seen, token)
+
+    def _committed(self, table: Table, seen: int, token: str) -> int:
+        """The version of the commit with this token; without a row to replace or add there is none, and the version is as it was."""
+        mine = [commit["version"] for commit in changes_since(self.root, table, seen) if token in commit.get("userMetadata", "")]
+        return int(mine[0]) if mine else seen
+
+    def _save(self, writer: DataFrameWriter, table: Table, seen: int) -> None:
+        for attempt in range(_MOST_ATTEMPTS):
+            try:
+                writer.save(self.path(table))
+                return
+            except _CONFLICTS as error:
+                if changes_since(self.root, table, seen) or attempt == _MOST_ATTEMPTS - 1:
+                    raise TableError(
+                        f"somebody else changed {table.name} under {self.root} while this stage wrote it: is another night running on "
+                        "this lake? Nothing of this write was kept; run the same command again once the other one has ended"
+                    ) from error
 
     def replace_by_files(self, table: Table, files: Sequence[Row], *, day: str, metadata: Mapping[str, object] | None = None) -> int:
-        """Replace all rows by files that tasks have written into the table's folder, in one commit, and return the new version.
+        """Replace all rows by files that tasks have written into the table's folder, in one commit, and return its version.
 
         Args:
             table: exists; its files hold the declared columns.
@@ -108,21 +135,24 @@ class Lake:
             day: the column that `first_day` and `last_day` are of, for readers that skip files.
             metadata: of the commit.
         """
-        target, moment = open_table(self.root, table), int(time.time() * 1000)
+        target, moment, token = open_table(self.root, table), int(time.time() * 1000), uuid4().hex
         actions: list[AddAction | RemoveAction] = []
         for file in files:
             ends = {"minValues": {day: file["first_day"].isoformat()}, "maxValues": {day: file["last_day"].isoformat()}}
             stats = json.dumps({"numRecords": file["num_rows"], **ends, "nullCount": dict.fromkeys(table.column_names, 0)})
             actions.append(AddAction(file["name"], file["size"], {}, modification_time=moment, data_change=True, stats=stats))
-        properties = commit_properties(metadata or {}, fenced=False)
+        seen, properties = target.version(), commit_properties(dict(metadata or {}) | {"commit": token}, fenced=False)
         target.create_write_transaction(actions, "overwrite", target.schema(), [], commit_properties=properties)
-        return self.version(table)
+        return self._committed(table, seen, token)
 
     def restore(self, table: Table, version: int) -> None:
-        """Make an earlier version the latest one, by a commit of its own; without Spark, whose session may be what has failed."""
-        latest = open_table(self.root, table)
-        if latest.version() > version:  # a write without any row to replace or add may have made no commit
-            latest.restore(version)
+        """Make an earlier version the latest one, by a commit of its own; without Spark, whose session may be what has failed.
+
+        No commit is made where only compaction came after it, which a restore would undo.
+        """
+        if changes_since(self.root, table, version):
+            properties = CommitProperties(custom_metadata={"userMetadata": json.dumps({"stage": "restore"})})
+            open_table(self.root, table).restore(version, commit_properties=properties)
 
     def append(self, table: Table, frame: DataFrame) -> int:
         """Add rows in one commit, and return the new version."""
@@ -149,7 +179,7 @@ def open_lake(spark: SparkSession, settings: LakeSettings) -> Lake:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another job may have looked at the same time
     except OSError as error:
         raise MachineError(f"cannot write the lake at {folder}: {error.strerror}; set lake.root to a writable folder or URI") from error
     return Lake(spark=spark, root=str(folder))

@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError
 from py4j.protocol import Py4JJavaError
@@ -56,14 +57,16 @@ class Ledger:
     def append(self, record: StageRecord) -> None:
         """Write one row; the table must have been created."""
         table = open_table(self.root, RUNS)
-        write_deltalake(table, pa.Table.from_pylist([asdict(record)], schema=pa.schema(table.schema().to_arrow())), mode="append")
+        written = pc.max(table.to_pyarrow_table(columns=["sequence"])["sequence"]).as_py()
+        row = asdict(record) | {"sequence": 1 + (written or 0)}
+        write_deltalake(table, pa.Table.from_pylist([row], schema=pa.schema(table.schema().to_arrow())), mode="append")
 
     def records(self, **equal: object) -> list[StageRecord]:
-        """Rows whose columns equal the arguments, oldest first."""
+        """Rows whose columns equal the arguments, in the order in which they were written, whatever the clock said."""
         if not table_exists(self.root, RUNS):
             return []
         check_columns(self.root, RUNS)
-        rows = open_table(self.root, RUNS).to_pyarrow_table().sort_by("ended_at").to_pylist()
+        rows = open_table(self.root, RUNS).to_pyarrow_table().sort_by([("sequence", "ascending"), ("ended_at", "ascending")]).to_pylist()
         return [_record(row) for row in rows if all(row[column] == value for column, value in equal.items())]
 
     def last_success(self, **equal: object) -> StageRecord | None:
@@ -117,7 +120,8 @@ def recorded(ledger: Ledger, stage: str, *, run_id: str, run_date: date, like: S
 
 def _record(row: dict[str, Any]) -> StageRecord:
     maps = {name: dict(row[name]) for name in ("input_versions", "output_versions", "metrics")}
-    return StageRecord(**row | maps | {"notes": row["notes"] or []})
+    content = {name: value for name, value in row.items() if name != "sequence"}
+    return StageRecord(**content | maps | {"notes": row["notes"] or []})
 
 
 def code_fingerprint(packages: Sequence[str] = _CODE) -> str:

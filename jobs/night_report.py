@@ -16,6 +16,7 @@ import yaml
 from markupsafe import Markup
 
 from conf.errors import TableError
+from conf.faults import reach
 from conf.settings import Settings
 from conf.tables import EVALUATION, ITEM_NEIGHBORS, MERGE_POLICY
 from jobs import pages
@@ -107,15 +108,14 @@ class NightReport:
     @property
     def published_before(self) -> StageRecord | None:
         """The publication that this night's lists are compared with."""
-        ended = max((record.ended_at for record in self.records if record.stage == "publish_neighbors"), default=None)
-        others = [
+        rows = self.night.ledger.records(stage="publish_neighbors")
+        mine = [place for place, record in enumerate(rows) if record.run_id == self.night.run_id]
+        earlier = [
             record
-            for record in self.night.ledger.records(stage="publish_neighbors", status="succeeded")
-            if record.run_id != self.night.run_id
-            and ITEM_NEIGHBORS.name in record.output_versions
-            and (ended is None or record.ended_at < ended)
+            for record in rows[: mine[-1] if mine else None]
+            if record.run_id != self.night.run_id and record.status == "succeeded" and ITEM_NEIGHBORS.name in record.output_versions
         ]
-        return others[-1] if others else None
+        return earlier[-1] if earlier else None
 
     @property
     def checks(self) -> list[Check]:
@@ -272,5 +272,6 @@ def write_report(night: Night, stages: Sequence[str]) -> Path:
     night.report_path.parent.mkdir(parents=True, exist_ok=True)
     partial = night.report_path.with_suffix(".partial")
     partial.write_text(pages.environment().get_template("night.html").render(**content), encoding="utf-8")
+    reach("report.written")
     partial.replace(night.report_path)
     return night.report_path

@@ -19,6 +19,7 @@ from jobs.publish_neighbors import publish_neighbors
 from jobs.publish_online import publish_online
 from jobs.stage import Night, Stage, finished, open_night, run_stage
 from jobs.train_model import train_model
+from jobs.turns import turn
 from validation.suites import format_number
 
 STAGES: Mapping[str, Stage] = {
@@ -36,17 +37,23 @@ def run_night(night: Night, *, force: bool = False) -> list[StageRecord]:
     """Run every stage that has not succeeded yet in this night, and report on it however it ends."""
     night.display.say(f"[bold]night {night.run_date}[/bold], run {night.run_id}, lake {night.lake.root}")
     records = list[StageRecord]()
+    with turn(night.settings.lake, night.run_id):
+        try:
+            _run_stages(night, records, force=force)
+        except Exception as error:
+            what = {"run_id": night.run_id, "run_date": night.run_date.isoformat(), "stage": list(STAGES)[len(records)]}
+            text = {"error": f"{type(error).__name__}: {error}"[:4000], "report": str(night.report_path)}
+            alert(night.settings.alerts, what | text, say=night.display.say)
+            raise
+    return records
+
+
+def _run_stages(night: Night, records: list[StageRecord], *, force: bool) -> None:
     try:
         for name, stage in STAGES.items():
             records.append(run_stage(night, name, stage, force=force))
-    except Exception as error:
+    finally:
         _report(night)
-        what = {"run_id": night.run_id, "run_date": night.run_date.isoformat(), "stage": list(STAGES)[len(records)]}
-        text = {"error": f"{type(error).__name__}: {error}"[:4000], "report": str(night.report_path)}
-        alert(night.settings.alerts, what | text, say=night.display.say)
-        raise
-    _report(night)
-    return records
 
 
 def _report(night: Night) -> None:

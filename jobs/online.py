@@ -1,10 +1,13 @@
 """Where a night's Feast store lies, and the secret that opens its online store."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from redis.exceptions import RedisError
 
 from conf.errors import MachineError
 from conf.settings import LakeSettings, OnlineSettings, Settings
@@ -29,6 +32,22 @@ def redis_connection(online: OnlineSettings) -> str | None:
             "set it to host:port[,password=...], or set online.store to sqlite"
         )
     return connection
+
+
+@contextmanager
+def reaching_redis(online: OnlineSettings) -> Iterator[None]:
+    """Say what to do where Redis does not answer.
+
+    Raises:
+        MachineError: it does not; what is online stays, and the lists in Delta are published all the same.
+    """
+    try:
+        yield
+    except RedisError as error:
+        raise MachineError(
+            f"the Redis server that {online.redis_connection_env} names does not take the lists: {error}; start it, or correct "
+            "the variable, then run the same command again: it goes on with the items that are not online yet"
+        ) from error
 
 
 def feature_store_folder(lake: LakeSettings) -> str:

@@ -4,11 +4,13 @@ Spark tasks share one memory-mapped index; a row that enters a task is a trigger
 A night older than the published one goes to history only, unless `--publish` asks for more.
 """
 
+import json
 from collections.abc import Callable, Sequence
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from conf.faults import reach
 from conf.tables import (
     CONTRACT_VERSION,
     ITEM_ANNOTATIONS,
@@ -23,6 +25,7 @@ from jobs.explorer import catalog
 from jobs.explorer.night import index_titles
 from jobs.lake import only_row
 from jobs.publication import publish_run
+from jobs.reader import changes_since
 from jobs.retrieval import drop_candidates, index_items, possible_lengths, retrieved_lists
 from jobs.stage import StageRun, stage_main
 from validation.eligibility import excess_neighbors, refused_neighbors
@@ -38,7 +41,9 @@ def publish_neighbors(run: StageRun) -> None:
     expected = run.night.lake.version(ITEM_NEIGHBORS)
     _start_policy(run)
     version = only_row(run.read(ITEM_EMBEDDINGS).agg(F.max("model_version").alias("version")))["version"]
-    publish_lists(run, retrieved_lists(run, index_items(run)), model_version=version, expected=expected)
+    index = index_items(run)
+    reach("publish_neighbors.index.written")
+    publish_lists(run, retrieved_lists(run, index), model_version=version, expected=expected)
 
 
 def publish_lists(run: StageRun, lists: DataFrame, *, model_version: str, expected: int) -> None:
@@ -54,6 +59,7 @@ def publish_lists(run: StageRun, lists: DataFrame, *, model_version: str, expect
     lists = lists.transform(_with_identity(run, model_version))
     run.replace(ITEM_NEIGHBORS_HISTORY, lists, where=_this_run(run))
     run.gate(_metrics(run, expected), list_length=run.settings.retrieval.list_length)
+    reach("publish_neighbors.gated")
     _index_titles(run)
     _publish(run, expected)
     lake.delete_where(ITEM_NEIGHBORS_HISTORY, f"run_date < date_sub('{run.run_date}', {run.settings.lake.keep_nights})")
@@ -69,7 +75,8 @@ def _index_titles(run: StageRun) -> None:
 
 def _start_policy(run: StageRun) -> None:
     """Write the settings' policies once; from then on the table rules."""
-    if not run.night.lake.exists(MERGE_POLICY):
+    lake = run.night.lake
+    if not lake.exists(MERGE_POLICY) or lake.read(MERGE_POLICY).isEmpty():  # empty: a night was killed between its creation and this
         rows = [(policy.scope, policy.kind, policy.value, policy.popularity_exponent) for policy in run.settings.merge]
         run.replace(MERGE_POLICY, run.night.spark.createDataFrame(rows, MERGE_POLICY.ddl))
 
@@ -147,11 +154,25 @@ def _refused(run: StageRun, lists: DataFrame) -> dict[str, float]:
 def _churn(run: StageRun, merged: DataFrame, expected: int) -> dict[str, float]:
     """1 - mean Jaccard@10 of the merged lists of items that both nights have."""
     first_ten = F.slice(F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"]), 1, 10)
-    before = run.night.lake.read(ITEM_NEIGHBORS, expected).where(F.col("head") == "merged").select("item_id", first_ten.alias("before"))
+    before = (
+        run.night.lake.read(ITEM_NEIGHBORS, _published_before(run, expected))
+        .where(F.col("head") == "merged")
+        .select("item_id", first_ten.alias("before"))
+    )
     both = merged.select("item_id", first_ten.alias("now")).join(before, "item_id", how="inner")
     shared = F.size(F.array_intersect("now", "before")) / F.greatest(F.size(F.array_union("now", "before")), F.lit(1))
     jaccard = only_row(both.agg(F.avg(F.when(F.size(F.array_union("now", "before")) == 0, 1.0).otherwise(shared)).alias("mean")))["mean"]
     return {} if jaccard is None else {"churn": 1.0 - jaccard}
+
+
+def _published_before(run: StageRun, expected: int) -> int:
+    """The version that churn is against: not this run's own, which an attempt that was killed behind its publication has left."""
+    if run.night.ledger.last_success(run_id=run.night.run_id, stage=STAGE) is not None:
+        return expected  # a night that was forced is compared with what it replaces
+    for commit in reversed(changes_since(run.night.lake.root, ITEM_NEIGHBORS, 0)):
+        if json.loads(commit.get("userMetadata") or "{}").get("run_id") != run.night.run_id:
+            return min(expected, int(commit["version"]))
+    return min(expected, 0)
 
 
 def _publish(run: StageRun, expected: int) -> None:
@@ -162,6 +183,7 @@ def _publish(run: StageRun, expected: int) -> None:
         run.note(f"the lists of {current['date']} are published; this older night went to history only (--publish overrides)")
         return
     run.outputs[ITEM_NEIGHBORS.name] = publish_run(lake.root, night.run_id, expected=expected, inputs=run.inputs)
+    reach("publish_neighbors.published")
     night.display.say(f"  published item_neighbors version {run.outputs[ITEM_NEIGHBORS.name]}")
     drop_candidates(run.settings.lake, keep=night.run_id)
 

@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from conf.faults import reach
 from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
 from jobs.ledger import Ledger, StageRecord, recorded
-from jobs.online import open_feature_store
+from jobs.online import open_feature_store, reaching_redis
 from jobs.progress import Display
 from jobs.publication import item_ids_ever, published
 from jobs.reader import artifacts_of, lake_root, open_table
@@ -55,7 +56,7 @@ def write_current(settings: Settings, version: int, *, now: datetime, display: D
     row = partial(store.online_rows, heads=settings.list_names, run_id=current.run_id, as_of=current.run_date.isoformat(), written_at=now)
     rows = map(row, written.remaining(shards))
     feature_store = open_feature_store(settings)
-    with display.watch("publish online", lambda: (written.num_items, shards.num_items, "items")):
+    with display.watch("publish online", lambda: (written.num_items, shards.num_items, "items")), reaching_redis(settings.online):
         store.write_online(feature_store, rows, on_shard=written.add)
     written.finish()
     return {"num_items_written": written.num_items, "num_items_expected": shards.num_items}
@@ -143,10 +144,12 @@ class _Written:
                 yield lists
 
     def add(self, num_items: int) -> None:
+        reach("publish_online.shard")
         self._shards[self._current] = num_items
         half = self._path.with_suffix(".partial")
         half.write_text(json.dumps(self._shards))
         half.replace(self._path)
+        reach("publish_online.marked")
 
     def finish(self) -> None:
         """From here on a repeated publication writes everything anew."""

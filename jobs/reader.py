@@ -13,6 +13,8 @@ from conf.errors import TableError
 from conf.settings import LakeSettings
 from conf.tables import ITEM_FEATURES, ITEM_NEIGHBORS, Table
 
+_REARRANGING = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END"})
+
 
 def lake_root(settings: LakeSettings) -> str:
     """Root of the tables: absolute where it is a local path."""
@@ -43,6 +45,13 @@ def open_table(root: str, table: Table, version: int | None = None) -> DeltaTabl
         raise TableError(
             f"no table {table.name} under {root}; run the stage that writes it, or `python -m jobs.nightly`, or check lake.root"
         ) from error
+
+
+def changes_since(root: str, table: Table, version: int) -> list[dict[str, Any]]:
+    """Commits after a version, oldest first, without those of OPTIMIZE and VACUUM: these change no row."""
+    latest = open_table(root, table)
+    newer = latest.history(latest.version() - version) if latest.version() > version else []
+    return [commit for commit in reversed(newer) if commit["operation"] not in _REARRANGING]
 
 
 def table_exists(root: str, table: Table) -> bool:

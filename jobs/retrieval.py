@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from conf.faults import reach
 from conf.settings import LakeSettings, RetrievalSettings
 from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_EMBEDDINGS, ITEM_FEATURES, ITEM_POPULARITY, MERGE_POLICY, NEIGHBOR_STRUCT
 from jobs.reader import shared_folder
@@ -214,6 +215,7 @@ def search_batches(
             trigger = block.column("item_index").to_numpy().astype(np.int32)
             policies_of = retriever.policies_for(by_scope, trigger)
             lists = retriever.retrieve(trigger, _counted_block(block), policies_of, settings=settings, keep=keep is not None)
+            reach("publish_neighbors.search")
             for candidates in lists.kept:
                 candidates.save(Path(keep or ""))
             yield retriever.to_arrow(lists)

@@ -12,15 +12,17 @@ from pathlib import Path
 
 from pyspark.sql import DataFrame, Row, SparkSession
 
-from conf.errors import TableError
+from conf.errors import TableError, machine_fault
+from conf.faults import reach, while_writing
 from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, RUNS, TABLES, Table
 from jobs.arguments import Arguments, parse, report_errors
 from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord, night_fingerprint, source_state
 from jobs.progress import Display, spark_tasks
-from jobs.reader import artifacts_of
+from jobs.reader import artifacts_of, changes_since
 from jobs.session import start_session
+from jobs.turns import turn
 from validation.gates import GateReport, check_metrics, check_schema, raise_on_failure
 from validation.suites import GateContext, rules_for
 
@@ -121,18 +123,32 @@ class StageRun:
     def replace(self, table: Table, frame: DataFrame, *, where: str | None = None, presorted: bool = False) -> None:
         """Replace rows of a table in one commit, after a check of the frame's columns and types; see `Lake.replace`."""
         check_schema(frame.dtypes, table)
-        lake = self.night.lake
+        lake, point = self.night.lake, f"{self.stage}.{table.name}"
+        if where is not None and not table.kept_on_failure:
+            self._put_back(table)
         self._before.setdefault(table.name, lake.version(table) if lake.exists(table) else None)
         metadata = {"run_id": self.night.run_id, "stage": self.stage}
-        self.outputs[table.name] = lake.replace(table, frame, where=where, presorted=presorted, metadata=metadata)
+        with while_writing(f"{point}.writing", lake.path(table)):
+            self.outputs[table.name] = lake.replace(table, frame, where=where, presorted=presorted, metadata=metadata)
+        reach(f"{point}.written")
+
+    def _put_back(self, table: Table) -> None:
+        """Undo what a night that was killed left in a table of which this one keeps a part; what others changed, stays."""
+        lake = self.night.lake
+        if lake.exists(table):
+            good = self.night.last_good_version(table) or 0
+            if all('"stage"' in commit.get("userMetadata", "") for commit in changes_since(lake.root, table, good)):
+                lake.restore(table, good)
 
     def replace_by_files(self, table: Table, write: Callable[[str], Sequence[Row]], *, day: str) -> None:
         """Replace all rows by files that `write` puts into the table's folder, which it is given; see `Lake.replace_by_files`."""
-        lake = self.night.lake
+        lake, point = self.night.lake, f"{self.stage}.{table.name}"
         self._before.setdefault(table.name, lake.version(table) if lake.exists(table) else None)
         lake.create(table)
         metadata = {"run_id": self.night.run_id, "stage": self.stage}
-        self.outputs[table.name] = lake.replace_by_files(table, write(lake.path(table)), day=day, metadata=metadata)
+        with while_writing(f"{point}.writing", lake.path(table)):
+            self.outputs[table.name] = lake.replace_by_files(table, write(lake.path(table)), day=day, metadata=metadata)
+        reach(f"{point}.written")
 
     def keep(self, table: Table) -> None:
         """Leave a table as it is, and note that this stage has nothing to change in it."""
@@ -221,6 +237,7 @@ def run_stage(night: Night, stage: str, function: Stage, *, force: bool = False)
     run = StageRun(night=night, stage=stage, force=force)
     started, clock = datetime.now(UTC), time.monotonic()
     try:
+        reach(f"{stage}.started")
         with night.display.watch(stage, spark_tasks(night.spark)):
             function(run)
     except BaseException as error:
@@ -228,12 +245,24 @@ def run_stage(night: Night, stage: str, function: Stage, *, force: bool = False)
             run.take_back()
         except Exception as trouble:
             run.note(f"could not take back what the stage wrote; later nights do not read it: {str(trouble).splitlines()[0]}")
-        night.ledger.append(_record(run, started, time.monotonic() - clock, error))
+        _append_failure(night, run, _record(run, started, time.monotonic() - clock, error))
+        if (explained := machine_fault(error, night.lake.root)) is not None:
+            raise explained from error
         raise
     record = _record(run, started, time.monotonic() - clock, None)
+    reach(f"{stage}.done")
     night.ledger.append(record)
+    reach(f"{stage}.recorded")
     night.display.say(f"[green]✓[/green] {stage}: {record.seconds:.0f} s")
     return record
+
+
+def _append_failure(night: Night, run: StageRun, record: StageRecord) -> None:
+    """Write the row of a failure; where that fails, too, the failure itself is what the user must see."""
+    try:
+        night.ledger.append(record)
+    except Exception as trouble:
+        run.note(f"the failure could not be written to the table runs: {str(trouble).splitlines()[0]}")
 
 
 def _record(run: StageRun, started: datetime, seconds: float, error: BaseException | None) -> StageRecord:
@@ -270,6 +299,7 @@ def stage_main(stage: str, function: Stage, *, description: str, argv: Sequence[
             done = finished(night, stage)
             print(f"{night.run_id} {stage}: {'done' if done else 'to do'}")
             return
-        run_stage(night, stage, function, force=arguments.force)
+        with turn(arguments.settings.lake, f"{stage} of {night.run_id}"):
+            run_stage(night, stage, function, force=arguments.force)
 
     report_errors(main)

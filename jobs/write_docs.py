@@ -76,7 +76,7 @@ EXAMPLES: Mapping[str, tuple[str, str]] = {
     "merge_policy": ("How lists are merged.", "SELECT scope, kind, value, popularity_exponent FROM merge_policy ORDER BY scope"),
     "runs": (
         "What the last nights did, and where their reports lie.",
-        "SELECT run_date, run_id, stage, status, seconds, report FROM runs ORDER BY ended_at DESC LIMIT 20",
+        "SELECT run_date, run_id, stage, status, seconds, report FROM runs ORDER BY sequence DESC LIMIT 20",
     ),
     "evaluation": (
         "How past lists met what followed.",

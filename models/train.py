@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import TrainingError
+from conf.faults import reach
 from conf.settings import ModelSettings, TrainingSettings
 from models import losses
 from models.batches import Batch, Batches
@@ -185,8 +186,10 @@ def run_rank(spec_json: str) -> None:
     try:
         with Workers.join(timeout_seconds=spec.training.timeout_seconds) as workers:
             workers.use_threads()
+            reach("train_model.rank.started")
             data = load_training_data(spec.tables, run_date=spec.run_date, half_life_days=spec.half_life_days)
             metrics = train(data, spec, workers)
+            reach("train_model.rank.written")
     except BaseException:
         _write(status, {"ok": False, "error": traceback.format_exc(), "seconds": time.monotonic() - started, "metrics": {}})
         raise
@@ -396,6 +399,8 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=settings.learning_rate, total_steps=settings.num_steps + 1)
     history: list[dict[str, float]] = []
     for step in range(settings.num_steps):
+        if step == settings.num_steps // 2:
+            reach("train_model.rank.training")
         optimizer.zero_grad(set_to_none=True)
         entry = backward(model, batches.batch(step), affinity_weight=settings.affinity_weight, compare=step % _CONFLICT_EVERY == 0)
         if not math.isfinite(entry["loss"]):

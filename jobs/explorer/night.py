@@ -219,8 +219,8 @@ def pinned_versions(root: str, run_id: str) -> dict[str, int]:
         TableError: the ledger has no succeeded stage of this run.
     """
     rows = (
-        rows_where(root, RUNS, "run_id", [run_id], ["status", "ended_at", "input_versions", "output_versions"])
-        .sort_by("ended_at")
+        rows_where(root, RUNS, "run_id", [run_id], ["status", "sequence", "input_versions", "output_versions"])
+        .sort_by("sequence")
         .to_pylist()
     )
     good = [row for row in rows if row["status"] == "succeeded"]

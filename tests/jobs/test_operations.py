@@ -49,7 +49,7 @@ def _record(run_date: date, stage: str, *, fault: str | None = None, notes: tupl
         notes=list(notes),
         error=fault,
     )
-    return asdict(record)
+    return asdict(record) | {"sequence": int(ended.timestamp())}
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import duckdb
 import pytest
 
+from conf.errors import MachineError
 from conf.tables import ITEM_NEIGHBORS
 from features import store
 from jobs.online import open_feature_store
@@ -38,6 +39,7 @@ READER = """
 import json, sys
 from pathlib import Path
 import duckdb
+from conf.errors import MachineError
 from conf.tables import ITEM_NEIGHBORS
 from jobs.reader import open_table
 
@@ -157,6 +159,23 @@ def test_a_killed_online_publication_goes_on_where_it_stopped(tmp_path: Path, re
     found, wanted = store.lookup_online(feature_store, ids, heads=["merged"], k=100), neighbors_of(world.root, ids)
     assert {lists["run_id"] for lists in found.values()} == {second}
     assert all(found[item]["merged"]["ids"] == [n["neighbor_id"] for n in wanted[item, "merged"]] for item in ids)
+
+
+def test_redis_down_and_a_clock_that_went_back(tmp_path: Path, redis_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTMH_REDIS", "127.0.0.1:1")  # where nothing listens
+    world = ListWorld(folder=tmp_path, overrides={"online": {"store": "redis"}})
+    first, noon = world.night(NIGHT, seed=1), datetime(2024, 6, 1, 12, tzinfo=UTC)
+    with pytest.raises(
+        MachineError, match=r"the Redis server that MTMH_REDIS names does not take the lists: .*then run the same command again"
+    ):
+        roll_back(world.settings, first, display=QUIET, now=noon)
+    assert world.ledger.records(stage="publish_online")[-1].status == "failed"
+    monkeypatch.setenv("MTMH_REDIS", redis_server)
+    roll_back(world.settings, first, display=QUIET, now=noon)
+    second = world.night(NIGHT + timedelta(days=1), seed=2)
+    roll_back(world.settings, second, display=QUIET, now=noon - timedelta(hours=6))
+    found = store.lookup_online(open_feature_store(world.settings), ["i001"], heads=["merged"], k=5)
+    assert found["i001"]["run_id"] == second, "Redis refused what it took for older"
 
 
 def test_lists_over_http(tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""One night at a time: who writes the tables of a lake holds a lock on a file beside its artefacts.
+
+The system lets go of the lock when its holder ends, however it ends, so that a killed night leaves none behind. Publications have a fence
+of their own and need no turn: a rollback, or lists merged again, may come in the middle of a night. Where a file system knows no locks,
+Delta's check of concurrent writes remains.
+"""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from conf.errors import PublishError
+from conf.settings import LakeSettings
+from jobs.reader import shared_folder
+
+_FILE = "_artifacts/night.lock"
+
+
+@contextmanager
+def turn(lake: LakeSettings, who: str) -> Iterator[None]:
+    """Hold the lake's lock inside the block.
+
+    Raises:
+        PublishError: another night holds it; nothing was written.
+    """
+    path = shared_folder(lake) / _FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise PublishError(
+                f"another night is writing this lake: {file.read().strip() or 'it has not said which'}. Nothing was written by this one; "
+                f"run the same command again once it has ended (lock: {path})"
+            ) from error
+        file.truncate(0)
+        file.write(f"{who}, process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

@@ -1,0 +1,257 @@
+"""A night killed at every point and finished by the same command: `make test-crash`.
+
+One night is published, then a second one is run undisturbed, with a copy of the lake before each of its stages: a crash in a stage starts
+from the copy, so that it costs what comes after it. Each crash is a real `python -m jobs.nightly` and SIGKILL. Meanwhile a reader looks at
+`item_neighbors` all the time; afterwards finished stages have kept their rows of `runs`, and every table equals the undisturbed night's.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from pyspark.sql import SparkSession
+
+from conf.faults import VARIABLE
+from conf.settings import Settings, load_settings
+from conf.tables import EVALUATION, ITEM_NEIGHBORS, RELEVANCE_FEEDBACK, RUNS, TABLES
+from features import store
+from jobs.ledger import Ledger, StageRecord
+from jobs.nightly import STAGES, run_night
+from jobs.online import open_feature_store
+from jobs.progress import Display
+from jobs.reader import lake_root, open_table
+from jobs.stage import make_night, run_stage
+from tests.conftest import ROOT
+from tests.worlds import BundleWorld, write_config
+
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(1800)]
+FIRST, SECOND = date(2024, 3, 30), date(2024, 3, 31)
+WRITES = {
+    "ingest": ["engagements", "item_annotations", "pair_relevance", "rejected_rows"],
+    "build_pairs": ["item_popularity", "co_engagement_daily", "co_engagement_totals", "co_engagement_pairs", "co_engagement_days"],
+    "build_features": ["item_features", "relevance_examples"],
+    "train_model": ["item_embeddings"],
+    "publish_neighbors": ["item_neighbors_history"],
+    "publish_online": [],
+    "evaluate": ["evaluation"],
+}
+DRIVER = [
+    *(f"{stage}.{when}" for stage in STAGES for when in ("started", "done", "recorded")),
+    *(f"{stage}.{table}.{when}" for stage, tables in WRITES.items() for table in tables for when in ("writing", "written")),
+    *(f"publish_neighbors.{point}" for point in ("index.written", "gated", "linked", "published")),
+    *("publish_online.shard", "publish_online.marked", "report.written"),
+]
+WORKERS = ["train_model.rank.started", "train_model.rank.training", "train_model.rank.written", "publish_neighbors.search"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The world, a copy of the lake before each stage of the second night, and what its tables hold at the end."""
+
+    folder: Path
+    config: Path
+    copies: dict[str, Path]
+    tables: dict[str, pd.DataFrame]
+    run_ids: tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def reference(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    folder = tmp_path_factory.mktemp("crash")
+    BundleWorld(num_bundles=6, num_users=40, num_categories=4).write(folder)
+    training = {"num_steps": 5, "batch_size": 32, "num_processes": 2}
+    config = write_config(folder, training=training, online={"shard_items": 8}, evaluation={"horizon_days": 1, "num_bootstrap": 10})
+    settings = load_settings(str(config))
+    night = [make_night(settings, day, spark=spark, display=Display(seconds_per_line=3600)) for day in (FIRST, SECOND)]
+    run_night(night[0])
+    copies = {}
+    for stage, function in STAGES.items():
+        copies[stage] = folder / f"before {stage}"
+        shutil.copytree(folder / "lake", copies[stage])
+        run_stage(night[1], stage, function)
+    run_ids = (night[0].run_id, night[1].run_id)
+    return Reference(folder=folder, config=config, copies=copies, tables=_contents(lake_root(settings.lake)), run_ids=run_ids)
+
+
+def _contents(root: str) -> dict[str, pd.DataFrame]:
+    """Rows of every table but the ledger, in the order of their keys."""
+    found = {}
+    for table in TABLES.values():
+        if table not in (RUNS, RELEVANCE_FEEDBACK):
+            frame = open_table(root, table).to_pyarrow_table().to_pandas()
+            found[table.name] = frame.sort_values(list(table.key)).reset_index(drop=True)[list(table.column_names)].map(_plain)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A lake of its own, and the command that runs its night."""
+
+    reference: Reference
+    lake: Path
+
+    @property
+    def settings(self) -> Settings:
+        return load_settings(str(self.reference.config), [f"lake.root={self.lake}"])
+
+    @property
+    def command(self) -> list[str]:
+        flags = ["--run-date", str(SECOND), "--config", str(self.reference.config), "--set", f"lake.root={self.lake}"]
+        return [sys.executable, "-m", "jobs.nightly", *flags]
+
+    def nightly(self, fault: str | None = None) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | ({VARIABLE: fault} if fault else {})
+        return subprocess.run(self.command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+    def records(self) -> list[StageRecord]:
+        return Ledger(root=str(self.lake)).records(run_id=self.reference.run_ids[1])
+
+
+@contextmanager
+def _case(reference: Reference, folder: Path, stage: str) -> Iterator[Case]:
+    """The lake as it was before a stage, readers beside it; at the end the night is whole, and equal to the undisturbed one."""
+    shutil.copytree(reference.copies[stage], folder / "lake")
+    case, seen, end = Case(reference=reference, lake=folder / "lake"), set[tuple[frozenset[str], int]](), threading.Event()
+
+    def look() -> None:
+        while not end.wait(0.05):
+            rows = open_table(str(case.lake), ITEM_NEIGHBORS).to_pyarrow_table(columns=["run_id"])
+            seen.add((frozenset(rows["run_id"].to_pylist()), rows.num_rows))
+
+    thread = threading.Thread(target=look)
+    before = case.records()
+    thread.start()
+    try:
+        yield case
+    finally:
+        end.set()
+        thread.join()
+    after, done = _contents(str(case.lake)), case.records()
+    assert [record for record in done if record.stage in {r.stage for r in before}] == before, "a finished stage was run again"
+    assert [record.stage for record in done if record.status == "succeeded"] == list(STAGES)
+    for name, wanted in reference.tables.items():
+        pd.testing.assert_frame_equal(after[name], wanted, rtol=1e-6, obj=name)
+    num_rows = {len(reference.tables[ITEM_NEIGHBORS.name])}
+    assert seen <= {(frozenset({run_id}), rows) for run_id in reference.run_ids for rows in num_rows}, seen
+    items = sorted(set(after[ITEM_NEIGHBORS.name]["item_id"]))
+    online = store.lookup_online(open_feature_store(case.settings), items, heads=["merged"], k=5)
+    assert {lists["run_id"] for lists in online.values()} == {reference.run_ids[1]}
+
+
+def _stage_of(point: str) -> str:
+    return "evaluate" if point.startswith("report") else point.partition(".")[0]
+
+
+def test_there_are_enough_points() -> None:
+    assert len(DRIVER + WORKERS) >= 50
+    assert EVALUATION.name in WRITES["evaluate"]
+
+
+@pytest.mark.parametrize("point", DRIVER)
+def test_a_killed_driver(reference: Reference, tmp_path: Path, point: str) -> None:
+    with _case(reference, tmp_path, _stage_of(point)) as case:
+        killed = case.nightly(f"{point}=kill")
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+        again = case.nightly()
+        assert again.returncode == 0, again.stderr[-3000:]
+
+
+@pytest.mark.parametrize("point", WORKERS)
+def test_a_killed_worker(reference: Reference, tmp_path: Path, point: str) -> None:
+    with _case(reference, tmp_path, _stage_of(point)) as case:
+        failed = case.nightly(f"{point}=kill")
+        assert failed.returncode != 0, failed.stderr[-3000:]
+        assert case.records()[-1].status == "failed"
+        if point.startswith("train_model"):
+            assert re.search(r"error: training rank.* ended without a status: killed, or out of memory\?", failed.stderr)
+        again = case.nightly()
+        assert again.returncode == 0, again.stderr[-3000:]
+
+
+def test_two_nights_at_once(reference: Reference, tmp_path: Path) -> None:
+    held = tmp_path / "held"
+    with _case(reference, tmp_path, "publish_neighbors") as case:
+        environment = os.environ | {VARIABLE: f"publish_neighbors.gated=hold:{held}"}
+        first = subprocess.Popen(case.command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while not held.exists():
+            assert first.poll() is None
+            threading.Event().wait(0.2)
+        loser = case.nightly()
+        assert loser.returncode == 1
+        assert re.search(rf"error: another night is writing this lake: {reference.run_ids[1]}, process {first.pid} on", loser.stderr)
+        for table in ("item_features", "item_neighbors_history", "item_neighbors", "runs"):
+            open_table(str(case.lake), TABLES[table]).optimize.compact()
+            open_table(str(case.lake), TABLES[table]).vacuum(dry_run=False)
+        held.unlink()
+        assert first.wait(timeout=600) == 0
+
+
+@contextmanager
+def _mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system in memory."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this user may not mount a tmpfs: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def _fill(folder: Path, keep: int) -> Path:
+    """Take all space of a file system but some bytes."""
+    ballast = folder / "ballast"
+    state = os.statvfs(folder)
+    with ballast.open("wb") as file:
+        file.write(b"\0" * (state.f_bavail * state.f_frsize - keep))
+    return ballast
+
+
+@pytest.mark.parametrize("keep", [4_096, 40_960, 131_072])
+def test_a_full_disk(reference: Reference, tmp_path: Path, keep: int) -> None:
+    with _mounted(tmp_path / "disk", "size=64m") as disk, _case(reference, disk, "build_features") as case:
+        ballast = _fill(disk, keep)
+        failed = case.nightly()
+        assert failed.returncode == 1, failed.stderr[-3000:]
+        assert "free some space there" in failed.stderr, failed.stderr[-3000:]
+        ballast.unlink()
+        again = case.nightly()
+        assert again.returncode == 0, again.stderr[-3000:]
+
+
+def test_a_lake_that_cannot_be_written(reference: Reference, tmp_path: Path) -> None:
+    with _mounted(tmp_path / "disk", "size=64m") as disk, _case(reference, disk, "publish_neighbors") as case:
+        _remount(disk, "ro")
+        failed = case.nightly()
+        assert failed.returncode == 1
+        assert "cannot write the lake" in failed.stderr
+        _remount(disk, "rw")
+        again = case.nightly()
+        assert again.returncode == 0, again.stderr[-3000:]
