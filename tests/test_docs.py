@@ -1,5 +1,6 @@
 """The documentation keeps its word: generated pages are up to date, and every command of the tutorial runs."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
+from conf import errors
 from conf.tables import TABLES
 from jobs.method_pictures import pictures
 from jobs.write_docs import EXAMPLES, pages
@@ -106,3 +108,20 @@ def serve(command: str, folder: Path) -> None:
     finally:
         server.terminate()
         server.wait()
+
+
+def test_operations_name_every_exit_code_and_airflow_starts_jobs_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MtmhError)]
+    assert listed == {0, *(kind.exit_code for kind in kinds)}
+    dag = ast.parse((ROOT / "docs" / "examples" / "airflow_dag.py").read_text(encoding="utf-8"))
+    texts = [node for node in ast.walk(dag) if isinstance(node, ast.keyword) and node.arg == "bash_command"]
+    words = ["".join(part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)) for node in texts]
+    assert [command.split()[2] for command in words] == ["jobs.nightly", "jobs.maintain"]
+    for command in words:
+        module = importlib.import_module(command.split()[2])
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        known = capsys.readouterr().out
+        assert [word for word in command.split() if word.startswith("--") and word not in known] == []
