@@ -688,16 +688,46 @@ def _merge(base: Json, over: Json) -> Json:
     return out
 
 
+_MOST_SHOWN = 200  # characters of a value in a message
+_MOST_NODES = 100_000  # of a settings file, aliases written out
+
+
 def _parse(text: str, where: str) -> Json:
     try:
+        _check_nodes(yaml.compose(text, Loader=yaml.SafeLoader), where)
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"{where} is not valid YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"{where} holds a {type(content).__name__}; wanted a mapping of sections such as `lake:` and `source:`")
+    if strange := [key for key in content if not isinstance(key, str)]:
+        raise SettingsError(f"{where} has the key {strange[0]!r}; wanted names of sections such as `lake:` and `source:`")
     return content
+
+
+def _check_nodes(root: yaml.Node | None, where: str) -> None:
+    """Refuse a key given twice, of which YAML takes the last without a word, and aliases that write out to more than any settings need."""
+    sizes: dict[int, int] = {}
+    above = set[int]()
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in above:
+            raise SettingsError(f"{where} has an alias inside of what it names, line {node.start_mark.line + 1}; write it out")
+        if id(node) not in sizes:
+            above.add(id(node))
+            pairs = node.value if isinstance(node, yaml.MappingNode) else []
+            keys = [key.value for key, _ in pairs if isinstance(key, yaml.ScalarNode)]
+            if twice := {key for key in keys if keys.count(key) > 1}:
+                raise SettingsError(f"{where} has the key {min(twice)} twice, below line {node.start_mark.line + 1}; keep one")
+            parts = [part for pair in pairs for part in pair] if pairs else node.value if isinstance(node, yaml.SequenceNode) else []
+            sizes[id(node)] = 1 + sum(size(part) for part in parts)
+            above.remove(id(node))
+        return sizes[id(node)]
+
+    if root is not None and (found := size(root)) > _MOST_NODES:
+        raise SettingsError(f"{where} writes out to {found:,} values through its aliases, wanted at most {_MOST_NODES:,}; write them out")
 
 
 def base_content() -> Json:
@@ -711,7 +741,10 @@ def _overlay(config: str) -> tuple[str, Json]:
         path = Path(config)
         if not path.is_file():
             raise SettingsError(f"no settings file {config}; give a path to a .yaml file or one of {packaged_configs()}")
-        return path.stem, _parse(path.read_text(encoding="utf-8"), config)
+        try:
+            return path.stem, _parse(path.read_text(encoding="utf-8"), config)
+        except UnicodeDecodeError as error:
+            raise SettingsError(f"{config} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}; save it as UTF-8") from error
     if config not in packaged_configs():
         raise SettingsError(f"no configuration named {config!r}; have {packaged_configs()}, or give a path ending in .yaml")
     return config, _parse(resources.files("conf").joinpath(f"{config}.yaml").read_text(encoding="utf-8"), f"conf/{config}.yaml")
@@ -727,7 +760,7 @@ def _assign(content: Json, assignment: str) -> None:
     """Apply one `--set a.b=value`; the value is read as YAML."""
     dotted, equals, value = assignment.partition("=")
     if not equals or not dotted:
-        raise SettingsError(f"--set {assignment!r} is not of the form section.key=value")
+        raise SettingsError(f"--set {assignment!r} is no assignment; wanted section.key=value, e.g. pairs.half_life_days=30")
     *sections, key = dotted.split(".")
     for section in sections:
         content = content.setdefault(section, {})
@@ -758,10 +791,15 @@ def load_settings(config: str, assignments: Sequence[str] = ()) -> Settings:
     return settings.model_copy(update={"lake": settings.lake.model_copy(update={"root": root})})
 
 
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
 def _describe(error: ValidationError) -> str:
     lines = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"]) or "(whole)"
-        found = "" if isinstance(fault["input"], dict) else f"; found {fault['input']!r}"
+        found = "" if isinstance(fault["input"], dict) else f"; found {_brief(fault['input'])}"
         lines.append(f"  {where}: {fault['msg']}{found}")
     return "\n".join(lines)
