@@ -19,6 +19,7 @@ class Arguments:
     plan: bool
     force: bool
     publish: bool
+    accept: str | None
     last_date: date
 
 
@@ -54,11 +55,14 @@ def parse(argv: Sequence[str] | None, *, description: str, ranged: bool = False)
     parser.add_argument("--plan", action="store_true", help="print stages, versions and sizes; do nothing")
     parser.add_argument("--force", action="store_true", help="run again what has succeeded with the same inputs")
     parser.add_argument("--publish", action="store_true", help="publish the lists even if a later night is the current one")
+    parser.add_argument("--accept", metavar="REASON", help="go on although critical expectations fail; `runs` keeps the reason")
     if ranged:
         parser.add_argument("--to", help="last night of a range that is run day by day, e.g. to fill in history; default: only --run-date")
     values = parser.parse_args(argv)
     first = parse_date(values.run_date)
     last = parse_date(values.to, flag="--to") if ranged and values.to else first
+    if values.accept is not None and not values.accept.strip():
+        raise SettingsError("--accept is empty; wanted the reason why bad numbers are good tonight, for those who read `runs`")
     if last < first:
         raise SettingsError(f"--to {last} is before --run-date {first}; wanted the same day or a later one")
     return Arguments(
@@ -68,6 +72,7 @@ def parse(argv: Sequence[str] | None, *, description: str, ranged: bool = False)
         plan=values.plan,
         force=values.force,
         publish=values.publish,
+        accept=values.accept,
     )
 
 

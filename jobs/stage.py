@@ -6,7 +6,7 @@ gates through it; the run notes versions and metrics on the way, so that the led
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -34,7 +34,8 @@ _SHARED = frozenset({MERGE_POLICY.name, ITEM_NEIGHBORS.name})
 class Night:
     """One run date under one fingerprint of settings, code and sources. The same inputs give the same run id.
 
-    `now` only decides what counts as the future; `publish` lets a night older than the published one replace it.
+    `now` only decides what counts as the future; `publish` lets a night older than the published one replace it; `accept` is the reason
+    why critical expectations that fail do not stop it.
     """
 
     settings: Settings
@@ -46,6 +47,7 @@ class Night:
     display: Display
     now: datetime
     publish: bool = False
+    accept: str | None = None
 
     @property
     def spark(self) -> SparkSession:
@@ -184,7 +186,16 @@ class StageRun:
         self.report = check_metrics(self.stage, self.metrics, rules)
         for warning in self.report.warnings:
             self.note(f"warning: {warning}")
-        raise_on_failure(self.report)
+        if self.night.accept is not None and self.report.failures:
+            self.accept(self.report, self.night.accept)
+        else:
+            raise_on_failure(self.report)
+
+    def accept(self, report: GateReport, reason: str) -> None:
+        """Go on although expectations failed, and keep in `runs` which and why; a check that is broken still stops the stage."""
+        for failure in report.failures:
+            self.note(f"accepted ({reason}): {failure}")
+        raise_on_failure(GateReport(stage=report.stage, results=tuple(report.broken)))
 
 
 Stage = Callable[[StageRun], None]
@@ -194,7 +205,8 @@ def open_night(arguments: Arguments, *, stage: str) -> Night:
     """Start the session, open the lake and identify the night."""
     settings = arguments.settings
     spark = start_session(settings.spark, app_name=f"mtmh {settings.name} {stage} {arguments.run_date}")
-    return make_night(settings, arguments.run_date, spark=spark, display=Display(), publish=arguments.publish)
+    night = make_night(settings, arguments.run_date, spark=spark, display=Display(), publish=arguments.publish)
+    return replace(night, accept=arguments.accept)
 
 
 def make_night(
