@@ -38,14 +38,6 @@ def _regular(pattern: str) -> str:
     return pattern
 
 
-def _decaying(days: float) -> float:
-    if days <= 0:
-        raise ValueError("weights would grow with age or be undefined; wanted a half life > 0 days, very long for no decay")
-    return days
-
-
-HalfLife = Annotated[float, AfterValidator(_decaying)]
-"""Days, > 0."""
 Share = Annotated[float, Field(ge=0, le=1)]
 """A number in [0,1]."""
 Pattern = Annotated[str, AfterValidator(_regular)]
@@ -216,25 +208,11 @@ class WindowSettings(Section):
         return self
 
 
-class SignalSettings(Section):
-    """Co-engagement of some actions alone, counted in tables of its own (`co_engagement_pairs__<name>`), so that heads can train on it."""
-
-    actions: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, description="Actions that count, of triggers and of targets.")
-    window: WindowSettings = Field(description="Its window.")
-    half_life_days: HalfLife | None = Field(
-        None, description="Days after which a co-engagement of it counts half, > 0; null: as pairs.half_life_days."
-    )
-
-
-SignalName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(_[a-z0-9]+)*$")]
-"""Part of the names of tables and metrics; two underscores in a row begin it in these."""
-
-
 class PairSettings(Section):
     """How co-engagement is counted."""
 
     window: WindowSettings = Field(description="The window.")
-    half_life_days: HalfLife = Field(description="Days after which a co-engagement counts half, > 0.")
+    half_life_days: float = Field(description="Days after which a co-engagement counts half, > 0.")
     max_items_per_user_day: int = Field(
         200,
         ge=2,
@@ -248,26 +226,13 @@ class PairSettings(Section):
     swing_max_users: int = Field(60, ge=2, description="Users per trigger that count for the score swing; the rest is cut by hash.")
     holdout_share: float = Field(0.1, gt=0, lt=0.5, description="Last share of engagements on which scores are calibrated.")
     user_hash_key_env: str = Field("MTMH_USER_HASH_KEY", description="Environment variable with the key of the user hashes.")
-    signals: dict[SignalName, SignalSettings] = Field(
-        default_factory=dict, description="Further counts by name, e.g. purchase: tasks that model.heads.<name>.signals can train on."
-    )
 
-    def of_signal(self, name: str) -> Self:
-        """How a signal is counted: these settings with its window and half-life."""
-        signal = self.signals[name]
-        return self.model_copy(update={"window": signal.window, "half_life_days": self.half_life_of(name), "signals": {}})
-
-    def half_life_of(self, name: str) -> float:
-        """Half-life in days of a signal."""
-        own = self.signals[name].half_life_days
-        return self.half_life_days if own is None else own
-
-    @field_validator("signals")
+    @field_validator("half_life_days")
     @classmethod
-    def _not_tasks(cls, signals: dict[str, SignalSettings]) -> dict[str, SignalSettings]:
-        if taken := sorted(set(signals) & set(HeadSettings.model_fields)):
-            raise ValueError(f"{taken} are tasks of heads already; call these signals something else")
-        return signals
+    def _decays(cls, days: float) -> float:
+        if days <= 0:
+            raise ValueError("weights would grow with age or be undefined; wanted a half life > 0 days, very long for no decay")
+        return days
 
 
 JudgeField = Annotated[str, Field(pattern=r"^(title|text|categories|categories\[[1-9]\d*:\]|tags|attributes|embedding|pair_relevance)$")]
@@ -297,18 +262,10 @@ class HeadSettings(Section):
     engagement: float = Field(0.0, ge=0, description="Softmax over the catalog to the co-engagement rows, popularity included.")
     relevance: float = Field(0.0, ge=0, description="Listwise distillation of graded relevance.")
     affinity: float = Field(0.0, ge=0, description="Softmax to co-engagement divided by popularity: interest that is not popularity.")
-    signals: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=dict, description="By name of pairs.signals: softmax over the catalog to the rows of that signal."
-    )
-
-    @property
-    def tasks(self) -> dict[str, float]:
-        """Weight of each task; a signal is a task by its own name."""
-        return {name: float(getattr(self, name)) for name in type(self).model_fields if name != "signals"} | self.signals
 
     @model_validator(mode="after")
     def _some(self) -> Self:
-        if sum(self.tasks.values()) == 0:
+        if self.engagement + self.relevance + self.affinity == 0:
             raise ValueError("a head needs at least one task with a weight above 0")
         return self
 
@@ -337,11 +294,6 @@ class ModelSettings(Section):
         if "merged" in self.heads:
             raise ValueError("`merged` is the name of the merged list; call the head something else")
         return self
-
-    @property
-    def signals(self) -> list[str]:
-        """Names of the signals that some head trains on."""
-        return sorted({name for head in self.heads.values() for name, weight in head.signals.items() if weight > 0})
 
 
 class TrainingSettings(Section):
@@ -588,27 +540,6 @@ class Settings(Section):
         scopes = [policy.scope for policy in self.merge]
         if "default" not in scopes or len(scopes) != len(set(scopes)):
             raise ValueError(f"merge needs one policy per scope and one of scope default, found scopes {scopes}")
-        return self
-
-    @model_validator(mode="after")
-    def _known_signals(self) -> Self:
-        """Heads name signals that are counted, and signals name actions that ingest takes."""
-        events, signals = self.source.events, self.pairs.signals
-        faults = [
-            f"model.heads.{head}.signals names {name!r}, which is not among pairs.signals {sorted(signals)}: define it there"
-            for head, settings in self.model.heads.items()
-            for name in settings.signals
-            if name not in signals
-        ]
-        taken = set(events.action_weights) or ({events.default_action} if events.columns.action is None else None)
-        for name, signal in signals.items():
-            if taken is not None and (unknown := sorted(set(signal.actions) - taken)):
-                faults.append(
-                    f"pairs.signals.{name} counts {unknown}, but ingest takes {sorted(taken)} only: "
-                    "see source.events.columns.action, default_action and action_weights"
-                )
-        if faults:
-            raise ValueError("; ".join(faults))
         return self
 
     @model_validator(mode="after")

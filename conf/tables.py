@@ -5,11 +5,7 @@ Types are Spark SQL DDL. `order_by` is the layout inside a file; tables are not 
 set would be thousands of tiny folders.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Self
-
-_OF_SIGNAL = "__"
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +24,7 @@ class Table:
 
     `key` identifies a row; `row_group_mb` is the raw size of a Parquet row group where the writer's default of 128 MB is too much for a
     point lookup, which decodes one whole group of rows per column; `restricted` tables hold user-level state and are never exported; what
-    a failed stage wrote is taken back, except where it is `kept_on_failure`, to be looked at. A table `per_signal` has one more of its kind
-    for each of `pairs.signals`.
+    a failed stage wrote is taken back, except where it is `kept_on_failure`, to be looked at.
     """
 
     name: str
@@ -40,11 +35,6 @@ class Table:
     row_group_mb: int | None = None
     restricted: bool = False
     kept_on_failure: bool = False
-    per_signal: bool = False
-
-    def of_signal(self, signal: str | None) -> Self:
-        """The table of the same kind for a signal; None: this one, of all actions."""
-        return self if signal is None else replace(self, name=f"{self.name}{_OF_SIGNAL}{signal}", per_signal=False)
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -151,7 +141,6 @@ REJECTED_ROWS = Table(
 
 CO_ENGAGEMENT_DAILY = Table(
     name="co_engagement_daily",
-    per_signal=True,
     comment="Co-engagements of one day: how many users engaged trigger and then target, the target on that day.",
     key=("event_date", "trigger_item_id", "target_item_id"),
     order_by=("event_date", "trigger_item_id", "target_item_id"),
@@ -169,7 +158,6 @@ CO_ENGAGEMENT_DAILY = Table(
 
 CO_ENGAGEMENT_DAYS = Table(
     name="co_engagement_days",
-    per_signal=True,
     comment="What the days of co_engagement_daily were counted from, and how: what the next night compares itself with.",
     key=("event_date",),
     order_by=("event_date",),
@@ -190,7 +178,6 @@ CO_ENGAGEMENT_DAYS = Table(
 
 CO_ENGAGEMENT_TOTALS = Table(
     name="co_engagement_totals",
-    per_signal=True,
     comment="Sums over days of the pairs of at least min_users_per_pair distinct users: what a night adds to.",
     key=("trigger_item_id", "target_item_id"),
     order_by=("trigger_item_id", "target_item_id"),
@@ -205,7 +192,6 @@ CO_ENGAGEMENT_TOTALS = Table(
 
 CO_ENGAGEMENT_PAIRS = Table(
     name="co_engagement_pairs",
-    per_signal=True,
     comment="Pairs engaged by at least min_users_per_pair distinct users, decayed, as of the run date.",
     key=("trigger_item_id", "target_item_id"),
     order_by=("trigger_item_id", "target_item_id"),
@@ -230,7 +216,6 @@ CO_ENGAGEMENT_PAIRS = Table(
 
 ITEM_POPULARITY = Table(
     name="item_popularity",
-    per_signal=True,
     comment="How much each item was engaged with up to the run date: denominators of every association score.",
     key=("item_id",),
     order_by=("item_id",),
@@ -428,15 +413,3 @@ TABLES: dict[str, Table] = {
         EVALUATION,
     )
 }
-
-
-def table_named(name: str) -> Table:
-    """The declaration behind a table's name, also where it is of a signal."""
-    kind, _, signal = name.partition(_OF_SIGNAL)
-    return TABLES[kind].of_signal(signal or None)
-
-
-def tables_with(signals: Iterable[str]) -> list[Table]:
-    """All tables, those of each signal included."""
-    of_signals = [table.of_signal(signal) for signal in signals for table in TABLES.values() if table.per_signal]
-    return [*TABLES.values(), *of_signals]

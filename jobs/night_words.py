@@ -62,19 +62,11 @@ TALLY: Mapping[str, str] = {
 
 
 def meaning_of(metric: str, gates: Mapping[str, str]) -> str:
-    """The definition of a stage's metric, from its gate's rule or from METRICS; empty if nobody has written one.
-
-    A metric of a signal is that of all actions with the signal's name before it.
-    """
-    own = gates.get(metric) or next((words for name, words in METRICS.items() if fnmatchcase(metric, name)), "")
-    if own:
-        return own
-    known = {**METRICS, **gates}
+    """The definition of a stage's metric, from its gate's rule or from METRICS; empty if nobody has written one."""
+    if found := gates.get(metric) or next((words for name, words in METRICS.items() if fnmatchcase(metric, name)), ""):
+        return found
     parts = metric.split("_")  # method, head and measure; a head's name may have such a line in it too
-    if words := next((words for start in range(len(parts)) if (words := measure_meaning("_".join(parts[start:])))), ""):
-        return words
-    same = max((name for name in known if metric.endswith(f"_{name}")), key=len, default=None)
-    return "" if same is None else f"{known[same]}; of signal {metric.removesuffix(f'_{same}')}"
+    return next((words for start in range(len(parts)) if (words := measure_meaning("_".join(parts[start:])))), "")
 
 
 def first_line(error: str) -> str:

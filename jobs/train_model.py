@@ -36,17 +36,14 @@ _INPUTS = (ENGAGEMENTS, CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ITEM_POPULARIT
 def train_model(run: StageRun) -> None:
     """Train, take over the vectors, gate."""
     folder = run.night.artifacts("model")
-    signals = run.settings.model.signals
-    inputs = [*_INPUTS, *(CO_ENGAGEMENT_PAIRS.of_signal(name) for name in signals)]
     spec = TrainingSpec(
-        tables={table.name: TableRef(uri=run.night.lake.path(table), version=run.version(table)) for table in inputs},
+        tables={table.name: TableRef(uri=run.night.lake.path(table), version=run.version(table)) for table in _INPUTS},
         run_date=run.run_date,
         half_life_days=run.settings.pairs.half_life_days,
         min_users=run.settings.pairs.min_users_per_pair,
         folder=str(folder),
         model=run.settings.model,
         training=run.settings.training,
-        signals={name: run.settings.pairs.half_life_of(name) for name in signals},
     )
     with run.night.display.watch("training", _progress(folder)):
         _distribute(run, spec)

@@ -110,8 +110,6 @@ def _table_page(table: Table) -> str:
         about.append(f"Sorted inside each file by {', '.join(f'`{name}`' for name in table.order_by)}.")
     if table.restricted:
         about.append("Restricted: it holds state of single users, and is never exported.")
-    if table.per_signal:
-        about.append(f"One more of its kind for each of `pairs.signals`, e.g. `{table.of_signal('purchase').name}`.")
     lines = [f"# {table.name}", "", _BY_HAND, "", table.comment, "", " ".join(about), ""]
     lines += ["| column | type | may be null | meaning |", "|---|---|---|---|", *columns, "", question, ""]
     lines += ["```sh", f'.venv/bin/python -m jobs.query "{sql}" --config demo', "```", ""]

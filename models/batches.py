@@ -6,7 +6,6 @@ exactly the rows of the batch that one worker would have.
 Shapes: `B` triggers of this worker, `M` candidates, `P` sampled partners per trigger, `L` own and `R` shared examples per trigger.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,23 +21,6 @@ _POPULAR_SHARE = 0.25  # of the sampled candidates, the most popular items, with
 
 
 @dataclass(frozen=True, kw_only=True)
-class Positives:
-    """What a softmax task is taught of a batch's triggers.
-
-    Attributes:
-        mass: (B, M) co-engagement at the candidates, 0 at the trigger itself.
-        partners: (B, P) drawn in proportion to the trigger's row; no columns when the catalog is complete.
-        position: (B, P) of the partner among the candidates, or -1.
-        valid: (B,) the trigger has partners.
-    """
-
-    mass: Floats
-    partners: Ints
-    position: Ints
-    valid: Bools
-
-
-@dataclass(frozen=True, kw_only=True)
 class Batch:
     """One worker's rows.
 
@@ -46,20 +28,26 @@ class Batch:
         triggers: (B,) item indices.
         candidates: (M,) item indices shared by all triggers.
         log_inclusion: (M,) log probability of being a candidate.
-        positives: by task: `engagement`, and signals by name.
+        mass: (B, M) co-engagement at the candidates, 0 at the trigger itself.
+        partners: (B, P) drawn in proportion to the trigger's row; no columns when the catalog is complete.
+        position: (B, P) of the partner among the candidates, or -1.
+        valid: (B,) the trigger has partners.
         examples: (B, L) item indices.
         random: (R,) item indices of the shared examples.
         targets: (B, L + R) graded relevance; of a shared example its content cosine, 0 when negative.
         present: (B, L + R) there is an example here.
         dropped: (N,) items whose id is hidden in this step.
-        own: rows and columns of any `mass` where the candidate is the trigger itself.
+        own: rows and columns of `mass` where the candidate is the trigger itself.
         num_triggers: size of the global batch.
     """
 
     triggers: Ints
     candidates: Ints
     log_inclusion: Floats
-    positives: Mapping[str, Positives]
+    mass: Floats
+    partners: Ints
+    position: Ints
+    valid: Bools
     examples: Ints
     random: Ints
     targets: Floats
@@ -73,7 +61,7 @@ class Batches:
     """Draws batches.
 
     Args:
-        matrices: co-engagement of all pairs of items, by task.
+        matrix: co-engagement of all pairs of items.
         content: (N, C), grades random examples.
         examples: graded pairs.
         popularity: (N,) decayed user-days.
@@ -89,7 +77,7 @@ class Batches:
     def __init__(
         self,
         *,
-        matrices: Mapping[str, CoEngagement],
+        matrix: CoEngagement,
         content: Floats,
         examples: Examples,
         popularity: Floats,
@@ -101,12 +89,12 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.matrices, self.content, self.id_dropout = matrices, content, id_dropout
+        self.matrix, self.content, self.id_dropout = matrix, content, id_dropout
         self.num_items = int(popularity.shape[0])
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.examples = _Lists(examples, self.num_items)
-        self.partners = {task: _Partners(matrix) for task, matrix in matrices.items()}
-        learns = np.logical_or.reduce([self.examples.length > 1, *(partners.some for partners in self.partners.values())])
+        self.partners = _Partners(matrix)
+        learns = self.partners.some | (self.examples.length > 1)
         self.triggers = np.flatnonzero(learns).astype(np.int32)
         self.batch_size = min(batch_size, len(self.triggers))
         self.is_sampled = self.num_items > full_softmax_max_items and self.num_items > num_sampled_items
@@ -119,6 +107,7 @@ class Batches:
         rng = np.random.default_rng([self.seed, step])
         triggers = np.sort(rng.choice(self.triggers, self.batch_size, replace=False))
         candidates, log_inclusion = self._candidates(rng)
+        partners = self.partners.draw(rng, triggers, _NUM_PARTNERS if self.is_sampled else 0)
         examples, targets, present = self.examples.draw(rng, triggers, _NUM_EXAMPLES)
         random = rng.choice(self.num_items, min(_NUM_RANDOM, self.num_items), replace=False).astype(np.int32)
         dropped = rng.random(self.num_items) < self.id_dropout
@@ -129,10 +118,10 @@ class Batches:
             triggers=triggers[mine],
             candidates=candidates,
             log_inclusion=log_inclusion,
-            positives={
-                task: self._positives(task, np.random.default_rng([self.seed, step, number]), triggers, candidates, where)
-                for number, task in enumerate(self.matrices, start=1)  # 0 would be the same stream as without it
-            },
+            mass=self.matrix.rows(triggers[mine], candidates if self.is_sampled else None),
+            partners=partners[mine],
+            position=where[partners[mine]],
+            valid=self.partners.some[triggers[mine]],
             examples=examples[mine],
             random=random,
             targets=np.concatenate([targets[mine], np.maximum(self.content[triggers[mine]] @ self.content[random].T, 0)], axis=1),
@@ -140,17 +129,6 @@ class Batches:
             dropped=dropped,
             own=_cells(where[triggers[mine]]),
             num_triggers=len(triggers),
-        )
-
-    def _positives(self, task: str, rng: np.random.Generator, triggers: Ints, candidates: Ints, where: Ints) -> Positives:
-        """Of this worker's rows; `rng` is the task's own, so that another task changes no draw."""
-        mine = slice(self.rank, None, self.world_size)
-        partners = self.partners[task].draw(rng, triggers, _NUM_PARTNERS if self.is_sampled else 0)[mine]
-        return Positives(
-            mass=self.matrices[task].rows(triggers[mine], candidates if self.is_sampled else None),
-            partners=partners,
-            position=where[partners],
-            valid=self.partners[task].some[triggers[mine]],
         )
 
     def _candidates(self, rng: np.random.Generator) -> tuple[Ints, Floats]:

@@ -9,7 +9,7 @@ Shapes: `N` items (row = `item_index`, ascending by item_id), `U` users, `C` con
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Self
 
@@ -22,7 +22,6 @@ from deltalake.exceptions import DeltaError
 from scipy.sparse import coo_array, csr_array
 
 from conf.errors import TableError
-from conf.tables import CO_ENGAGEMENT_PAIRS
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -94,7 +93,6 @@ class TrainingData:
         holdout: (N, N) user-days of co-engagement in the last slice.
         eligible: (N,) may be offered as a neighbor.
         examples: graded relevance.
-        signals: by name of pairs.signals, (N, N) decayed co-engagement weight of its actions within its window.
     """
 
     item_ids: npt.NDArray[np.str_]
@@ -104,7 +102,6 @@ class TrainingData:
     holdout: Sparse
     eligible: Bools
     examples: Examples
-    signals: Mapping[str, Sparse] = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:
@@ -156,24 +153,18 @@ class _Index:
     def __init__(self, item_ids: pa.Array) -> None:
         self._ids = item_ids
 
-    def __len__(self) -> int:
-        return len(self._ids)
-
     def __call__(self, column: pa.ChunkedArray) -> Ints:
         found = pc.index_in(column.cast(self._ids.type), value_set=self._ids)
         return np.asarray(pc.fill_null(found, -1).to_numpy(), dtype=np.int32)
 
 
-def load_training_data(
-    refs: Mapping[str, TableRef], *, run_date: date, half_life_days: float, signals: Mapping[str, float] | None = None
-) -> TrainingData:
+def load_training_data(refs: Mapping[str, TableRef], *, run_date: date, half_life_days: float) -> TrainingData:
     """Read the tables of one night.
 
     Args:
         refs: pinned versions of engagements, co_engagement_daily, co_engagement_pairs, item_popularity, item_features, relevance_examples.
         run_date: last day that counts.
         half_life_days: half-life of the landmark weights.
-        signals: half-life by name of the signals to read; `refs` then has co_engagement_pairs of each, too.
 
     Raises:
         TableError: a table or column is missing, or item_features is not dense.
@@ -209,10 +200,6 @@ def load_training_data(
         holdout=_read_holdout(refs["co_engagement_daily"], index, len(ids), run_date, holdout_from),
         eligible=features["eligible"].to_numpy(),
         examples=_read_examples(refs["relevance_examples"], index),
-        signals={
-            name: _read_signal(refs[CO_ENGAGEMENT_PAIRS.of_signal(name).name], index, run_date, days)
-            for name, days in (signals or {}).items()
-        },
     )
 
 
@@ -243,16 +230,6 @@ def _read_pairs(refs: Mapping[str, TableRef], index: _Index) -> tuple[pa.Table, 
     known = (trigger >= 0) & (target >= 0)
     out = pa.table({"trigger": trigger[known], "target": target[known], **{name: table[name].to_numpy()[known] for name in columns[2:]}})
     return out, days[0]["landmark_date"], days[0]["holdout_from"]
-
-
-def _read_signal(ref: TableRef, index: _Index, run_date: date, half_life_days: float) -> Sparse:
-    """(N, N) weights as of the run date."""
-    table = read_table(ref, ["trigger_item_id", "target_item_id", "weight", "landmark_date"])
-    trigger, target = index(table["trigger_item_id"]), index(table["target_item_id"])
-    known = (trigger >= 0) & (target >= 0)
-    landmark = table["landmark_date"][0].as_py() if table.num_rows else run_date
-    pairs = pa.table({"trigger": trigger[known], "target": target[known], "weight": table["weight"].to_numpy()[known]})
-    return _pair_matrix(pairs, "weight", _factor(landmark, run_date, half_life_days), len(index))
 
 
 def _pair_matrix(pairs: pa.Table, name: str, factor: np.float32, num_items: int) -> Sparse:

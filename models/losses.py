@@ -24,28 +24,20 @@ class Loss:
     parts: dict[str, float]
 
 
-def full_engagement(scores: Tensor, mass: Tensor, *, num_triggers: int, task: str = "engagement") -> Loss:
+def full_engagement(scores: Tensor, mass: Tensor, *, num_triggers: int) -> Loss:
     """Cross entropy of the softmax over the whole catalog to the co-engagement rows.
 
     Args:
         scores: (B, N) head scores, the trigger itself masked.
-        mass: (B, N) rows of C + b * C_user, or of a signal's C, not normalized.
+        mass: (B, N) rows of C + b * C_user, not normalized.
         num_triggers: size of the global batch.
-        task: engagement, or the signal's name.
     """
     rows = _cross_entropy(scores, mass)
-    return _engagement(rows, mass.sum(dim=1) > 0, num_triggers, task)
+    return _engagement(rows, mass.sum(dim=1) > 0, num_triggers)
 
 
 def sampled_engagement(
-    positive_scores: Tensor,
-    scores: Tensor,
-    *,
-    log_inclusion: Tensor,
-    position: Tensor,
-    valid: Tensor,
-    num_triggers: int,
-    task: str = "engagement",
+    positive_scores: Tensor, scores: Tensor, *, log_inclusion: Tensor, position: Tensor, valid: Tensor, num_triggers: int
 ) -> Loss:
     """The same on a sample: sum over candidates of exp(score) / inclusion probability is unbiased for the full sum (log-Q correction).
 
@@ -58,10 +50,9 @@ def sampled_engagement(
         position: (B, P) where the partner stands among the candidates, -1 for nowhere.
         valid: (B,) boolean, the trigger has partners.
         num_triggers: size of the global batch.
-        task: engagement, or the signal's name.
     """
     rows = (sampled_log_normalizer(positive_scores, scores, log_inclusion, position) - positive_scores).mean(dim=1) * valid
-    return _engagement(rows, valid, num_triggers, task)
+    return _engagement(rows, valid, num_triggers)
 
 
 def sampled_log_normalizer(positive_scores: Tensor, scores: Tensor, log_inclusion: Tensor, position: Tensor) -> Tensor:
@@ -114,7 +105,6 @@ def _cross_entropy(logits: Tensor, mass: Tensor, scores: Tensor | None = None) -
     return (logits.logsumexp(dim=1) - expected) * (total > 0)
 
 
-def _engagement(rows: Tensor, taught: Tensor, num_triggers: int, task: str) -> Loss:
-    share = "taught_share" if task == "engagement" else f"{task}_taught_share"
-    parts = {task: float(rows.detach().sum()) / num_triggers, share: float(taught.sum()) / num_triggers}
+def _engagement(rows: Tensor, taught: Tensor, num_triggers: int) -> Loss:
+    parts = {"engagement": float(rows.detach().sum()) / num_triggers, "taught_share": float(taught.sum()) / num_triggers}
     return Loss(value=rows.sum() / num_triggers, parts=parts)

@@ -5,22 +5,20 @@
     target(j)  = [head's target projection of trunk(j), bias_j]
 
 An id row starts as the factorization's [A, B], so that at step 0 the engagement head's scores are the calibrated factorization's and the
-relevance head's are (1 - l) * content cosine + l * cosine of the spectral rows. A head with a softmax task, which is engagement or a signal
-(co-engagement by some actions), starts as the engagement head does. Popularity lives in the last dimension alone: a trigger multiplies it
-by 1; in a head without a softmax task it is 0 for every item, whatever is learned.
+relevance head's are (1 - l) * content cosine + l * cosine of the spectral rows. Popularity lives in the last dimension alone: a trigger
+multiplies it by 1; in a head without the engagement task it is 0 for every item, whatever is learned.
 
 Shapes: `B` items of a batch, `N` items, `K` dimensions of the factorization, `C` content dimensions, `D` = 2K + C, `V` vector length.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-COSINE_TASKS = frozenset({"relevance", "affinity"})
-"""Every other task is a softmax over the catalog to co-engagement: `engagement`, and signals by name."""
+TASKS = ("engagement", "relevance", "affinity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +52,14 @@ class Head(nn.Module):
         task_weights: weight per task, tasks of weight 0 left out.
         trigger: (V - 1, D) start of the trigger projection.
         target: (V - 1, D) start of the target projection.
-        popularity_scale: start of the factor of log popularity in the bias; read only with a softmax task.
+        popularity_scale: start of the factor of log popularity in the bias; read only with the engagement task.
     """
 
     def __init__(self, *, name: str, task_weights: Mapping[str, float], trigger: Tensor, target: Tensor, popularity_scale: float) -> None:
         super().__init__()
         self.name = name
         self.task_weights = dict(task_weights)
-        self.has_bias = _is_softmax(self.task_weights)
+        self.has_bias = "engagement" in self.task_weights
         self.trigger = nn.Linear(trigger.shape[1], trigger.shape[0], bias=False)
         self.target = nn.Linear(target.shape[1], target.shape[0], bias=False)
         with torch.no_grad():
@@ -82,7 +80,7 @@ class Head(nn.Module):
         return torch.cat([vectors, bias[:, None]], dim=1)
 
     def _finish(self, vectors: Tensor) -> Tensor:
-        """Without a softmax task a score is a cosine; with it, lengths carry how sure the item is."""
+        """Without the engagement task a score is a cosine; with it, lengths carry how sure the item is."""
         return vectors if self.has_bias else functional.normalize(vectors, dim=1, eps=1e-6)
 
 
@@ -95,7 +93,7 @@ class Mtmh(nn.Module):
         heads: task weights per head name.
         temperature: T of the calibrated factorization.
         popularity_weight: rho of the calibrated factorization.
-        content_share: 1 - l, share of content cosine in the start of a head without a softmax task.
+        content_share: 1 - l, share of content cosine in the start of a head without engagement.
     """
 
     def __init__(
@@ -173,15 +171,11 @@ class _Selectors:
         self.trigger, self.target, self.content = torch.split(eye, [dimension, dimension, content])
 
 
-def _is_softmax(tasks: Iterable[str]) -> bool:
-    return bool(set(tasks) - COSINE_TASKS)
-
-
 def _build_head(
     name: str, tasks: Mapping[str, float], selectors: _Selectors, temperature: float, popularity_weight: float, content_share: float
 ) -> Head:
     weights = {task: weight for task, weight in tasks.items() if weight > 0}
-    if _is_softmax(weights):
+    if "engagement" in weights:
         trigger, target = temperature * selectors.trigger, selectors.target
     else:
         share = content_share if "affinity" in weights else 1.0  # a head that never learns from engagement does not start from it either

@@ -45,7 +45,7 @@ from models.checkpoint import save_checkpoint
 from models.data import Floats, TableRef, TrainingData, load_training_data
 from models.factorization import Calibrated, CoEngagement, Factorization, ScoreWeights, calibrate, factorize, sample_triggers
 from models.losses import Loss
-from models.mtmh import COSINE_TASKS, Head, Mtmh, Start
+from models.mtmh import Head, Mtmh, Start
 from models.scorer import MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
 from models.user_level import UserLevel
 
@@ -65,7 +65,6 @@ class TrainingSpec:
         folder: where the output goes; for several machines a shared one.
         model: encoder and heads.
         training: optimization.
-        signals: half-life in days of the signals that heads train on, by name.
     """
 
     tables: Mapping[str, TableRef]
@@ -75,7 +74,6 @@ class TrainingSpec:
     folder: str
     model: ModelSettings
     training: TrainingSettings
-    signals: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -87,7 +85,6 @@ class TrainingSpec:
             "folder": self.folder,
             "model": self.model.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json"),
-            "signals": dict(self.signals),
         }
         return json.dumps(content)
 
@@ -103,7 +100,6 @@ class TrainingSpec:
             folder=content["folder"],
             model=ModelSettings.model_validate(content["model"]),
             training=TrainingSettings.model_validate(content["training"]),
-            signals=content["signals"],
         )
 
 
@@ -191,7 +187,7 @@ def run_rank(spec_json: str) -> None:
         with Workers.join(timeout_seconds=spec.training.timeout_seconds) as workers:
             workers.use_threads()
             reach("train_model.rank.started")
-            data = load_training_data(spec.tables, run_date=spec.run_date, half_life_days=spec.half_life_days, signals=spec.signals)
+            data = load_training_data(spec.tables, run_date=spec.run_date, half_life_days=spec.half_life_days)
             metrics = train(data, spec, workers)
             reach("train_model.rank.written")
     except BaseException:
@@ -329,7 +325,7 @@ def build_model(start: Factorization, content: Floats, settings: ModelSettings, 
                 known=torch.from_numpy(start.known),
             ),
             hidden_dimension=settings.hidden_dimension,
-            heads={name: head.tasks for name, head in settings.heads.items()},
+            heads={name: head.model_dump() for name, head in settings.heads.items()},
             temperature=start.weights.temperature,
             popularity_weight=start.weights.popularity_weight,
             content_share=content_share,
@@ -419,13 +415,10 @@ def fine_tune(
 
 
 def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, user_level_weight: float) -> Batches:
-    """Batches of the full history. A signal is its counted pairs alone: user-level co-engagement knows no window."""
+    """Batches of the full history."""
     settings = spec.training
-    everything = CoEngagement(pairs=data.full.pairs, user_items=data.full.user_items, user_level_weight=user_level_weight)
-    nobody = data.full.user_items[:0]
-    signals = {name: CoEngagement(pairs=pairs, user_items=nobody, user_level_weight=0) for name, pairs in data.signals.items()}
     return Batches(
-        matrices={"engagement": everything} | signals,
+        matrix=CoEngagement(pairs=data.full.pairs, user_items=data.full.user_items, user_level_weight=user_level_weight),
         content=data.content,
         examples=data.examples,
         popularity=data.full.popularity,
@@ -448,13 +441,12 @@ def backward(model: Mtmh, batch: Batch, *, affinity_weight: float, compare: bool
     The trunk is computed once per distinct item. Each task is sent back to the trunk's output by itself, which costs the same as all at
     once and leaves each task's gradient on the shared representation to `compare`: a cosine below 0 means that two tasks pull apart.
     """
-    partners = {task: positives.partners.ravel() for task, positives in batch.positives.items()}
-    parts = [batch.triggers, batch.candidates, batch.examples.ravel(), batch.random, *partners.values()]
-    items, place = np.unique(np.concatenate(parts), return_inverse=True)
+    wanted = np.concatenate([batch.triggers, batch.candidates, batch.partners.ravel(), batch.examples.ravel(), batch.random])
+    items, place = np.unique(wanted, return_inverse=True)
     index = torch.from_numpy(items).long()
     trunk = model.trunk(index, torch.from_numpy(batch.dropped[items]))  # (I, D), I distinct items
-    places = [torch.from_numpy(part).long() for part in np.split(place, np.cumsum([part.size for part in parts])[:-1])]
-    rows = _Rows(dict(zip(partners, places[4:], strict=True)), *places[:4])
+    ends = np.cumsum([batch.triggers.size, batch.candidates.size, batch.partners.size, batch.examples.size])
+    rows = _Rows(*(torch.from_numpy(part).long() for part in np.split(place, ends)))
     shared = trunk.detach().requires_grad_()
     entry, gradients = {"loss": 0.0}, {}
     for name in model.heads:
@@ -477,11 +469,11 @@ def _cosines(gradients: dict[str, Tensor]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of the trunk: by task (B * P,) partners, then (B,) triggers, (M,) candidates, (B * L,) own and (R,) shared examples."""
+    """Rows of the trunk: (B,) triggers, (M,) candidates, (B * P,) partners, (B * L,) own and (R,) shared examples."""
 
-    partner: Mapping[str, Tensor]
     trigger: Tensor
     candidate: Tensor
+    partner: Tensor
     example: Tensor
     random: Tensor
 
@@ -491,9 +483,9 @@ def head_terms(head: Head, trunk: Tensor, log_popularity: Tensor, rows: _Rows, b
     trigger = head.trigger_vectors(trunk[rows.trigger])  # (B, V)
     target = head.target_vectors(trunk, log_popularity)  # (I, V)
     weights, terms = head.task_weights, list[Term]()
-    mass, log_inclusion = torch.from_numpy(batch.positives["engagement"].mass), torch.from_numpy(batch.log_inclusion)
-    for task in (name for name in weights if name not in COSINE_TASKS):
-        terms.append((f"{head.name}/{task}", weights[task], _softmax(task, trigger, target, rows, batch)))
+    mass, log_inclusion = torch.from_numpy(batch.mass), torch.from_numpy(batch.log_inclusion)
+    if "engagement" in weights:
+        terms.append((f"{head.name}/engagement", weights["engagement"], _engagement(trigger, target, rows, batch, mass)))
     unit_trigger, unit_target = _cosine_rows(trigger), _cosine_rows(target)
     if "relevance" in weights:
         terms.append((f"{head.name}/relevance", weights["relevance"], _relevance(unit_trigger, unit_target, rows, batch)))
@@ -505,20 +497,18 @@ def head_terms(head: Head, trunk: Tensor, log_popularity: Tensor, rows: _Rows, b
     return terms
 
 
-def _softmax(task: str, trigger: Tensor, target: Tensor, rows: _Rows, batch: Batch) -> Loss:
-    """Engagement or a signal: full softmax when the candidates are the catalog, else the sampled one."""
-    positives = batch.positives[task]
+def _engagement(trigger: Tensor, target: Tensor, rows: _Rows, batch: Batch, mass: Tensor) -> Loss:
+    """Full softmax when the candidates are the catalog, else the sampled one."""
     scores = _masked(trigger @ target[rows.candidate].T, batch)  # (B, M)
-    if positives.partners.shape[1] == 0:
-        return losses.full_engagement(scores, torch.from_numpy(positives.mass), task=task, num_triggers=batch.num_triggers)
-    partner = target[rows.partner[task]].view(*positives.partners.shape, -1)  # (B, P, V)
+    if batch.partners.shape[1] == 0:
+        return losses.full_engagement(scores, mass, num_triggers=batch.num_triggers)
+    partner = target[rows.partner].view(*batch.partners.shape, -1)  # (B, P, V)
     return losses.sampled_engagement(
         torch.einsum("bv,bpv->bp", trigger, partner),
         scores,
         log_inclusion=torch.from_numpy(batch.log_inclusion),
-        position=torch.from_numpy(positives.position).long(),
-        valid=torch.from_numpy(positives.valid),
-        task=task,
+        position=torch.from_numpy(batch.position).long(),
+        valid=torch.from_numpy(batch.valid),
         num_triggers=batch.num_triggers,
     )
 
