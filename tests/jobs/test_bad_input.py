@@ -10,11 +10,9 @@ from pyspark.sql import SparkSession
 
 from conf.errors import GateError, MachineError, MtmhError, SettingsError, SourceError
 from conf.settings import load_settings
-from conf.tables import CO_ENGAGEMENT_PAIRS, ENGAGEMENTS, ITEM_ANNOTATIONS, REJECTED_ROWS
-from jobs.build_pairs import build_pairs
+from conf.tables import ENGAGEMENTS, ITEM_ANNOTATIONS, REJECTED_ROWS
 from jobs.ingest import ingest
 from jobs.progress import Display
-from jobs.reader import rows_where
 from jobs.session import check_java
 from jobs.stage import Night, make_night, run_stage
 from tests.worlds import BundleWorld, write_config
@@ -114,56 +112,6 @@ def test_bad_rows_are_refused_with_their_reason_and_counted(spark: SparkSession,
     for _, word in bad:
         assert any(word in row["reason"] for row in refused), word
     assert not any(user in row["row"] for row in refused for user in good["who"].unique())  # user ids are hashed
-
-
-ODD_IDS = {
-    "quotes": "a'b\"c`d",
-    "a statement": "x'); DROP TABLE engagements; --",
-    "newlines and tabs": "two\nlines\tand a tab",
-    "separators": "a,b;c|d/e\\f",
-    "path": "../../etc/passwd",
-    "emoji": "\U0001f9c0\U0001f468\u200d\U0001f373",
-    "right to left": "\u05d2\u05d1\u05d9\u05e0\u05d4",
-    "composed and decomposed": "e\u0301",
-    "markup": "<script>alert(1)</script>",
-    "a wildcard": "%_*?[a]",
-    "braces": "{config} ${HOME} %s",
-    "the word null": "null",
-    "a null byte": "a\x00b",
-    "a number with zeros": "007",
-    "very long": "x" * 5_000,
-}
-
-
-def test_odd_ids_and_times_are_taken_as_they_are(spark: SparkSession, tmp_path: Path) -> None:
-    """Two users each engage every odd item together with a plain one, at odd times: nothing is lost, changed or merged."""
-    WORLD.write(tmp_path)
-    items, events = WORLD.items(), WORLD.events()
-    plain = items["sku"].iloc[0]
-    moments = ["1969-12-31 23:59:59", "2024-02-29 12:00:00", "2024-03-10 07:30:00", "2024-03-31 01:30:00"]  # leap day, clocks forward
-    odd = [
-        {"who": f"u'{user}", "what": what, "at": pd.Timestamp(moments[number % len(moments)], tz="UTC"), "basket": f"{number}-{user}"}
-        for number, item_id in enumerate(ODD_IDS.values())
-        for user in range(2)
-        for what in (item_id, plain)
-    ]
-    frame = pd.concat([events, pd.DataFrame(odd)], ignore_index=True)
-    frame["at"] = frame["at"].astype("datetime64[us, UTC]")
-    frame.to_parquet(tmp_path / "events" / "part-0.parquet", index=False)
-    named = pd.DataFrame([{"sku": item_id, "name": f"odd {name}"} for name, item_id in ODD_IDS.items()])
-    pd.concat([items, named]).to_parquet(tmp_path / "items" / "part-0.parquet", index=False)
-    night = _night(spark, write_config(tmp_path))
-    record = run_stage(night, "ingest", ingest)
-    assert record.metrics["num_rejected_events"] == record.metrics["num_rejected_items"] == 0
-    found = night.lake.read(ENGAGEMENTS).toPandas()
-    assert set(ODD_IDS.values()) <= set(found["item_id"])
-    assert str(found["event_date"].min()) == "1969-12-31"
-    run_stage(night, "build_pairs", build_pairs)
-    pairs = night.lake.read(CO_ENGAGEMENT_PAIRS).toPandas()
-    assert set(pairs.loc[pairs["trigger_item_id"] == plain, "target_item_id"]) >= set(ODD_IDS.values())
-    assert not set(pairs["trigger_item_id"]) - set(found["item_id"])
-    for item_id in ODD_IDS.values():
-        assert rows_where(night.lake.root, CO_ENGAGEMENT_PAIRS, "trigger_item_id", [item_id]).num_rows >= 1
 
 
 def test_duplicate_items_with_different_content(spark: SparkSession, tmp_path: Path) -> None:
