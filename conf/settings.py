@@ -38,6 +38,14 @@ def _regular(pattern: str) -> str:
     return pattern
 
 
+def _decaying(days: float) -> float:
+    if days <= 0:
+        raise ValueError("weights would grow with age or be undefined; wanted a half life > 0 days, very long for no decay")
+    return days
+
+
+HalfLife = Annotated[float, AfterValidator(_decaying)]
+"""Days, > 0."""
 Share = Annotated[float, Field(ge=0, le=1)]
 """A number in [0,1]."""
 Pattern = Annotated[str, AfterValidator(_regular)]
@@ -170,12 +178,34 @@ class RelevanceSource(SourceTable):
     columns: RelevanceColumns = Field(default_factory=RelevanceColumns, description="Your column names.")
 
 
+class ImpressionColumns(Section):
+    """Your column names in the impressions."""
+
+    user_id: str = Field("user_id", description="Who saw it.")
+    trigger_item_id: str = Field("trigger_item_id", description="The item beside which it was shown.")
+    item_id: str = Field("item_id", description="What was shown.")
+    shown_at: str = Field("shown_at", description="When.")
+
+
+class ImpressionSource(SourceTable):
+    """What was offered beside an item: one row per user, trigger and offered item."""
+
+    columns: ImpressionColumns = Field(default_factory=ImpressionColumns, description="Your column names.")
+    engaged_within_seconds: int = Field(
+        86_400, ge=1, description="An impression is taken if its user engages the item within so many seconds after it, else ignored."
+    )
+    days: int = Field(30, ge=1, description="Days up to the run date whose impressions count.")
+
+
 class SourceSettings(Section):
     """The tables a night reads."""
 
     events: EventSource = Field(description="Your events.")
     items: ItemSource = Field(description="Your catalog.")
     pair_relevance: RelevanceSource | None = Field(None, description="Graded pairs, if you have some.")
+    impressions: ImpressionSource | None = Field(
+        None, description="What was shown beside an item, if you know: what was seen and not taken becomes a negative."
+    )
     user_share: float = Field(1.0, gt=0, le=1, description="Share of users read, chosen by hash; below 1 for a quick trial on a slice.")
     max_rejected_share: float = Field(
         0.05, ge=0, le=1, description="Refused share of a source's rows above which the ingest gate stops the night."
@@ -208,11 +238,31 @@ class WindowSettings(Section):
         return self
 
 
+class SignalSettings(Section):
+    """Co-engagement of some actions alone, counted in tables of its own (`co_engagement_pairs__<name>`), so that heads can train on it."""
+
+    actions: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1, description="Actions that count, of triggers and of targets.")
+    window: WindowSettings = Field(description="Its window.")
+    half_life_days: HalfLife | None = Field(
+        None, description="Days after which a co-engagement of it counts half, > 0; null: as pairs.half_life_days."
+    )
+
+
+SignalName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*(_[a-z0-9]+)*$")]
+"""Part of the names of tables and metrics; two underscores in a row begin it in these."""
+
+
 class PairSettings(Section):
     """How co-engagement is counted."""
 
     window: WindowSettings = Field(description="The window.")
-    half_life_days: float = Field(description="Days after which a co-engagement counts half, > 0.")
+    half_life_days: HalfLife = Field(description="Days after which a co-engagement counts half, > 0.")
+    max_triggers_per_target: int = Field(
+        500,
+        ge=1,
+        description="Engagements of a user right before a target that may be its triggers, in windows of kind time and position: what a "
+        "robot costs there does not grow with the window.",
+    )
     max_items_per_user_day: int = Field(
         200,
         ge=2,
@@ -226,13 +276,26 @@ class PairSettings(Section):
     swing_max_users: int = Field(60, ge=2, description="Users per trigger that count for the score swing; the rest is cut by hash.")
     holdout_share: float = Field(0.1, gt=0, lt=0.5, description="Last share of engagements on which scores are calibrated.")
     user_hash_key_env: str = Field("MTMH_USER_HASH_KEY", description="Environment variable with the key of the user hashes.")
+    signals: dict[SignalName, SignalSettings] = Field(
+        default_factory=dict, description="Further counts by name, e.g. purchase: tasks that model.heads.<name>.signals can train on."
+    )
 
-    @field_validator("half_life_days")
+    def of_signal(self, name: str) -> Self:
+        """How a signal is counted: these settings with its window and half-life."""
+        signal = self.signals[name]
+        return self.model_copy(update={"window": signal.window, "half_life_days": self.half_life_of(name), "signals": {}})
+
+    def half_life_of(self, name: str) -> float:
+        """Half-life in days of a signal."""
+        own = self.signals[name].half_life_days
+        return self.half_life_days if own is None else own
+
+    @field_validator("signals")
     @classmethod
-    def _decays(cls, days: float) -> float:
-        if days <= 0:
-            raise ValueError("weights would grow with age or be undefined; wanted a half life > 0 days, very long for no decay")
-        return days
+    def _not_tasks(cls, signals: dict[str, SignalSettings]) -> dict[str, SignalSettings]:
+        if taken := sorted(set(signals) & set(HeadSettings.model_fields)):
+            raise ValueError(f"{taken} are tasks of heads already; call these signals something else")
+        return signals
 
 
 JudgeField = Annotated[str, Field(pattern=r"^(title|text|categories|categories\[[1-9]\d*:\]|tags|attributes|embedding|pair_relevance)$")]
@@ -262,10 +325,18 @@ class HeadSettings(Section):
     engagement: float = Field(0.0, ge=0, description="Softmax over the catalog to the co-engagement rows, popularity included.")
     relevance: float = Field(0.0, ge=0, description="Listwise distillation of graded relevance.")
     affinity: float = Field(0.0, ge=0, description="Softmax to co-engagement divided by popularity: interest that is not popularity.")
+    signals: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="By name of pairs.signals: softmax over the catalog to the rows of that signal."
+    )
+
+    @property
+    def tasks(self) -> dict[str, float]:
+        """Weight of each task; a signal is a task by its own name."""
+        return {name: float(getattr(self, name)) for name in type(self).model_fields if name != "signals"} | self.signals
 
     @model_validator(mode="after")
     def _some(self) -> Self:
-        if self.engagement + self.relevance + self.affinity == 0:
+        if sum(self.tasks.values()) == 0:
             raise ValueError("a head needs at least one task with a weight above 0")
         return self
 
@@ -277,6 +348,12 @@ class ModelSettings(Section):
     dimension: int = Field(128, ge=2, le=1024, description="Length of the factorization each side of the encoder starts from.")
     hidden_dimension: int = Field(256, ge=1, description="Width of the residual layer that reads id and content.")
     id_dropout: float = Field(0.1, ge=0, lt=1, description="Share of training items whose id is replaced by its content prediction.")
+    exposure_weight: float = Field(
+        1.0,
+        ge=0,
+        description="Copies more that an item counts as a negative of a trigger per day on which a user saw it there and ignored it; "
+        "read with source.impressions.",
+    )
     user_level_weight: float = Field(0.3, ge=0, description="Weight of user-level co-engagement beside the counted pairs.")
     popularity_weight: float = Field(0.5, ge=0, description="Starting weight of log popularity in the engagement score.")
     target_norm_exponent: float = Field(0.5, ge=0, le=2, description="How much of the factorization's target norms is kept.")
@@ -294,6 +371,11 @@ class ModelSettings(Section):
         if "merged" in self.heads:
             raise ValueError("`merged` is the name of the merged list; call the head something else")
         return self
+
+    @property
+    def signals(self) -> list[str]:
+        """Names of the signals that some head trains on."""
+        return sorted({name for head in self.heads.values() for name, weight in head.signals.items() if weight > 0})
 
 
 class TrainingSettings(Section):
@@ -540,6 +622,27 @@ class Settings(Section):
         scopes = [policy.scope for policy in self.merge]
         if "default" not in scopes or len(scopes) != len(set(scopes)):
             raise ValueError(f"merge needs one policy per scope and one of scope default, found scopes {scopes}")
+        return self
+
+    @model_validator(mode="after")
+    def _known_signals(self) -> Self:
+        """Heads name signals that are counted, and signals name actions that ingest takes."""
+        events, signals = self.source.events, self.pairs.signals
+        faults = [
+            f"model.heads.{head}.signals names {name!r}, which is not among pairs.signals {sorted(signals)}: define it there"
+            for head, settings in self.model.heads.items()
+            for name in settings.signals
+            if name not in signals
+        ]
+        taken = set(events.action_weights) or ({events.default_action} if events.columns.action is None else None)
+        for name, signal in signals.items():
+            if taken is not None and (unknown := sorted(set(signal.actions) - taken)):
+                faults.append(
+                    f"pairs.signals.{name} counts {unknown}, but ingest takes {sorted(taken)} only: "
+                    "see source.events.columns.action, default_action and action_weights"
+                )
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     @model_validator(mode="after")

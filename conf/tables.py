@@ -5,7 +5,11 @@ Types are Spark SQL DDL. `order_by` is the layout inside a file; tables are not 
 set would be thousands of tiny folders.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Self
+
+_OF_SIGNAL = "__"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,8 @@ class Table:
 
     `key` identifies a row; `row_group_mb` is the raw size of a Parquet row group where the writer's default of 128 MB is too much for a
     point lookup, which decodes one whole group of rows per column; `restricted` tables hold user-level state and are never exported; what
-    a failed stage wrote is taken back, except where it is `kept_on_failure`, to be looked at.
+    a failed stage wrote is taken back, except where it is `kept_on_failure`, to be looked at. A table `per_signal` has one more of its kind
+    for each of `pairs.signals`.
     """
 
     name: str
@@ -35,6 +40,11 @@ class Table:
     row_group_mb: int | None = None
     restricted: bool = False
     kept_on_failure: bool = False
+    per_signal: bool = False
+
+    def of_signal(self, signal: str | None) -> Self:
+        """The table of the same kind for a signal; None: this one, of all actions."""
+        return self if signal is None else replace(self, name=f"{self.name}{_OF_SIGNAL}{signal}", per_signal=False)
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -139,8 +149,39 @@ REJECTED_ROWS = Table(
     ),
 )
 
+IMPRESSIONS = Table(
+    name="impressions",
+    comment="What was shown beside an item on the last days up to the run date; empty where there is no source.impressions.",
+    key=("user_id", "trigger_item_id", "item_id", "shown_at"),
+    restricted=True,
+    columns=(
+        _key("user_id", "string", "Who saw it."),
+        _key("trigger_item_id", "string", "The item beside which it was shown."),
+        _key("item_id", "string", "What was shown."),
+        _key("shown_at", "timestamp", "When, UTC."),
+        _key("event_date", "date", "UTC day of shown_at."),
+    ),
+)
+
+EXPOSURE_PAIRS = Table(
+    name="exposure_pairs",
+    comment="How often an item was shown beside a trigger, and ignored, by at least min_users_per_pair distinct users.",
+    key=("trigger_item_id", "target_item_id"),
+    order_by=("trigger_item_id", "target_item_id"),
+    columns=(
+        _key("trigger_item_id", "string", "The item beside which it was shown."),
+        _key("target_item_id", "string", "What was shown."),
+        _key("num_shown", "bigint", "User-days on which it was shown."),
+        _key("num_ignored", "bigint", "Of these, user-days on which no impression was taken."),
+        _key("weight", "double", "Ignored user-days, decayed by pairs.half_life_days as of the run date."),
+        _key("num_users", "bigint", "Distinct users who saw it."),
+        _key("as_of", "date", "Run date."),
+    ),
+)
+
 CO_ENGAGEMENT_DAILY = Table(
     name="co_engagement_daily",
+    per_signal=True,
     comment="Co-engagements of one day: how many users engaged trigger and then target, the target on that day; of symmetric windows each "
     "pair once, the smaller id as the trigger.",
     key=("event_date", "trigger_item_id", "target_item_id"),
@@ -159,6 +200,7 @@ CO_ENGAGEMENT_DAILY = Table(
 
 CO_ENGAGEMENT_DAYS = Table(
     name="co_engagement_days",
+    per_signal=True,
     comment="What the days of co_engagement_daily were counted from, and how: what the next night compares itself with.",
     key=("event_date",),
     order_by=("event_date",),
@@ -179,6 +221,7 @@ CO_ENGAGEMENT_DAYS = Table(
 
 CO_ENGAGEMENT_TOTALS = Table(
     name="co_engagement_totals",
+    per_signal=True,
     comment="Sums over days of the pairs of at least min_users_per_pair distinct users: what a night adds to.",
     key=("trigger_item_id", "target_item_id"),
     order_by=("trigger_item_id", "target_item_id"),
@@ -193,6 +236,7 @@ CO_ENGAGEMENT_TOTALS = Table(
 
 CO_ENGAGEMENT_PAIRS = Table(
     name="co_engagement_pairs",
+    per_signal=True,
     comment="Pairs engaged by at least min_users_per_pair distinct users, decayed, as of the run date.",
     key=("trigger_item_id", "target_item_id"),
     order_by=("trigger_item_id", "target_item_id"),
@@ -217,6 +261,7 @@ CO_ENGAGEMENT_PAIRS = Table(
 
 ITEM_POPULARITY = Table(
     name="item_popularity",
+    per_signal=True,
     comment="How much each item was engaged with up to the run date: denominators of every association score.",
     key=("item_id",),
     order_by=("item_id",),
@@ -399,6 +444,8 @@ TABLES: dict[str, Table] = {
         PAIR_RELEVANCE,
         RELEVANCE_FEEDBACK,
         REJECTED_ROWS,
+        IMPRESSIONS,
+        EXPOSURE_PAIRS,
         CO_ENGAGEMENT_DAILY,
         CO_ENGAGEMENT_DAYS,
         CO_ENGAGEMENT_TOTALS,
@@ -414,3 +461,15 @@ TABLES: dict[str, Table] = {
         EVALUATION,
     )
 }
+
+
+def table_named(name: str) -> Table:
+    """The declaration behind a table's name, also where it is of a signal."""
+    kind, _, signal = name.partition(_OF_SIGNAL)
+    return TABLES[kind].of_signal(signal or None)
+
+
+def tables_with(signals: Iterable[str]) -> list[Table]:
+    """All tables, those of each signal included."""
+    of_signals = [table.of_signal(signal) for signal in signals for table in TABLES.values() if table.per_signal]
+    return [*TABLES.values(), *of_signals]

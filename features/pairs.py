@@ -116,6 +116,8 @@ class Counting:
     window: WindowSettings
     max_items_per_user_day: int
     """Distinct items of a user and day (or session) that take part; the smallest keyed hashes of (user, day or session, item) stay."""
+    max_triggers_per_target: int
+    """Engagements of a user right before a target, by time and item, that may be its triggers; session windows have no such cap."""
     min_users: int
     """User hashes kept per pair and day."""
     hash_key: bytes
@@ -134,6 +136,7 @@ class Counting:
             max_distance=window.max_distance,
             symmetric=window.symmetric,
             max_items=self.max_items_per_user_day,
+            max_triggers=self.max_triggers_per_target,
             hash_key=self.hash_key,
             days=np.array(sorted(map(day_number, days)), dtype=np.int64),
             num_classes=num_classes,

@@ -54,6 +54,7 @@ class WindowRule:
     max_distance: int | None
     symmetric: bool
     max_items: int
+    max_triggers: int
     hash_key: bytes
     days: Ints  # target days, ascending
     num_classes: int = 1
@@ -219,6 +220,8 @@ def _trigger_ranges(timeline: _Timeline, rule: WindowRule) -> tuple[Ints, Ints]:
     stops = rows if rule.symmetric else np.repeat(ties, run_lengths(positions, len(rows)))
     groups = run_starts(timeline.group)
     starts = np.repeat(groups, run_lengths(groups, len(rows)))
+    if rule.kind != "session":
+        starts = np.maximum(starts, rows - rule.max_triggers)
     if rule.window_micros is not None and rule.kind != "session":
         starts = np.maximum(starts, _first_within(timeline.group, timeline.time, rule.window_micros))
     if rule.kind == "position":

@@ -125,7 +125,7 @@ def _our_pairs(spark: Any, work: Work, out: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     events = spark.read.parquet(str(work.folder))
-    counting = Counting(window=work.window, max_items_per_user_day=_NO_CAP, min_users=2, hash_key=b"bench")
+    counting = Counting(window=work.window, max_items_per_user_day=_NO_CAP, max_triggers_per_target=_NO_CAP, min_users=2, hash_key=b"bench")
     decay: Json = {"landmark": START.date(), "half_life_days": 1000.0, "holdout_from": START.date()}
     folders = {"daily": str(daily.absolute()), "totals": str(out.absolute())}
     events.transform(write_pairs(counting, days=engagements_per_day(events), folders=folders, **decay)).collect()

@@ -6,6 +6,8 @@ weight at the run date is one factor at read time.
 A night builds on the last good one: it counts the days again that a change in `engagements` can reach, and adds what differs to the
 totals (`features.increments`). Its tables equal those of a night that starts from nothing, which is what it does where there is nothing
 to build on, and says so. Tables hold as of one run date: a night further back takes later days out, the next one counts them again.
+
+All of this happens once for all actions together, and once for each of `pairs.signals` in tables of its own (`co_engagement_pairs__click`).
 """
 
 import time
@@ -22,19 +24,12 @@ from pyspark.sql import functions as F
 
 from conf.errors import SettingsError, SourceError
 from conf.settings import PairSettings
-from conf.tables import (
-    CO_ENGAGEMENT_DAILY,
-    CO_ENGAGEMENT_DAYS,
-    CO_ENGAGEMENT_PAIRS,
-    CO_ENGAGEMENT_TOTALS,
-    ENGAGEMENTS,
-    ITEM_POPULARITY,
-)
-from features import increments, pairs
+from conf.tables import ENGAGEMENTS, EXPOSURE_PAIRS, IMPRESSIONS, table_named
+from features import exposures, increments, pairs
 from features.increments import DayState
 from features.pair_kernels import check_num_items
 from jobs.lake import in_memory, only_row
-from jobs.pair_state import PairState, counting_rule, find_state, totaling_rule
+from jobs.pair_state import PairState, Signal, counting_rule, find_state, totaling_rule
 from jobs.sources import user_hash_key
 from jobs.stage import StageRun, stage_main
 
@@ -61,26 +56,83 @@ class Plan:
 
 
 def build_pairs(run: StageRun) -> None:
-    """Count the days that changed, bring totals up to date, score pairs, gate."""
-    settings, until = run.settings.pairs, f"event_date <= '{run.run_date}'"
-    engagements = run.read(ENGAGEMENTS).where(until)
-    plan = make_plan(run, engagements)
+    """Count all actions, then each signal, and gate."""
+    engagements = run.read(ENGAGEMENTS).where(f"event_date <= '{run.run_date}'")
+    signals = Signal.all_of(run.settings.pairs)
+    metrics: dict[str, float] = {}
+    for signal in signals:
+        _check_actions(signal, engagements, run)
+        metrics |= {f"{signal.prefix}{name}": value for name, value in _build(run, signal, signal.take(engagements)).items()}
+    _forget_signals(run, signals)
+    run.gate(metrics | _count_exposures(run, engagements))
+
+
+def _build(run: StageRun, signal: Signal, engagements: DataFrame) -> dict[str, float]:
+    """Count the days that changed, bring totals up to date, score pairs; what there is to say of it in numbers."""
+    settings = signal.settings
+    plan = make_plan(run, signal, engagements)
     decay: dict[str, Any] = {"landmark": plan.landmark, "half_life_days": settings.half_life_days, "holdout_from": plan.holdout_from}
     as_of: dict[str, Any] = {"landmark": plan.landmark, "holdout_from": plan.holdout_from, "run_date": run.run_date}
-    with in_memory(engagements.transform(pairs.sum_user_items(run_date=run.run_date, **decay))) as engaged, _timed(run, "popularity"):
-        run.replace(ITEM_POPULARITY, engaged.transform(pairs.count_popularity(**as_of)))
+    user_items_of = engagements.transform(pairs.sum_user_items(run_date=run.run_date, **decay))
+    with in_memory(user_items_of) as engaged, _timed(run, f"{signal.prefix}popularity"):
+        run.replace(signal.popularity, engaged.transform(pairs.count_popularity(**as_of)))
         key = user_hash_key(settings)[0]
         user_items = pairs.collect_user_items(engaged, hash_key=key, max_users=settings.swing_max_users)
-    check_num_items(run.read_output(ITEM_POPULARITY).count())
-    with _timed(run, "counts"):
+    check_num_items(run.read_output(signal.popularity).count())
+    with _timed(run, f"{signal.prefix}counts"):
         count = _count_all if plan.before is None else _count_stale
-        changes = count(run, engagements, plan, user_items.item_ids, decay)
-    with _timed(run, "scores"):
-        popularity = run.read_output(ITEM_POPULARITY)
+        changes = count(run, signal, engagements, plan, items=user_items.item_ids, decay=decay)
+    with _timed(run, f"{signal.prefix}scores"):
+        popularity = run.read_output(signal.popularity)
         scored = pairs.score_pairs(popularity, user_items, max_pairs_per_trigger=settings.max_pairs_per_trigger, **as_of)
-        run.replace(CO_ENGAGEMENT_PAIRS, run.read_output(CO_ENGAGEMENT_TOTALS).transform(scored))
-    run.replace(CO_ENGAGEMENT_DAYS, _day_rows(run, engagements, plan, user_items.item_ids))
-    run.gate(_metrics(run) | changes | _pruned(run))
+        run.replace(signal.pairs, run.read_output(signal.totals).transform(scored))
+    run.replace(signal.days, _day_rows(run, signal, engagements, plan, items=user_items.item_ids))
+    return _metrics(run, signal) | changes | _pruned(run, signal)
+
+
+def _count_exposures(run: StageRun, engagements: DataFrame) -> dict[str, float]:
+    """Write exposure_pairs; how many pairs were shown, and how often what was shown was taken. Nothing without source.impressions."""
+    source, settings = run.settings.source.impressions, run.settings.pairs
+    if source is None:
+        run.replace(EXPOSURE_PAIRS, run.night.spark.createDataFrame([], EXPOSURE_PAIRS.ddl))
+        return {}
+    rule: dict[str, Any] = {"half_life_days": settings.half_life_days, "min_users": settings.min_users_per_pair}
+    counted = exposures.count_exposures(run.read(IMPRESSIONS), engagements, source=source, run_date=run.run_date, **rule)
+    with _timed(run, "exposures"):
+        run.replace(EXPOSURE_PAIRS, counted)
+    sums = [F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in ("num_shown", "num_ignored")]
+    row = only_row(run.read_output(EXPOSURE_PAIRS).agg(F.count(F.lit(1)).alias("num_exposure_pairs"), *sums))
+    taken = 1 - row["num_ignored"] / max(1, row["num_shown"])
+    return {"num_exposure_pairs": row["num_exposure_pairs"], "taken_exposures_share": taken if row["num_shown"] else 0.0}
+
+
+def _check_actions(signal: Signal, engagements: DataFrame, run: StageRun) -> None:
+    """Note an action that no event has.
+
+    Raises:
+        SourceError: no event has any of the signal's.
+    """
+    if signal.actions is None:
+        return
+    found = sorted(row["action"] for row in engagements.select("action").distinct().collect())
+    absent = sorted(set(signal.actions) - set(found))
+    if len(absent) == len(set(signal.actions)) and found:
+        raise SourceError(
+            f"{signal.where} counts actions {absent}, which no engagement up to {run.run_date} has; wanted some of {found}: correct "
+            f"{signal.where}.actions, source.events.columns.action or source.events.action_weights"
+        )
+    if absent:
+        run.note(f"{signal.label}: no engagement up to {run.run_date} has action {', '.join(absent)}; there are {', '.join(found)}")
+
+
+def _forget_signals(run: StageRun, signals: Sequence[Signal]) -> None:
+    """Empty the tables of signals that the last good night counted and the settings no longer name: nobody would keep them up to date."""
+    record = run.night.ledger.last_success(stage=run.stage)
+    counted = {table.name for signal in signals for table in (*signal.state, signal.pairs, signal.popularity)}
+    for name in sorted(set(record.output_versions if record else ()) - counted):
+        table = table_named(name)
+        run.night.lake.replace(table, run.night.spark.createDataFrame([], table.ddl))
+        run.note(f"{name} is emptied: its signal is no longer among pairs.signals")
 
 
 @contextmanager
@@ -91,29 +143,29 @@ def _timed(run: StageRun, part: str) -> Iterator[None]:
     run.metrics[f"seconds_{part}"] = time.monotonic() - begin
 
 
-def make_plan(run: StageRun, engagements: DataFrame) -> Plan:
+def make_plan(run: StageRun, signal: Signal, engagements: DataFrame) -> Plan:
     """Compare the engagements with what the last good night counted.
 
     Raises:
         SourceError: there are no engagements, or a session spans longer than any could.
         SettingsError: the window is longer than the history.
     """
-    settings = run.settings.pairs
+    settings = signal.settings
     days = {
         row["event_date"]: DayState(num_events=row["num_events"], fingerprint=row["fingerprint"])
         for row in engagements.transform(increments.fingerprint_days).collect()
     }
-    _check_history(settings, days, run.run_date)
+    _check_history(settings, days, run.run_date, where=signal.where)
     landmark = _landmark(run.run_date, settings.half_life_days)
     pairs.check_landmark(landmark, settings.half_life_days, run.run_date)
-    before = _state_to_build_on(run, landmark)
+    before = _state_to_build_on(run, signal, landmark)
     changed = increments.changed_days(before.states if before else {}, days)
     longest = max(_longest_session(settings, engagements, changed), before.common("reach_days") if before else 0)
     reach = increments.window_reach(settings.window, longest_session_days=longest)
     known = days.keys() | (before.days.keys() if before else set())
     stale = increments.stale_days(changed, known, reach_days=reach)
     if before and len(stale) > _MOST_DAYS * len(known):
-        run.note(f"pairs are counted from nothing: {len(stale)} of {len(known)} days are touched, which costs more to compare")
+        run.note(f"{signal.label} are counted from nothing: {len(stale)} of {len(known)} days are touched, which costs more to compare")
         before, stale = None, set(days)
     num_events = {day: state.num_events for day, state in days.items()}
     return Plan(
@@ -126,27 +178,33 @@ def make_plan(run: StageRun, engagements: DataFrame) -> Plan:
     )
 
 
-def _state_to_build_on(run: StageRun, landmark: date) -> PairState | None:
-    settings, found = run.settings.pairs, find_state(run)
+def _state_to_build_on(run: StageRun, signal: Signal, landmark: date) -> PairState | None:
+    found = find_state(run, signal)
     reason = found.reason
     if found.state is not None:
-        counted = found.state.common("counted_by") == counting_rule(settings, user_hash_key(settings)[0])
-        if counted and found.state.common("totaled_by") == totaling_rule(settings, landmark):
+        counted = found.state.common("counted_by") == _counting_rule(signal)
+        if counted and found.state.common("totaled_by") == totaling_rule(signal.settings, landmark):
             return found.state
-        reason = "the code, or a setting that decides counts (window, max_items_per_user_day, min_users_per_pair, hash key), has changed"
+        caps = "max_items_per_user_day, max_triggers_per_target, min_users_per_pair"
+        names = f"window, {caps}, hash key" + (", actions" if signal.actions else "")
+        reason = f"the code, or a setting that decides counts ({names}), has changed"
         if counted:
-            reason = "pairs.half_life_days or the landmark has changed"
-    run.note(f"pairs are counted from nothing: {reason}")
+            reason = f"{signal.where}.half_life_days or the landmark has changed"
+    run.note(f"{signal.label} are counted from nothing: {reason}")
     return None
 
 
-def _check_history(settings: PairSettings, days: Mapping[date, DayState], run_date: date) -> None:
+def _counting_rule(signal: Signal) -> str:
+    return counting_rule(signal.settings, user_hash_key(signal.settings)[0], signal.actions)
+
+
+def _check_history(settings: PairSettings, days: Mapping[date, DayState], run_date: date, *, where: str = "pairs") -> None:
     if not days:
         raise SourceError(f"no engagements up to {run_date}; wanted at least one, in the table engagements: run ingest for this date")
     kept, seconds = (max(days) - min(days)).days + 1, settings.window.window_seconds
     if seconds is not None and seconds > kept * _DAY_SECONDS:
         raise SettingsError(
-            f"pairs.window.window_seconds is {seconds}, {seconds / _DAY_SECONDS:.3g} days, but engagements up to {run_date} go back "
+            f"{where}.window.window_seconds is {seconds}, {seconds / _DAY_SECONDS:.3g} days, but engagements up to {run_date} go back "
             f"{kept} days only, to {min(days)}: no pair could be that far apart; shorten the window or bring more history"
         )
 
@@ -167,39 +225,44 @@ def _counting(settings: PairSettings) -> pairs.Counting:
     return pairs.Counting(
         window=settings.window,
         max_items_per_user_day=settings.max_items_per_user_day,
+        max_triggers_per_target=settings.max_triggers_per_target,
         min_users=settings.min_users_per_pair,
         hash_key=user_hash_key(settings)[0],
     )
 
 
-def _count_all(run: StageRun, engagements: DataFrame, plan: Plan, items: pa.Array, decay: Mapping[str, Any]) -> dict[str, float]:
+def _count_all(
+    run: StageRun, signal: Signal, engagements: DataFrame, plan: Plan, *, items: pa.Array, decay: Mapping[str, Any]
+) -> dict[str, float]:
     """Write co_engagement_daily and co_engagement_totals from nothing."""
 
     def write(folders: dict[str, str]) -> list[Row]:
         rule: dict[str, Any] = {"days": plan.recounted, "items": items, "folders": folders, **decay}
-        return engagements.transform(pairs.write_pairs(_counting(run.settings.pairs), **rule)).collect()
+        return engagements.transform(pairs.write_pairs(_counting(signal.settings), **rule)).collect()
 
-    run.replace_by_files({"daily": (CO_ENGAGEMENT_DAILY, "event_date"), "totals": (CO_ENGAGEMENT_TOTALS, None)}, write)
+    run.replace_by_files({"daily": (signal.daily, "event_date"), "totals": (signal.totals, None)}, write)
     return {"recounted_days_share": 1.0, "built_from_nothing": 1.0, "touched_pairs_share": 1.0}
 
 
-def _count_stale(run: StageRun, engagements: DataFrame, plan: Plan, items: pa.Array, decay: Mapping[str, Any]) -> dict[str, float]:
+def _count_stale(
+    run: StageRun, signal: Signal, engagements: DataFrame, plan: Plan, *, items: pa.Array, decay: Mapping[str, Any]
+) -> dict[str, float]:
     """Write the days that changed, and the totals of the pairs that they touch; how much that is."""
     assert plan.before is not None
     lake, versions = run.night.lake, plan.before.versions
     if plan.stale:
-        frame = run.night.spark.createDataFrame([], CO_ENGAGEMENT_DAILY.ddl)
+        frame = run.night.spark.createDataFrame([], signal.daily.ddl)
         if plan.recounted:
-            count = pairs.count_daily_pairs(_counting(run.settings.pairs), days=plan.recounted, items=items)
+            count = pairs.count_daily_pairs(_counting(signal.settings), days=plan.recounted, items=items)
             frame = engagements.transform(count)
-        run.replace(CO_ENGAGEMENT_DAILY, frame, where=pairs.where_days(plan.stale), presorted=True)
+        run.replace(signal.daily, frame, where=pairs.where_days(plan.stale), presorted=True)
     else:
-        run.keep(CO_ENGAGEMENT_DAILY)
-    after, totals = run.read_output(CO_ENGAGEMENT_DAILY), lake.read(CO_ENGAGEMENT_TOTALS, versions[CO_ENGAGEMENT_TOTALS.name])
-    symmetric = run.settings.pairs.window.symmetric
+        run.keep(signal.daily)
+    after, totals = run.read_output(signal.daily), lake.read(signal.totals, versions[signal.totals.name])
+    symmetric = signal.settings.window.symmetric
     totals = pairs.one_order(totals) if symmetric else totals
     corrections = increments.corrections(
-        lake.read(CO_ENGAGEMENT_DAILY, versions[CO_ENGAGEMENT_DAILY.name]),
+        lake.read(signal.daily, versions[signal.daily.name]),
         after,
         recounted=plan.stale,
         holdout_before=plan.before.common("holdout_from"),
@@ -208,18 +271,20 @@ def _count_stale(run: StageRun, engagements: DataFrame, plan: Plan, items: pa.Ar
     with in_memory(corrections) as rows, in_memory(increments.touched_pairs(rows, totals, holdout_from=plan.holdout_from)) as touched:
         num_touched = touched.count()
         parts, earlier = increments.night_parts(rows, touched, after=after, totals=totals, num_touched=num_touched)
-        summed = pairs.sum_totals(earlier=earlier, min_users=run.settings.pairs.min_users_per_pair, symmetric=symmetric, **decay)
-        run.replace(CO_ENGAGEMENT_TOTALS, parts.transform(summed), presorted=True)
-        found = run.read_output(CO_ENGAGEMENT_TOTALS).join(touched, on=list(CO_ENGAGEMENT_TOTALS.key), how="left_semi").count()
-    touched_share = (1 + symmetric) * found / max(1, run.read_output(CO_ENGAGEMENT_TOTALS).count())
-    run.night.display.say(f"  counted {len(plan.recounted)} of {len(plan.days)} days again, touched {touched_share:.1%} of pairs")
+        summed = pairs.sum_totals(earlier=earlier, min_users=signal.settings.min_users_per_pair, symmetric=symmetric, **decay)
+        run.replace(signal.totals, parts.transform(summed), presorted=True)
+        found = run.read_output(signal.totals).join(touched, on=list(signal.totals.key), how="left_semi").count()
+    touched_share = (1 + symmetric) * found / max(1, run.read_output(signal.totals).count())
+    run.night.display.say(
+        f"  {signal.label}: counted {len(plan.recounted)} of {len(plan.days)} days again, touched {touched_share:.1%} of pairs"
+    )
     shares = {"recounted_days_share": len(plan.recounted) / len(plan.days), "built_from_nothing": 0.0}
     return shares | {"touched_pairs_share": touched_share}
 
 
-def _day_rows(run: StageRun, engagements: DataFrame, plan: Plan, items: pa.Array) -> DataFrame:
+def _day_rows(run: StageRun, signal: Signal, engagements: DataFrame, plan: Plan, *, items: pa.Array) -> DataFrame:
     """Rows of co_engagement_days: of the days counted tonight what is cut from them, of the others what was."""
-    settings = run.settings.pairs
+    settings = signal.settings
     cuts: dict[date, tuple[int, int]] = {}
     if plan.before:
         cuts = {day: (row["num_capped_groups"], row["num_cut_items"]) for day, row in plan.before.days.items()}
@@ -229,14 +294,14 @@ def _day_rows(run: StageRun, engagements: DataFrame, plan: Plan, items: pa.Array
         cuts |= {day: measured.get(day, (0, 0)) for day in plan.recounted}
     common = (
         plan.reach_days,
-        counting_rule(settings, user_hash_key(settings)[0]),
+        _counting_rule(signal),
         totaling_rule(settings, plan.landmark),
         plan.landmark,
         plan.holdout_from,
         run.run_date,
     )
     rows = [(day, state.num_events, state.fingerprint, *cuts[day], *common) for day, state in sorted(plan.days.items())]
-    return run.night.spark.createDataFrame(rows, CO_ENGAGEMENT_DAYS.ddl)
+    return run.night.spark.createDataFrame(rows, signal.days.ddl)
 
 
 def _landmark(run_date: date, half_life_days: float) -> date:
@@ -245,17 +310,17 @@ def _landmark(run_date: date, half_life_days: float) -> date:
     return date.fromordinal(max(1, run_date.toordinal() // span * span))
 
 
-def _pruned(run: StageRun) -> dict[str, float]:
+def _pruned(run: StageRun, signal: Signal) -> dict[str, float]:
     """What the caps cut: items of user-days or sessions before counting, pairs of a trigger behind the strongest ones after it."""
-    cut = only_row(run.read_output(CO_ENGAGEMENT_DAYS).agg(*(F.sum(name).alias(name) for name in ("num_capped_groups", "num_cut_items"))))
-    over = F.col("count") - F.lit(run.settings.pairs.max_pairs_per_trigger)
-    triggers = run.read_output(CO_ENGAGEMENT_TOTALS).groupBy("trigger_item_id").count().where(over > 0)
+    cut = only_row(run.read_output(signal.days).agg(*(F.sum(name).alias(name) for name in ("num_capped_groups", "num_cut_items"))))
+    over = F.col("count") - F.lit(signal.settings.max_pairs_per_trigger)
+    triggers = run.read_output(signal.totals).groupBy("trigger_item_id").count().where(over > 0)
     pruned = triggers.agg(F.count(F.lit(1)).alias("num_pruned_triggers"), F.coalesce(F.sum(over), F.lit(0)).alias("num_pruned_pairs"))
     return cut | only_row(pruned)
 
 
-def _metrics(run: StageRun) -> dict[str, float]:
-    written = run.read_output(CO_ENGAGEMENT_PAIRS)
+def _metrics(run: StageRun, signal: Signal) -> dict[str, float]:
+    written = run.read_output(signal.pairs)
     weight = F.col("weight")
     row = only_row(
         written.agg(
@@ -267,8 +332,8 @@ def _metrics(run: StageRun) -> dict[str, float]:
             F.count_if(F.isnan(weight) | weight.isin(float("inf"), float("-inf"))).alias("num_nonfinite"),
         )
     )
-    duplicates = row["num_pairs"] - written.select(*CO_ENGAGEMENT_PAIRS.key).distinct().count()
-    return row | {"num_daily_rows": run.read_output(CO_ENGAGEMENT_DAILY).count(), "num_duplicate_keys": duplicates}
+    duplicates = row["num_pairs"] - written.select(*signal.pairs.key).distinct().count()
+    return row | {"num_daily_rows": run.read_output(signal.daily).count(), "num_duplicate_keys": duplicates}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

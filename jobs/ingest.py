@@ -1,4 +1,5 @@
-"""Stage 1: the user's events and items become `engagements`, `item_annotations`, `pair_relevance` and `rejected_rows`.
+"""Stage 1: the user's events and items become `engagements`, `item_annotations`, `pair_relevance`, `impressions` and
+`rejected_rows`.
 
 A night of run date D takes every event with `engaged_at < D+1 00:00 UTC`. Days up to D are replaced, so that a second run changes
 nothing; later days, which a later night may have written, stay.
@@ -9,8 +10,8 @@ from collections.abc import Sequence
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from conf.tables import ENGAGEMENTS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, RELEVANCE_FEEDBACK
-from features import annotations, engagements
+from conf.tables import ENGAGEMENTS, IMPRESSIONS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, RELEVANCE_FEEDBACK
+from features import annotations, engagements, exposures
 from features.sources import rejected_rows
 from jobs.lake import in_memory, only_row
 from jobs.sources import read_source, reading_sources, take_users, user_hash_key
@@ -22,14 +23,16 @@ STAGE = "ingest"
 def ingest(run: StageRun) -> None:
     """Read and check all sources, write what is good and what is refused, gate."""
     with reading_sources(run.settings.source), in_memory(_checked_items(run)) as items:
-        events, labels = checked_events(run), _checked_labels(run)
+        events, labels, impressions = checked_events(run), _checked_labels(run), _checked_impressions(run)
         run.replace(ENGAGEMENTS, _accepted_events(run, events), where=f"event_date <= '{run.run_date}'")
         run.replace(ITEM_ANNOTATIONS, _merged_annotations(run, items))
         run.replace(PAIR_RELEVANCE, _accepted_labels(run, labels).unionByName(_votes(run)))
-        checked = {"events": events, "items": items, **({} if labels is None else {"pair_relevance": labels})}
-        refused = [rejected_rows(frame, run_id=run.night.run_id, source=name) for name, frame in checked.items()]
+        run.replace(IMPRESSIONS, _accepted_impressions(run, impressions))
+        checked = {"events": events, "items": items, "pair_relevance": labels, "impressions": impressions}
+        given = {name: frame for name, frame in checked.items() if frame is not None}
+        refused = [rejected_rows(frame, run_id=run.night.run_id, source=name) for name, frame in given.items()]
         run.replace(REJECTED_ROWS, _union(refused), where=f"run_id = '{run.night.run_id}'")
-        metrics = _event_metrics(run, events) | _item_metrics(run, items)
+        metrics = _event_metrics(run, events) | _item_metrics(run, items) | _impression_metrics(impressions)
     run.gate(metrics | {"num_duplicate_keys": _num_duplicate_keys(run)})
 
 
@@ -76,6 +79,32 @@ def _accepted_labels(run: StageRun, checked: DataFrame | None) -> DataFrame:
     if checked is None:
         return run.night.spark.createDataFrame([], PAIR_RELEVANCE.ddl)
     return checked.where(F.col("reason").isNull()).select(*PAIR_RELEVANCE.column_names)
+
+
+def _checked_impressions(run: StageRun) -> DataFrame | None:
+    source = run.settings.source.impressions
+    if source is None:
+        return None
+    frame = read_source(run.night.spark, source, name="impressions")
+    frame = take_users(frame, source.columns.user_id, share=run.settings.source.user_share)
+    return exposures.check_impressions(frame, source=source, run_date=run.run_date, now=run.night.now)
+
+
+def _accepted_impressions(run: StageRun, checked: DataFrame | None) -> DataFrame:
+    if checked is None:
+        return run.night.spark.createDataFrame([], IMPRESSIONS.ddl)
+    return checked.where(F.col("reason").isNull()).select(*IMPRESSIONS.column_names).distinct()
+
+
+def _impression_metrics(checked: DataFrame | None) -> dict[str, float]:
+    if checked is None:
+        return {}
+    row = only_row(checked.agg(F.count(F.lit(1)).alias("rows"), F.count("reason").alias("rejected")))
+    return {
+        "num_source_impressions": row["rows"],
+        "num_rejected_impressions": row["rejected"],
+        "rejected_impressions_share": row["rejected"] / max(1, row["rows"]),
+    }
 
 
 def _votes(run: StageRun) -> DataFrame:

@@ -50,6 +50,7 @@ def future_pairs(engagements: DataFrame, *, settings: Settings, first_day: date,
     counting = pairs.Counting(
         window=settings.evaluation.window or settings.pairs.window,
         max_items_per_user_day=settings.evaluation.max_items_per_session,
+        max_triggers_per_target=settings.pairs.max_triggers_per_target,
         min_users=1,
         hash_key=b"evaluate",  # nothing of it is stored: a fixed key gives the same sample every time
     )

@@ -13,6 +13,10 @@ METRICS: Mapping[str, str] = {
     "num_other_action_events": "events of an action that has no weight in the settings, skipped",
     "num_taken_events": "events up to the run date that were accepted",
     "num_merged_events": "accepted events that repeat a user, item, action and instant, merged into one",
+    "num_source_impressions": "rows of the impressions source on the days that count",
+    "num_rejected_impressions": "impressions that were refused; table rejected_rows has them with the reason",
+    "num_exposure_pairs": "pairs of trigger and shown item seen by enough users",
+    "seconds_exposures": "seconds of counting impressions",
     "num_rejected_items": "catalog rows that were refused; table rejected_rows has them with the reason",
     "num_capped_groups": "sessions or user-days with more items than pairs.max_items_per_user_day",
     "num_cut_items": "items in them that took no part in pairs",
@@ -62,11 +66,19 @@ TALLY: Mapping[str, str] = {
 
 
 def meaning_of(metric: str, gates: Mapping[str, str]) -> str:
-    """The definition of a stage's metric, from its gate's rule or from METRICS; empty if nobody has written one."""
-    if found := gates.get(metric) or next((words for name, words in METRICS.items() if fnmatchcase(metric, name)), ""):
-        return found
+    """The definition of a stage's metric, from its gate's rule or from METRICS; empty if nobody has written one.
+
+    A metric of a signal is that of all actions with the signal's name before it.
+    """
+    own = gates.get(metric) or next((words for name, words in METRICS.items() if fnmatchcase(metric, name)), "")
+    if own:
+        return own
+    known = {**METRICS, **gates}
     parts = metric.split("_")  # method, head and measure; a head's name may have such a line in it too
-    return next((words for start in range(len(parts)) if (words := measure_meaning("_".join(parts[start:])))), "")
+    if words := next((words for start in range(len(parts)) if (words := measure_meaning("_".join(parts[start:])))), ""):
+        return words
+    same = max((name for name in known if metric.endswith(f"_{name}")), key=len, default=None)
+    return "" if same is None else f"{known[same]}; of signal {metric.removesuffix(f'_{same}')}"
 
 
 def first_line(error: str) -> str:

@@ -4,13 +4,13 @@
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pyspark.errors import PySparkException
 
 from conf.errors import TableError
 from conf.settings import load_settings
-from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, TABLES
+from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, tables_with
 from jobs.arguments import add_config, report_errors
 from jobs.lake import Lake, open_lake
 from jobs.session import start_session
@@ -22,9 +22,9 @@ FROM item_neighbors LATERAL VIEW posexplode(neighbors) AS position, neighbor
 """
 
 
-def register_views(lake: Lake) -> None:
+def register_views(lake: Lake, *, signals: Iterable[str] = ()) -> None:
     """Make every existing table, and `item_neighbor_rows`, a temporary view of the session; merge_policy a table of its catalog."""
-    for table in TABLES.values():
+    for table in tables_with(signals):
         if lake.exists(table) and table is not MERGE_POLICY:
             lake.read(table).createOrReplaceTempView(table.name)
     if lake.exists(MERGE_POLICY):  # external, so that dropping the name of another lake's table drops nothing else
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         values = parser.parse_args(argv)
         settings = load_settings(values.config, values.set)
         spark = start_session(settings.spark, app_name="mtmh query")
-        register_views(open_lake(spark, settings.lake))
+        register_views(open_lake(spark, settings.lake), signals=settings.pairs.signals)
         try:
             spark.sql(values.sql).show(values.rows, truncate=80)
         except PySparkException as error:

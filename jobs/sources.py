@@ -53,7 +53,7 @@ def reading_sources(sources: SourceSettings) -> Iterator[None]:
 
 
 def _tables(sources: SourceSettings) -> dict[str, SourceTable]:
-    tables = {"events": sources.events, "items": sources.items, "pair_relevance": sources.pair_relevance}
+    tables: dict[str, SourceTable | None] = {name: getattr(sources, name) for name in ("events", "items", "pair_relevance", "impressions")}
     return {name: table for name, table in tables.items() if table is not None}
 
 

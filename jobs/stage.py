@@ -16,7 +16,7 @@ from pyspark.sql import DataFrame, Row, SparkSession
 from conf.errors import TableError, machine_fault
 from conf.faults import reach, while_writing
 from conf.settings import Settings
-from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, RUNS, TABLES, Table
+from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, RUNS, Table, table_named
 from jobs.arguments import Arguments, parse, report_errors
 from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord, night_fingerprint, source_state
@@ -173,8 +173,9 @@ class StageRun:
         No night ever reads what a failed stage wrote, so that a restore that fails, too, does no harm to later ones.
         """
         for name, version in self._before.items():
-            if not TABLES[name].kept_on_failure and self.night.lake.exists(TABLES[name]):
-                self.night.lake.restore(TABLES[name], version or 0)  # version 0 is the table as created, without a row
+            table = table_named(name)
+            if not table.kept_on_failure and self.night.lake.exists(table):
+                self.night.lake.restore(table, version or 0)  # version 0 is the table as created, without a row
 
     def note(self, text: str) -> None:
         """Tell the reader of `runs`, and of the terminal, something worth knowing."""
@@ -246,7 +247,7 @@ def finished(night: Night, stage: str) -> StageRecord | None:
     if record is None:
         return None
     reread = {name: version for name, version in record.input_versions.items() if name != ITEM_NEIGHBORS.name}
-    unchanged = all(night.pinned_version(TABLES[name]) == version for name, version in reread.items())
+    unchanged = all(night.pinned_version(table_named(name)) == version for name, version in reread.items())
     return record if unchanged else None
 
 

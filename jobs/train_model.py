@@ -19,6 +19,7 @@ from conf.tables import (
     CO_ENGAGEMENT_DAILY,
     CO_ENGAGEMENT_PAIRS,
     ENGAGEMENTS,
+    EXPOSURE_PAIRS,
     ITEM_EMBEDDINGS,
     ITEM_FEATURES,
     ITEM_POPULARITY,
@@ -36,8 +37,14 @@ _INPUTS = (ENGAGEMENTS, CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ITEM_POPULARIT
 def train_model(run: StageRun) -> None:
     """Train, take over the vectors, gate."""
     folder = run.night.artifacts("model")
+    signals = run.settings.model.signals
+    inputs = [
+        *_INPUTS,
+        *([EXPOSURE_PAIRS] if run.settings.source.impressions else []),
+        *(CO_ENGAGEMENT_PAIRS.of_signal(name) for name in signals),
+    ]
     spec = TrainingSpec(
-        tables={table.name: TableRef(uri=run.night.lake.path(table), version=run.version(table)) for table in _INPUTS},
+        tables={table.name: TableRef(uri=run.night.lake.path(table), version=run.version(table)) for table in inputs},
         run_date=run.run_date,
         half_life_days=run.settings.pairs.half_life_days,
         symmetric=run.settings.pairs.window.symmetric,
@@ -45,6 +52,7 @@ def train_model(run: StageRun) -> None:
         folder=str(folder),
         model=run.settings.model,
         training=run.settings.training,
+        signals={name: run.settings.pairs.half_life_of(name) for name in signals},
     )
     with run.night.display.watch("training", _progress(folder)):
         _distribute(run, spec)

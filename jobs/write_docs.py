@@ -41,6 +41,14 @@ EXAMPLES: Mapping[str, tuple[str, str]] = {
         "Why rows were refused, most frequent first.",
         "SELECT source, reason, sum(num_rows) AS num_rows FROM rejected_rows GROUP BY source, reason ORDER BY num_rows DESC",
     ),
+    "impressions": (
+        "What was shown most often.",
+        "SELECT item_id, count(*) AS num_shown FROM impressions GROUP BY item_id ORDER BY num_shown DESC LIMIT 10",
+    ),
+    "exposure_pairs": (
+        "Offers that people keep ignoring.",
+        "SELECT trigger_item_id, target_item_id, num_shown, num_ignored FROM exposure_pairs ORDER BY num_ignored DESC LIMIT 10",
+    ),
     "co_engagement_daily": (
         "How many pairs each day brought.",
         "SELECT event_date, count(*) AS num_pairs FROM co_engagement_daily GROUP BY event_date ORDER BY event_date",
@@ -110,6 +118,8 @@ def _table_page(table: Table) -> str:
         about.append(f"Sorted inside each file by {', '.join(f'`{name}`' for name in table.order_by)}.")
     if table.restricted:
         about.append("Restricted: it holds state of single users, and is never exported.")
+    if table.per_signal:
+        about.append(f"One more of its kind for each of `pairs.signals`, e.g. `{table.of_signal('purchase').name}`.")
     lines = [f"# {table.name}", "", _BY_HAND, "", table.comment, "", " ".join(about), ""]
     lines += ["| column | type | may be null | meaning |", "|---|---|---|---|", *columns, "", question, ""]
     lines += ["```sh", f'.venv/bin/python -m jobs.query "{sql}" --config demo', "```", ""]

@@ -6,18 +6,36 @@ exactly the rows of the batch that one worker would have.
 Shapes: `B` triggers of this worker, `M` candidates, `P` sampled partners per trigger, `L` own and `R` shared examples per trigger.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from models.data import Bools, Examples, Floats, Ints
+from models.data import Bools, Examples, Floats, Ints, Sparse
 from models.factorization import CoEngagement
 
 _NUM_PARTNERS = 4  # drawn per trigger when the softmax is sampled
 _NUM_EXAMPLES = 8  # graded items per trigger and step
 _NUM_RANDOM = 64  # mostly unrelated items, shared by all triggers: one product instead of a gather per trigger
 _POPULAR_SHARE = 0.25  # of the sampled candidates, the most popular items, with certainty: most of the softmax mass is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positives:
+    """What a softmax task is taught of a batch's triggers.
+
+    Attributes:
+        mass: (B, M) co-engagement at the candidates, 0 at the trigger itself.
+        partners: (B, P) drawn in proportion to the trigger's row; no columns when the catalog is complete.
+        position: (B, P) of the partner among the candidates, or -1.
+        valid: (B,) the trigger has partners.
+    """
+
+    mass: Floats
+    partners: Ints
+    position: Ints
+    valid: Bools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,31 +46,27 @@ class Batch:
         triggers: (B,) item indices.
         candidates: (M,) item indices shared by all triggers.
         log_inclusion: (M,) log probability of being a candidate.
-        mass: (B, M) co-engagement at the candidates, 0 at the trigger itself.
-        partners: (B, P) drawn in proportion to the trigger's row; no columns when the catalog is complete.
-        position: (B, P) of the partner among the candidates, or -1.
-        valid: (B,) the trigger has partners.
+        positives: by task: `engagement`, and signals by name.
         examples: (B, L) item indices.
         random: (R,) item indices of the shared examples.
         targets: (B, L + R) graded relevance; of a shared example its content cosine, 0 when negative.
         present: (B, L + R) there is an example here.
         dropped: (N,) items whose id is hidden in this step.
-        own: rows and columns of `mass` where the candidate is the trigger itself.
+        log_copies: (B, M) log of how often each candidate counts in a normalizer: 1 + w * ignored exposures; None: once.
+        own: rows and columns of any `mass` where the candidate is the trigger itself.
         num_triggers: size of the global batch.
     """
 
     triggers: Ints
     candidates: Ints
     log_inclusion: Floats
-    mass: Floats
-    partners: Ints
-    position: Ints
-    valid: Bools
+    positives: Mapping[str, Positives]
     examples: Ints
     random: Ints
     targets: Floats
     present: Bools
     dropped: Bools
+    log_copies: Floats | None
     own: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
     num_triggers: int
 
@@ -61,10 +75,11 @@ class Batches:
     """Draws batches.
 
     Args:
-        matrix: co-engagement of all pairs of items.
+        matrices: co-engagement of all pairs of items, by task.
         content: (N, C), grades random examples.
         examples: graded pairs.
         popularity: (N,) decayed user-days.
+        exposures: (N, N) how many copies more an item counts in a trigger's normalizer; None: none.
         batch_size: triggers of the global batch.
         full_softmax_max_items: catalogs up to this size use all items as candidates.
         num_sampled_items: candidates above it.
@@ -77,7 +92,7 @@ class Batches:
     def __init__(
         self,
         *,
-        matrix: CoEngagement,
+        matrices: Mapping[str, CoEngagement],
         content: Floats,
         examples: Examples,
         popularity: Floats,
@@ -86,15 +101,16 @@ class Batches:
         num_sampled_items: int,
         id_dropout: float,
         seed: int,
+        exposures: Sparse | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.matrix, self.content, self.id_dropout = matrix, content, id_dropout
-        self.num_items = int(popularity.shape[0])
+        self.matrices, self.content, self.id_dropout = matrices, content, id_dropout
+        self.num_items, self.exposures = int(popularity.shape[0]), exposures
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.examples = _Lists(examples, self.num_items)
-        self.partners = _Partners(matrix)
-        learns = self.partners.some | (self.examples.length > 1)
+        self.partners = {task: _Partners(matrix) for task, matrix in matrices.items()}
+        learns = np.logical_or.reduce([self.examples.length > 1, *(partners.some for partners in self.partners.values())])
         self.triggers = np.flatnonzero(learns).astype(np.int32)
         self.batch_size = min(batch_size, len(self.triggers))
         self.is_sampled = self.num_items > full_softmax_max_items and self.num_items > num_sampled_items
@@ -107,7 +123,6 @@ class Batches:
         rng = np.random.default_rng([self.seed, step])
         triggers = np.sort(rng.choice(self.triggers, self.batch_size, replace=False))
         candidates, log_inclusion = self._candidates(rng)
-        partners = self.partners.draw(rng, triggers, _NUM_PARTNERS if self.is_sampled else 0)
         examples, targets, present = self.examples.draw(rng, triggers, _NUM_EXAMPLES)
         random = rng.choice(self.num_items, min(_NUM_RANDOM, self.num_items), replace=False).astype(np.int32)
         dropped = rng.random(self.num_items) < self.id_dropout
@@ -118,18 +133,36 @@ class Batches:
             triggers=triggers[mine],
             candidates=candidates,
             log_inclusion=log_inclusion,
-            mass=self.matrix.rows(triggers[mine], candidates if self.is_sampled else None),
-            partners=partners[mine],
-            position=where[partners[mine]],
-            valid=self.partners.some[triggers[mine]],
+            positives={
+                task: self._positives(task, np.random.default_rng([self.seed, step, number]), triggers, candidates, where)
+                for number, task in enumerate(self.matrices, start=1)  # 0 would be the same stream as without it
+            },
             examples=examples[mine],
             random=random,
             targets=np.concatenate([targets[mine], np.maximum(self.content[triggers[mine]] @ self.content[random].T, 0)], axis=1),
             present=np.concatenate([present[mine], self._graded(triggers[mine], random)], axis=1),
             dropped=dropped,
+            log_copies=self._log_copies(triggers[mine], candidates),
             own=_cells(where[triggers[mine]]),
             num_triggers=len(triggers),
         )
+
+    def _positives(self, task: str, rng: np.random.Generator, triggers: Ints, candidates: Ints, where: Ints) -> Positives:
+        """Of this worker's rows; `rng` is the task's own, so that another task changes no draw."""
+        mine = slice(self.rank, None, self.world_size)
+        partners = self.partners[task].draw(rng, triggers, _NUM_PARTNERS if self.is_sampled else 0)[mine]
+        return Positives(
+            mass=self.matrices[task].rows(triggers[mine], candidates if self.is_sampled else None),
+            partners=partners,
+            position=where[partners],
+            valid=self.partners[task].some[triggers[mine]],
+        )
+
+    def _log_copies(self, triggers: Ints, candidates: Ints) -> Floats | None:
+        if self.exposures is None:
+            return None
+        rows = self.exposures[triggers]
+        return np.log1p((rows[:, candidates] if self.is_sampled else rows).toarray())
 
     def _candidates(self, rng: np.random.Generator) -> tuple[Ints, Floats]:
         if not self.is_sampled:

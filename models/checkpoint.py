@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from conf.errors import TrainingError
-from models.mtmh import Mtmh, Start
+from models.mtmh import Mtmh, SignalStart, Start
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "model.json"
@@ -66,6 +67,7 @@ def model_config(model: Mtmh) -> dict[str, Any]:
         "dimension": model.dimension,
         "content_dimension": model.content.shape[1],
         "hidden_dimension": model.inner.out_features,
+        "signals": list(model.signals),
         "heads": {name: model.head(name).task_weights for name in model.heads},
     }
 
@@ -73,14 +75,14 @@ def model_config(model: Mtmh) -> dict[str, Any]:
 def _empty(config: Mapping[str, Any]) -> Mtmh:
     """Modules of the right shapes; every number in them is about to be replaced."""
     num_items, dimension, content = config["num_items"], config["dimension"], config["content_dimension"]
+    rows: dict[str, Tensor] = dict.fromkeys(("trigger", "target"), torch.zeros(num_items, dimension))
+    rows |= dict.fromkeys(("content_to_trigger", "content_to_target"), torch.zeros(content, dimension))
     start = Start(
-        trigger=torch.zeros(num_items, dimension),
-        target=torch.zeros(num_items, dimension),
         content=torch.zeros(num_items, content),
-        content_to_trigger=torch.zeros(content, dimension),
-        content_to_target=torch.zeros(content, dimension),
         log_popularity=torch.zeros(num_items),
         known=torch.zeros(num_items, dtype=torch.bool),
+        signals={name: SignalStart(**rows) for name in config["signals"]},
+        **rows,
     )
     return Mtmh(
         start=start,

@@ -7,9 +7,10 @@ then rebuilt on `full`. Weights are decayed user-days as of the last day each si
 Shapes: `N` items (row = `item_index`, ascending by item_id), `U` users, `C` content dimensions, `E` relevance examples.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Self
 
@@ -22,6 +23,7 @@ from deltalake.exceptions import DeltaError
 from scipy.sparse import coo_array, csr_array
 
 from conf.errors import TableError
+from conf.tables import CO_ENGAGEMENT_PAIRS
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -93,6 +95,8 @@ class TrainingData:
         holdout: (N, N) user-days of co-engagement in the last slice.
         eligible: (N,) may be offered as a neighbor.
         examples: graded relevance.
+        signals: by name of pairs.signals, (N, N) decayed co-engagement weight of its actions within its window.
+        exposures: (N, N) decayed user-days on which the column was shown beside the row and ignored; None: nobody knows.
     """
 
     item_ids: npt.NDArray[np.str_]
@@ -102,11 +106,20 @@ class TrainingData:
     holdout: Sparse
     eligible: Bools
     examples: Examples
+    signals: Mapping[str, Sparse] = field(default_factory=dict)
+    exposures: Sparse | None = None
 
     @property
     def num_items(self) -> int:
         """`N`."""
         return int(self.item_ids.shape[0])
+
+    def history_of(self, signal: str) -> History:
+        """The counted pairs of a signal. Nobody stands behind more than one item, so that no user-level co-engagement is added."""
+        pairs = self.signals[signal]
+        paired = np.unique(np.concatenate([pairs.indices, np.flatnonzero(np.diff(pairs.indptr))])).astype(np.int32)
+        one_each = sparse_rows(np.arange(len(paired)), paired, np.ones(len(paired)), (len(paired), self.num_items))
+        return dataclasses.replace(self.full, pairs=pairs, user_items=one_each)
 
     @property
     def vocabulary(self) -> str:
@@ -153,19 +166,26 @@ class _Index:
     def __init__(self, item_ids: pa.Array) -> None:
         self._ids = item_ids
 
+    def __len__(self) -> int:
+        return len(self._ids)
+
     def __call__(self, column: pa.ChunkedArray) -> Ints:
         found = pc.index_in(column.cast(self._ids.type), value_set=self._ids)
         return np.asarray(pc.fill_null(found, -1).to_numpy(), dtype=np.int32)
 
 
-def load_training_data(refs: Mapping[str, TableRef], *, run_date: date, half_life_days: float, symmetric: bool) -> TrainingData:
+def load_training_data(
+    refs: Mapping[str, TableRef], *, run_date: date, half_life_days: float, symmetric: bool, signals: Mapping[str, float] | None = None
+) -> TrainingData:
     """Read the tables of one night.
 
     Args:
-        refs: pinned versions of engagements, co_engagement_daily, co_engagement_pairs, item_popularity, item_features, relevance_examples.
+        refs: pinned versions of engagements, co_engagement_daily, co_engagement_pairs, item_popularity, item_features,
+            relevance_examples, and optionally exposure_pairs.
         run_date: last day that counts.
         half_life_days: half-life of the landmark weights.
         symmetric: the window of the pairs is, so that co_engagement_daily has each pair once.
+        signals: half-life by name of the signals to read; `refs` then has co_engagement_pairs of each, too.
 
     Raises:
         TableError: a table or column is missing, or item_features is not dense.
@@ -201,6 +221,11 @@ def load_training_data(refs: Mapping[str, TableRef], *, run_date: date, half_lif
         holdout=_read_holdout(refs["co_engagement_daily"], index, len(ids), (holdout_from, run_date), symmetric=symmetric),
         eligible=features["eligible"].to_numpy(),
         examples=_read_examples(refs["relevance_examples"], index),
+        signals={
+            name: _read_signal(refs[CO_ENGAGEMENT_PAIRS.of_signal(name).name], index, run_date, days)
+            for name, days in (signals or {}).items()
+        },
+        exposures=_read_exposures(refs["exposure_pairs"], index) if "exposure_pairs" in refs else None,
     )
 
 
@@ -231,6 +256,26 @@ def _read_pairs(refs: Mapping[str, TableRef], index: _Index) -> tuple[pa.Table, 
     known = (trigger >= 0) & (target >= 0)
     out = pa.table({"trigger": trigger[known], "target": target[known], **{name: table[name].to_numpy()[known] for name in columns[2:]}})
     return out, days[0]["landmark_date"], days[0]["holdout_from"]
+
+
+def _read_exposures(ref: TableRef, index: _Index) -> Sparse | None:
+    """(N, N) ignored exposures; None where none were counted."""
+    table = read_table(ref, ["trigger_item_id", "target_item_id", "weight"])
+    trigger, target = index(table["trigger_item_id"]), index(table["target_item_id"])
+    known = (trigger >= 0) & (target >= 0)
+    if not known.any():
+        return None
+    return sparse_rows(trigger[known], target[known], table["weight"].to_numpy()[known], (len(index), len(index)))
+
+
+def _read_signal(ref: TableRef, index: _Index, run_date: date, half_life_days: float) -> Sparse:
+    """(N, N) weights as of the run date."""
+    table = read_table(ref, ["trigger_item_id", "target_item_id", "weight", "landmark_date"])
+    trigger, target = index(table["trigger_item_id"]), index(table["target_item_id"])
+    known = (trigger >= 0) & (target >= 0)
+    landmark = table["landmark_date"][0].as_py() if table.num_rows else run_date
+    pairs = pa.table({"trigger": trigger[known], "target": target[known], "weight": table["weight"].to_numpy()[known]})
+    return _pair_matrix(pairs, "weight", _factor(landmark, run_date, half_life_days), len(index))
 
 
 def _pair_matrix(pairs: pa.Table, name: str, factor: np.float32, num_items: int) -> Sparse:

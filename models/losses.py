@@ -24,20 +24,30 @@ class Loss:
     parts: dict[str, float]
 
 
-def full_engagement(scores: Tensor, mass: Tensor, *, num_triggers: int) -> Loss:
+def full_engagement(scores: Tensor, mass: Tensor, *, num_triggers: int, log_copies: Tensor | None = None, task: str = "engagement") -> Loss:
     """Cross entropy of the softmax over the whole catalog to the co-engagement rows.
 
     Args:
         scores: (B, N) head scores, the trigger itself masked.
-        mass: (B, N) rows of C + b * C_user, not normalized.
+        mass: (B, N) rows of C + b * C_user, or of a signal's C, not normalized.
         num_triggers: size of the global batch.
+        log_copies: (B, N) log of how often an item counts in the normalizer: one that was shown and ignored counts more than once.
+        task: engagement, or the signal's name.
     """
-    rows = _cross_entropy(scores, mass)
-    return _engagement(rows, mass.sum(dim=1) > 0, num_triggers)
+    rows = _cross_entropy(scores, mass) if log_copies is None else _cross_entropy(scores + log_copies, mass, scores)
+    return _engagement(rows, mass.sum(dim=1) > 0, num_triggers, task)
 
 
 def sampled_engagement(
-    positive_scores: Tensor, scores: Tensor, *, log_inclusion: Tensor, position: Tensor, valid: Tensor, num_triggers: int
+    positive_scores: Tensor,
+    scores: Tensor,
+    *,
+    log_inclusion: Tensor,
+    position: Tensor,
+    valid: Tensor,
+    num_triggers: int,
+    log_copies: Tensor | None = None,
+    task: str = "engagement",
 ) -> Loss:
     """The same on a sample: sum over candidates of exp(score) / inclusion probability is unbiased for the full sum (log-Q correction).
 
@@ -50,9 +60,12 @@ def sampled_engagement(
         position: (B, P) where the partner stands among the candidates, -1 for nowhere.
         valid: (B,) boolean, the trigger has partners.
         num_triggers: size of the global batch.
+        log_copies: (B, M) log of how often a candidate counts in the normalizer, as in `full_engagement`.
+        task: engagement, or the signal's name.
     """
-    rows = (sampled_log_normalizer(positive_scores, scores, log_inclusion, position) - positive_scores).mean(dim=1) * valid
-    return _engagement(rows, valid, num_triggers)
+    copies = scores if log_copies is None else scores + log_copies
+    rows = (sampled_log_normalizer(positive_scores, copies, log_inclusion, position) - positive_scores).mean(dim=1) * valid
+    return _engagement(rows, valid, num_triggers, task)
 
 
 def sampled_log_normalizer(positive_scores: Tensor, scores: Tensor, log_inclusion: Tensor, position: Tensor) -> Tensor:
@@ -105,6 +118,7 @@ def _cross_entropy(logits: Tensor, mass: Tensor, scores: Tensor | None = None) -
     return (logits.logsumexp(dim=1) - expected) * (total > 0)
 
 
-def _engagement(rows: Tensor, taught: Tensor, num_triggers: int) -> Loss:
-    parts = {"engagement": float(rows.detach().sum()) / num_triggers, "taught_share": float(taught.sum()) / num_triggers}
+def _engagement(rows: Tensor, taught: Tensor, num_triggers: int, task: str) -> Loss:
+    share = "taught_share" if task == "engagement" else f"{task}_taught_share"
+    parts = {task: float(rows.detach().sum()) / num_triggers, share: float(taught.sum()) / num_triggers}
     return Loss(value=rows.sum() / num_triggers, parts=parts)

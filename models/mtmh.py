@@ -5,20 +5,23 @@
     target(j)  = [head's target projection of trunk(j), bias_j]
 
 An id row starts as the factorization's [A, B], so that at step 0 the engagement head's scores are the calibrated factorization's and the
-relevance head's are (1 - l) * content cosine + l * cosine of the spectral rows. Popularity lives in the last dimension alone: a trigger
-multiplies it by 1; in a head without the engagement task it is 0 for every item, whatever is learned.
+relevance head's are (1 - l) * content cosine + l * cosine of the spectral rows. Each signal (co-engagement by some actions) adds the
+[A, B] of its own factorization to the id row, and a head that trains on signals alone starts there. Popularity lives in the last
+dimension alone: a trigger multiplies it by 1; in a head without a softmax task it is 0 for every item, whatever is learned.
 
-Shapes: `B` items of a batch, `N` items, `K` dimensions of the factorization, `C` content dimensions, `D` = 2K + C, `V` vector length.
+Shapes: `B` items of a batch, `N` items, `K` dimensions of a factorization, `F` factorizations (of all actions, and of each signal), `C`
+content dimensions, `D` = 2KF + C, `V` vector length.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-TASKS = ("engagement", "relevance", "affinity")
+COSINE_TASKS = frozenset({"relevance", "affinity"})
+"""Every other task is a softmax over the catalog to co-engagement: `engagement`, and signals by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,7 @@ class Start:
         content_to_target: (C, K).
         log_popularity: (N,).
         known: (N,) boolean, the item has an engagement history.
+        signals: by name of a signal, where its part of the id rows begins.
     """
 
     trigger: Tensor
@@ -42,6 +46,31 @@ class Start:
     content_to_target: Tensor
     log_popularity: Tensor
     known: Tensor
+    signals: Mapping[str, "SignalStart"] = field(default_factory=dict)
+
+    @property
+    def id_rows(self) -> Tensor:
+        """(N, 2KF)."""
+        return torch.cat([rows for part in self._parts for rows in (part.trigger, part.target)], dim=1)
+
+    @property
+    def content_to_id(self) -> Tensor:
+        """(C, 2KF)."""
+        return torch.cat([rows for part in self._parts for rows in (part.content_to_trigger, part.content_to_target)], dim=1)
+
+    @property
+    def _parts(self) -> "list[Start | SignalStart]":
+        return [self, *self.signals.values()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignalStart:
+    """The factorization of a signal; attributes as in `Start`."""
+
+    trigger: Tensor
+    target: Tensor
+    content_to_trigger: Tensor
+    content_to_target: Tensor
 
 
 class Head(nn.Module):
@@ -52,14 +81,14 @@ class Head(nn.Module):
         task_weights: weight per task, tasks of weight 0 left out.
         trigger: (V - 1, D) start of the trigger projection.
         target: (V - 1, D) start of the target projection.
-        popularity_scale: start of the factor of log popularity in the bias; read only with the engagement task.
+        popularity_scale: start of the factor of log popularity in the bias; read only with a softmax task.
     """
 
     def __init__(self, *, name: str, task_weights: Mapping[str, float], trigger: Tensor, target: Tensor, popularity_scale: float) -> None:
         super().__init__()
         self.name = name
         self.task_weights = dict(task_weights)
-        self.has_bias = "engagement" in self.task_weights
+        self.has_bias = _is_softmax(self.task_weights)
         self.trigger = nn.Linear(trigger.shape[1], trigger.shape[0], bias=False)
         self.target = nn.Linear(target.shape[1], target.shape[0], bias=False)
         with torch.no_grad():
@@ -80,7 +109,7 @@ class Head(nn.Module):
         return torch.cat([vectors, bias[:, None]], dim=1)
 
     def _finish(self, vectors: Tensor) -> Tensor:
-        """Without the engagement task a score is a cosine; with it, lengths carry how sure the item is."""
+        """Without a softmax task a score is a cosine; with it, lengths carry how sure the item is."""
         return vectors if self.has_bias else functional.normalize(vectors, dim=1, eps=1e-6)
 
 
@@ -93,7 +122,7 @@ class Mtmh(nn.Module):
         heads: task weights per head name.
         temperature: T of the calibrated factorization.
         popularity_weight: rho of the calibrated factorization.
-        content_share: 1 - l, share of content cosine in the start of a head without engagement.
+        content_share: 1 - l, share of content cosine in the start of a head without a softmax task.
     """
 
     def __init__(
@@ -108,12 +137,13 @@ class Mtmh(nn.Module):
     ) -> None:
         super().__init__()
         num_items, dimension = start.trigger.shape
-        width = 2 * dimension + start.content.shape[1]
-        self.num_items, self.dimension = num_items, dimension
-        self.ids = nn.Embedding(num_items, 2 * dimension, _weight=torch.cat([start.trigger, start.target], dim=1))
-        self.content_to_id = nn.Linear(start.content.shape[1], 2 * dimension, bias=False)
+        rows = start.id_rows
+        width = rows.shape[1] + start.content.shape[1]
+        self.num_items, self.dimension, self.signals = num_items, dimension, tuple(start.signals)
+        self.ids = nn.Embedding(num_items, rows.shape[1], _weight=rows)
+        self.content_to_id = nn.Linear(start.content.shape[1], rows.shape[1], bias=False)
         with torch.no_grad():
-            self.content_to_id.weight.copy_(torch.cat([start.content_to_trigger, start.content_to_target], dim=1).T)
+            self.content_to_id.weight.copy_(start.content_to_id.T)
         self.inner, self.outer = nn.Linear(width, hidden_dimension), nn.Linear(hidden_dimension, width)
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
@@ -122,7 +152,7 @@ class Mtmh(nn.Module):
         self.content: Tensor
         self.log_popularity: Tensor
         self.known: Tensor
-        selectors = _Selectors(dimension, start.content.shape[1])
+        selectors = _Selectors(dimension, start.content.shape[1], self.signals)
         built = (_build_head(name, tasks, selectors, temperature, popularity_weight, content_share) for name, tasks in heads.items())
         self.heads = nn.ModuleDict({head.name: head for head in built})
 
@@ -138,7 +168,7 @@ class Mtmh(nn.Module):
         """
         content = self.content[items]  # (B, C)
         by_content = ~self.known[items] if dropped is None else ~self.known[items] | dropped
-        ids = torch.where(by_content[:, None], self.content_to_id(content), self.ids(items))  # (B, 2K)
+        ids = torch.where(by_content[:, None], self.content_to_id(content), self.ids(items))  # (B, 2KF)
         features = torch.cat([ids, content], dim=1)  # (B, D)
         residual: Tensor = self.outer(functional.gelu(self.inner(features)))
         return features + residual
@@ -164,19 +194,32 @@ class Mtmh(nn.Module):
 
 
 class _Selectors:
-    """Rows of the identity that pick A, B or the content out of the trunk [A, B, content]."""
+    """Rows of the identity that pick A, B or the content out of the trunk [A, B, A and B of each signal, content]."""
 
-    def __init__(self, dimension: int, content: int) -> None:
-        eye = torch.eye(2 * dimension + content)
-        self.trigger, self.target, self.content = torch.split(eye, [dimension, dimension, content])
+    def __init__(self, dimension: int, content: int, signals: Sequence[str]) -> None:
+        sizes = [dimension, dimension] * (1 + len(signals)) + [content]
+        *rows, self.content = torch.split(torch.eye(sum(sizes)), sizes)
+        self.trigger, self.target = rows[:2]
+        self._of_signal = dict(zip(signals, zip(rows[2::2], rows[3::2], strict=True), strict=True))
+
+    def start_of(self, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """Those of the factorization that a head with these softmax tasks starts as: all actions, or its heaviest signal."""
+        if "engagement" in weights:
+            return self.trigger, self.target
+        return self._of_signal[max(set(weights) - COSINE_TASKS, key=lambda task: (weights[task], task))]
+
+
+def _is_softmax(tasks: Iterable[str]) -> bool:
+    return bool(set(tasks) - COSINE_TASKS)
 
 
 def _build_head(
     name: str, tasks: Mapping[str, float], selectors: _Selectors, temperature: float, popularity_weight: float, content_share: float
 ) -> Head:
     weights = {task: weight for task, weight in tasks.items() if weight > 0}
-    if "engagement" in weights:
-        trigger, target = temperature * selectors.trigger, selectors.target
+    if _is_softmax(weights):
+        trigger, target = selectors.start_of(weights)
+        trigger = temperature * trigger
     else:
         share = content_share if "affinity" in weights else 1.0  # a head that never learns from engagement does not start from it either
         trigger = target = torch.cat([share**0.5 * selectors.content, (1 - share) ** 0.5 * selectors.trigger])

@@ -45,7 +45,7 @@ from models.checkpoint import save_checkpoint
 from models.data import Floats, TableRef, TrainingData, load_training_data
 from models.factorization import Calibrated, CoEngagement, Factorization, ScoreWeights, calibrate, factorize, sample_triggers
 from models.losses import Loss
-from models.mtmh import Head, Mtmh, Start
+from models.mtmh import COSINE_TASKS, Head, Mtmh, SignalStart, Start
 from models.scorer import MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
 from models.user_level import UserLevel
 
@@ -66,6 +66,7 @@ class TrainingSpec:
         folder: where the output goes; for several machines a shared one.
         model: encoder and heads.
         training: optimization.
+        signals: half-life in days of the signals that heads train on, by name.
     """
 
     tables: Mapping[str, TableRef]
@@ -76,6 +77,7 @@ class TrainingSpec:
     folder: str
     model: ModelSettings
     training: TrainingSettings
+    signals: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -88,6 +90,7 @@ class TrainingSpec:
             "folder": self.folder,
             "model": self.model.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json"),
+            "signals": dict(self.signals),
         }
         return json.dumps(content)
 
@@ -104,6 +107,7 @@ class TrainingSpec:
             folder=content["folder"],
             model=ModelSettings.model_validate(content["model"]),
             training=TrainingSettings.model_validate(content["training"]),
+            signals=content["signals"],
         )
 
 
@@ -191,7 +195,8 @@ def run_rank(spec_json: str) -> None:
         with Workers.join(timeout_seconds=spec.training.timeout_seconds) as workers:
             workers.use_threads()
             reach("train_model.rank.started")
-            data = load_training_data(spec.tables, run_date=spec.run_date, half_life_days=spec.half_life_days, symmetric=spec.symmetric)
+            decay: dict[str, Any] = {"half_life_days": spec.half_life_days, "signals": spec.signals}
+            data = load_training_data(spec.tables, run_date=spec.run_date, symmetric=spec.symmetric, **decay)
             metrics = train(data, spec, workers)
             reach("train_model.rank.written")
     except BaseException:
@@ -259,6 +264,7 @@ class Plan:
 
     calibrated: Calibrated
     full: Factorization
+    signals: Mapping[str, Factorization]
     scorer: Scorer
     metrics: dict[str, float]
     notes: list[str]
@@ -291,15 +297,19 @@ def _plan(data: TrainingData, spec: TrainingSpec, progress: Progress | None) -> 
     )
     scorer, reached = Scorer.mixture(), dict[str, float]()
     if len(usable):
-        fit_model = build_model(calibrated.fit, data.content, settings, calibrated.content_share, seed=seed)
+        blank = dict.fromkeys(data.signals, _blank(data, calibrated.fit.trigger.shape[1]))  # heads of signals propose nothing here
+        fit_model = build_model(calibrated.fit, data.content, settings, calibrated.content_share, seed=seed, signals=blank)
         source = candidate_source(data, fit_model, calibrated.fit, min_users=spec.min_users)
         scorer, reached = fit_scorer(source.propose(usable, data.holdout[usable], widths=Widths()), seed=seed)
     full = factorize(data.full, data.content, weights=calibrated.weights, seed=seed)
+    alone = calibrated.weights.changed("prior_users", 0.0)
+    signals = {name: factorize(data.history_of(name), data.content, weights=alone, seed=seed) for name in data.signals}
     chosen = {name: float(value) for name, value in dataclasses.asdict(calibrated.weights).items()}
     metrics = {**chosen, "content_share": calibrated.content_share, "num_holdout_triggers": float(len(triggers)), **reached}
     if len(usable):
         metrics["holdout_recall_at_100"] = calibrated.recall
-    return Plan(calibrated=calibrated, full=full, scorer=scorer, metrics=metrics, notes=_notes(calibrated, len(triggers)))
+    notes = _notes(calibrated, len(triggers))
+    return Plan(calibrated=calibrated, full=full, signals=signals, scorer=scorer, metrics=metrics, notes=notes)
 
 
 _START_TEMPERATURE = 3.0  # likelihood chose 2 to 4 on the development sets; what stands without a holdout
@@ -314,26 +324,37 @@ def _notes(calibrated: Calibrated, num_triggers: int) -> list[str]:
     return [f"calibrated on {num_triggers} holdout triggers: {weights}, {reached}"]
 
 
-def build_model(start: Factorization, content: Floats, settings: ModelSettings, content_share: float, *, seed: int) -> Mtmh:
-    """An encoder at its starting point; the residual layers' first weights are drawn by seed."""
+def build_model(
+    start: Factorization,
+    content: Floats,
+    settings: ModelSettings,
+    content_share: float,
+    *,
+    seed: int,
+    signals: Mapping[str, Factorization] | None = None,
+) -> Mtmh:
+    """An encoder at its starting point, with that of each signal; the residual layers' first weights are drawn by seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Mtmh(
             start=Start(
-                trigger=torch.from_numpy(start.trigger),
-                target=torch.from_numpy(start.target),
+                **_id_parts(start),
                 content=torch.tensor(content),  # a copy: the table hands out read-only memory
-                content_to_trigger=torch.from_numpy(start.content_to_trigger),
-                content_to_target=torch.from_numpy(start.content_to_target),
+                signals={name: SignalStart(**_id_parts(of)) for name, of in (signals or {}).items()},
                 log_popularity=torch.from_numpy(start.log_popularity),
                 known=torch.from_numpy(start.known),
             ),
             hidden_dimension=settings.hidden_dimension,
-            heads={name: head.model_dump() for name, head in settings.heads.items()},
+            heads={name: head.tasks for name, head in settings.heads.items()},
             temperature=start.weights.temperature,
             popularity_weight=start.weights.popularity_weight,
             content_share=content_share,
         )
+
+
+def _id_parts(start: Factorization) -> dict[str, Tensor]:
+    names = ("trigger", "target", "content_to_trigger", "content_to_target")
+    return {name: torch.from_numpy(getattr(start, name)) for name in names}
 
 
 def candidate_source(data: TrainingData, model: Mtmh, start: Factorization, *, min_users: int) -> CandidateSource:
@@ -360,8 +381,9 @@ def _shared_model(data: TrainingData, spec: TrainingSpec, plan: Plan | None, wor
     shape = torch.tensor([plan.full.trigger.shape[1] if plan else 0])
     dimension = int(workers.share(shape))
     full = plan.full if plan else _blank(data, dimension)
+    signals = plan.signals if plan else dict.fromkeys(data.signals, full)
     share = plan.calibrated.content_share if plan else 0.5
-    model = build_model(full, data.content, spec.model, share, seed=spec.training.seed)
+    model = build_model(full, data.content, spec.model, share, seed=spec.training.seed, signals=signals)
     for tensor in model.state_dict().values():
         workers.share(tensor)
     return model
@@ -419,10 +441,13 @@ def fine_tune(
 
 
 def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, user_level_weight: float) -> Batches:
-    """Batches of the full history."""
+    """Batches of the full history. A signal is its counted pairs alone: user-level co-engagement knows no window."""
     settings = spec.training
+    everything = CoEngagement(pairs=data.full.pairs, user_items=data.full.user_items, user_level_weight=user_level_weight)
+    nobody = data.full.user_items[:0]
+    signals = {name: CoEngagement(pairs=pairs, user_items=nobody, user_level_weight=0) for name, pairs in data.signals.items()}
     return Batches(
-        matrix=CoEngagement(pairs=data.full.pairs, user_items=data.full.user_items, user_level_weight=user_level_weight),
+        matrices={"engagement": everything} | signals,
         content=data.content,
         examples=data.examples,
         popularity=data.full.popularity,
@@ -430,6 +455,7 @@ def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, us
         full_softmax_max_items=settings.full_softmax_max_items,
         num_sampled_items=settings.num_sampled_items,
         id_dropout=spec.model.id_dropout,
+        exposures=None if data.exposures is None else data.exposures * np.float32(spec.model.exposure_weight),
         seed=settings.seed,
         rank=workers.rank,
         world_size=workers.world_size,
@@ -445,12 +471,13 @@ def backward(model: Mtmh, batch: Batch, *, affinity_weight: float, compare: bool
     The trunk is computed once per distinct item. Each task is sent back to the trunk's output by itself, which costs the same as all at
     once and leaves each task's gradient on the shared representation to `compare`: a cosine below 0 means that two tasks pull apart.
     """
-    wanted = np.concatenate([batch.triggers, batch.candidates, batch.partners.ravel(), batch.examples.ravel(), batch.random])
-    items, place = np.unique(wanted, return_inverse=True)
+    partners = {task: positives.partners.ravel() for task, positives in batch.positives.items()}
+    parts = [batch.triggers, batch.candidates, batch.examples.ravel(), batch.random, *partners.values()]
+    items, place = np.unique(np.concatenate(parts), return_inverse=True)
     index = torch.from_numpy(items).long()
     trunk = model.trunk(index, torch.from_numpy(batch.dropped[items]))  # (I, D), I distinct items
-    ends = np.cumsum([batch.triggers.size, batch.candidates.size, batch.partners.size, batch.examples.size])
-    rows = _Rows(*(torch.from_numpy(part).long() for part in np.split(place, ends)))
+    places = [torch.from_numpy(part).long() for part in np.split(place, np.cumsum([part.size for part in parts])[:-1])]
+    rows = _Rows(dict(zip(partners, places[4:], strict=True)), *places[:4])
     shared = trunk.detach().requires_grad_()
     entry, gradients = {"loss": 0.0}, {}
     for name in model.heads:
@@ -473,11 +500,11 @@ def _cosines(gradients: dict[str, Tensor]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of the trunk: (B,) triggers, (M,) candidates, (B * P,) partners, (B * L,) own and (R,) shared examples."""
+    """Rows of the trunk: by task (B * P,) partners, then (B,) triggers, (M,) candidates, (B * L,) own and (R,) shared examples."""
 
+    partner: Mapping[str, Tensor]
     trigger: Tensor
     candidate: Tensor
-    partner: Tensor
     example: Tensor
     random: Tensor
 
@@ -487,9 +514,9 @@ def head_terms(head: Head, trunk: Tensor, log_popularity: Tensor, rows: _Rows, b
     trigger = head.trigger_vectors(trunk[rows.trigger])  # (B, V)
     target = head.target_vectors(trunk, log_popularity)  # (I, V)
     weights, terms = head.task_weights, list[Term]()
-    mass, log_inclusion = torch.from_numpy(batch.mass), torch.from_numpy(batch.log_inclusion)
-    if "engagement" in weights:
-        terms.append((f"{head.name}/engagement", weights["engagement"], _engagement(trigger, target, rows, batch, mass)))
+    mass, log_inclusion = torch.from_numpy(batch.positives["engagement"].mass), torch.from_numpy(batch.log_inclusion)
+    for task in (name for name in weights if name not in COSINE_TASKS):
+        terms.append((f"{head.name}/{task}", weights[task], _softmax(task, trigger, target, rows, batch)))
     unit_trigger, unit_target = _cosine_rows(trigger), _cosine_rows(target)
     if "relevance" in weights:
         terms.append((f"{head.name}/relevance", weights["relevance"], _relevance(unit_trigger, unit_target, rows, batch)))
@@ -501,19 +528,22 @@ def head_terms(head: Head, trunk: Tensor, log_popularity: Tensor, rows: _Rows, b
     return terms
 
 
-def _engagement(trigger: Tensor, target: Tensor, rows: _Rows, batch: Batch, mass: Tensor) -> Loss:
-    """Full softmax when the candidates are the catalog, else the sampled one."""
+def _softmax(task: str, trigger: Tensor, target: Tensor, rows: _Rows, batch: Batch) -> Loss:
+    """Engagement or a signal: full softmax when the candidates are the catalog, else the sampled one."""
+    positives = batch.positives[task]
     scores = _masked(trigger @ target[rows.candidate].T, batch)  # (B, M)
-    if batch.partners.shape[1] == 0:
-        return losses.full_engagement(scores, mass, num_triggers=batch.num_triggers)
-    partner = target[rows.partner].view(*batch.partners.shape, -1)  # (B, P, V)
+    copies = None if batch.log_copies is None else torch.from_numpy(batch.log_copies)
+    common: dict[str, Any] = {"task": task, "num_triggers": batch.num_triggers, "log_copies": copies}
+    if positives.partners.shape[1] == 0:
+        return losses.full_engagement(scores, torch.from_numpy(positives.mass), **common)
+    partner = target[rows.partner[task]].view(*positives.partners.shape, -1)  # (B, P, V)
     return losses.sampled_engagement(
         torch.einsum("bv,bpv->bp", trigger, partner),
         scores,
         log_inclusion=torch.from_numpy(batch.log_inclusion),
-        position=torch.from_numpy(batch.position).long(),
-        valid=torch.from_numpy(batch.valid),
-        num_triggers=batch.num_triggers,
+        position=torch.from_numpy(positives.position).long(),
+        valid=torch.from_numpy(positives.valid),
+        **common,
     )
 
 

@@ -135,6 +135,7 @@ def _ingest(context: GateContext) -> list[Rule]:
         _at_least("num_source_items", 1, "rows of the items source", "check source.items.path"),
         _share("rejected_events_share", 0, limit, "share of event rows that were refused", refused),
         _share("rejected_items_share", 0, limit, "share of item rows that were refused", refused),
+        replace(_share("rejected_impressions_share", 0, limit, "share of impressions that were refused", refused), optional=True),
         _at_least(
             "num_engagements",
             gates.min_events,
@@ -156,13 +157,30 @@ def _build_pairs(context: GateContext) -> list[Rule]:
     window = "widen pairs.window, or check that the events have the user and session ids they should"
     privacy = f"{window}; pairs.min_users_per_pair hides pairs of fewer users; or lower gates.min_pairs"
     defect = "a defect of build_pairs: report it"
+    sound = [
+        _none("num_null_keys", "pairs without a trigger or target id", defect),
+        _none("num_duplicate_keys", "rows beyond the first of a pair", defect),
+        _none("num_self_pairs", "pairs of an item with itself", defect),
+        _none("num_nonfinite", "pairs whose weight is NaN or infinite", "raise pairs.half_life_days: the decay left the range of a double"),
+    ]
+    few = _at_least(
+        "*_num_pairs", 1, "pairs of a signal above the privacy minimum", "widen its window in pairs.signals", severity="warning"
+    )
+    ignored = Rule(
+        metric="taken_exposures_share",
+        minimum=1e-6,
+        severity="warning",
+        meaning="share of shown user-days on which the item was engaged in time",
+        remedy="nothing that was shown was ever engaged: check that source.impressions.columns hold the ids of source.events",
+    )
     return [
         _at_least("num_daily_rows", 1, "rows of co_engagement_daily up to the run date", window),
         _at_least("num_pairs", context.gates.min_pairs, "pairs above the privacy minimum", privacy),
         _at_least("num_items_with_pairs", 1, "trigger items with at least one pair", privacy),
-        _none("num_null_keys", "pairs without a trigger or target id", defect),
-        _none("num_duplicate_keys", "rows beyond the first of a pair", defect),
-        _none("num_self_pairs", "pairs of an item with itself", defect),
+        *sound,
+        *(replace(rule, metric=f"*_{rule.metric}", optional=True) for rule in sound),
+        replace(few, optional=True),
+        replace(ignored, optional=True),
         Rule(
             metric="min_weight",
             minimum=0,
@@ -170,7 +188,6 @@ def _build_pairs(context: GateContext) -> list[Rule]:
             meaning="smallest landmark weight of a pair, in decayed user-days",
             remedy=defect,
         ),
-        _none("num_nonfinite", "pairs whose weight is NaN or infinite", "raise pairs.half_life_days: the decay left the range of a double"),
         *_volumes(context, "num_daily_rows", "num_pairs"),
     ]
 

@@ -20,6 +20,10 @@ FAULTS = {
     "pairs.half_life_days=0": ("pairs.half_life_days", "wanted a half life > 0 days, very long for no decay; found 0"),
     "pairs.window={kind: time, window_seconds: -1800}": ("pairs.window.window_seconds", "the target at or before it; wanted a number > 0"),
     "evaluation.cutoffs=[10, 0]": ("evaluation.cutoffs.1", "greater than or equal to 1"),
+    "pairs.signals={cart: {actions: [cart], window: {kind: session}, half_life_days: -1}}": (
+        "pairs.signals.cart.half_life_days",
+        "wanted a half life > 0 days, very long for no decay; found -1",
+    ),
     GRADED: ("backtest.judges.editors.kind", "source.pair_relevance"),
 }
 
@@ -69,6 +73,24 @@ def test_filters_name_mapped_columns_and_lists_that_exist():
         assert text in fault
     (fault,) = faults_of(mapped, "retrieval.filters=[{column: stock, rule: any_of}]")
     assert "values belong to the rules any_of and none_of, which need some; found [] with any_of" in fault
+
+
+def test_signals_are_those_that_are_counted_and_that_ingest_takes():
+    heads = "model.heads.purchase={signals: {purchase: 1.0, click: 0}}"
+    purchase, click = (f"pairs.signals.{name}={{actions: [{name}], window: {{kind: session}}}}" for name in ("purchase", "click"))
+    both = "source.events.action_weights={click: 1, purchase: 5}"
+    settings = load_settings("demo", [heads, purchase, click, both, "pairs.signals.purchase.half_life_days=7"])
+    assert settings.model.signals == ["purchase"]
+    assert settings.model.heads["purchase"].tasks == {"engagement": 0, "relevance": 0, "affinity": 0, "purchase": 1, "click": 0}
+    assert (settings.pairs.half_life_of("purchase"), settings.pairs.half_life_of("click")) == (7, settings.pairs.half_life_days)
+    (fault,) = faults_of(heads, purchase)
+    assert "model.heads.purchase.signals names 'click', which is not among pairs.signals ['purchase']: define it there" in fault
+    (fault,) = faults_of(click)
+    assert "pairs.signals.click counts ['click'], but ingest takes ['purchase'] only: see source.events.columns.action" in fault
+    (fault,) = faults_of(purchase.replace("signals.purchase", "signals.affinity"))
+    assert "['affinity'] are tasks of heads already; call these signals something else" in fault
+    (fault,) = faults_of(purchase.replace("signals.purchase", "signals.Buy-It"))
+    assert "pattern" in fault
 
 
 def test_the_ends_of_the_ranges_are_fine():

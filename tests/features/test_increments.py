@@ -26,17 +26,17 @@ from features.increments import (
 )
 from features.pair_counts import CountRule, count_cells
 from features.pair_totals import TotalRule, pack_by_pair, total_pairs
-from features.pairs import Counting, count_daily_pairs, holdout_start, one_order, sum_totals, where_days
+from features.pairs import count_daily_pairs, holdout_start, one_order, sum_totals, where_days
 from tests.features.test_pairs import (
     DAY,
     FIRST,
     HALF_LIFE,
-    KEY,
     LANDMARK,
     POSITION,
     SESSION,
     TIME,
     WINDOWS,
+    counting,
     kernel_windows,
     to_spark,
     world,
@@ -52,7 +52,7 @@ def kernel_counts(events: pd.DataFrame, window: WindowSettings, *, max_items: in
     """Rows of co_engagement_daily by day, through the kernels alone."""
     if events.empty:
         return {}
-    how = Counting(window=window, max_items_per_user_day=max_items, min_users=2, hash_key=KEY)
+    how = counting(window, max_items_per_user_day=max_items)
     if window.kind == "session" and events.session_id.isna().all():
         return {}
     blocks, items = kernel_windows(events, how)
@@ -193,7 +193,7 @@ def test_nights_equal_a_rebuild(spark: SparkSession, window: WindowSettings) -> 
         changed, reach = changed_days(was, now), max(reach, longest(events))
         stale = stale_days(changed, was.keys() | now.keys(), reach_days=window_reach(window, longest_session_days=reach))
         holdout = holdout_start({day: state.num_events for day, state in now.items()}, holdout_share=0.3, run_date=run_date)
-        how = Counting(window=window, max_items_per_user_day=5, min_users=2, hash_key=KEY)
+        how = counting(window, max_items_per_user_day=5)
         whole = count_daily_pairs(how, days=dict.fromkeys(now, 9), num_tasks=1)
         scratch = rows_of(to_spark(spark, events).transform(whole))
         kept = sorted([row for row in kept if row[0] not in stale] + [row for row in scratch if row[0] in stale])

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -77,7 +78,8 @@ def counter(window: WindowSettings, **over: object) -> Callable[[DataFrame], Dat
 
 
 def counting(window: WindowSettings, **over: object) -> Counting:
-    return Counting(window=window, **({"max_items_per_user_day": 200, "min_users": 2, "hash_key": KEY} | over))
+    given: dict[str, Any] = {"max_items_per_user_day": 200, "max_triggers_per_target": 500, "min_users": 2, "hash_key": KEY}
+    return Counting(window=window, **(given | over))
 
 
 def who(frame: DataFrame, *, max_users: int = 60) -> UserItems:
@@ -92,30 +94,32 @@ def counted(frame: DataFrame) -> list[tuple[object, ...]]:
     return sorted(tuple(row) for row in frame.collect())
 
 
-def condition(window: WindowSettings) -> str:
+def condition(window: WindowSettings, max_triggers: int = 500) -> str:
     """The definition of the window, as a join condition between trigger a and target b."""
     if window.kind == "session":
         return "a.session_id = b.session_id"
     seconds = "true" if window.window_seconds is None else f"b.t - a.t <= {window.window_seconds * 1_000_000}"
+    seconds += f" and b.n - a.n <= {max_triggers}"
     if window.kind == "time":
         return seconds
     between = "select count(distinct m.item_id) from e m where m.user_id = a.user_id and m.t > a.t and m.t <= b.t"
     return f"({between}) <= {window.max_distance} and {seconds}"
 
 
-def oracle(events: pd.DataFrame, window: WindowSettings, *, min_users: int = 2, first: date = FIRST) -> list[tuple[object, ...]]:
+def oracle(events: pd.DataFrame, window: WindowSettings, *, min_users: int = 2, max_triggers: int = 500) -> list[tuple[object, ...]]:
     """All pairs of engagements of a user, filtered; symmetric ones in one order; then users counted."""
     connection = duckdb.connect()
     connection.execute("set threads to 1")
     connection.register("raw", events)
     hashes = pd.DataFrame({"user_id": (users := sorted(set(events.user_id))), "hash": [keyed_hash(user, key=KEY) for user in users]})
     connection.register("hashes", hashes)
-    connection.execute("create table e as select distinct user_id, item_id, epoch_us(engaged_at) t, session_id from raw")
+    place = "dense_rank() over (partition by user_id order by epoch_us(engaged_at), item_id) n"
+    connection.execute(f"create table e as select distinct user_id, item_id, epoch_us(engaged_at) t, session_id, {place} from raw")
     connection.execute("create table days as select distinct user_id, item_id, epoch_us(engaged_at) t, engaged_at::date d from raw")
     joined = f"""
         select distinct d.d, a.item_id i, b.item_id j, a.user_id from e a join e b on a.user_id = b.user_id
         join days d on d.user_id = b.user_id and d.item_id = b.item_id and d.t = b.t
-        where a.item_id <> b.item_id and a.t <= b.t and {condition(window)} and d.d between '{first}' and '{LAST}'"""
+        where a.item_id <> b.item_id and a.t <= b.t and {condition(window, max_triggers)} and d.d between '{FIRST}' and '{LAST}'"""
     both = "least(i, j) i, greatest(i, j) j" if window.symmetric else "i, j"
     pairs = f"with p as ({joined}) select distinct d, {both}, user_id from p"
     smallest = f"list_sort(list(hash))[1:{min_users}]"
@@ -164,6 +168,17 @@ def test_known_pairs(spark: SparkSession) -> None:
         (date(2024, 3, 4), "tea", "milk", 2),
     ]
     assert rows[1][4] == sorted(keyed_hash(user, key=KEY) for user in "uv")
+
+
+@pytest.mark.parametrize("window", [TIME, TIME_SYMMETRIC, POSITION], ids=["time", "symmetric", "position"])
+def test_a_target_has_at_most_so_many_triggers(window: WindowSettings) -> None:
+    events = world(seed=17, num_events=500)
+    expected = sorted((*row[:4], tuple(row[4])) for row in oracle(events, window, max_triggers=2))
+    blocks, items = kernel_windows(events, counting(window, max_triggers_per_target=2))
+    parts = count_cells(blocks, items=items, rule=CountRule(symmetric=window.symmetric, min_users=2))
+    rows = [tuple(row.values()) for part in parts for row in part.daily.to_pylist()]
+    assert sorted((*row[:4], tuple(row[4])) for row in rows if FIRST <= row[0] <= LAST) == expected
+    assert len(expected) < len(oracle(events, window))
 
 
 @pytest.mark.parametrize("window", [SESSION, TIME], ids=["session", "time"])

@@ -43,7 +43,11 @@ class Shop:
     def night(self, day: int, *assignments: str) -> Night:
         run_date = FIRST + timedelta(days=day - 1)
         return make_night(
-            load_settings(self.config, assignments), run_date, spark=self.spark, display=Display(seconds_per_line=3600), now=NOW
+            load_settings(self.config, ("source.events.columns.action=action", *assignments)),
+            run_date,
+            spark=self.spark,
+            display=Display(seconds_per_line=3600),
+            now=NOW,
         )
 
     def build(self, day: int, events: pd.DataFrame, *assignments: str, force: bool = False) -> StageRecord:
@@ -107,7 +111,7 @@ def test_nights_build_on_each_other(shop: Callable[..., Shop]) -> None:
 
 def test_what_decides_counts_is_part_of_the_rule() -> None:
     plain = PairSettings(window=SESSION, half_life_days=30)
-    others = [{"window": TIME}, {"max_items_per_user_day": 7}, {"min_users_per_pair": 3}]
+    others = [{"window": TIME}, {"max_items_per_user_day": 7}, {"max_triggers_per_target": 9}, {"min_users_per_pair": 3}]
     rules = [counting_rule(plain.model_copy(update=over), b"key") for over in [{}, *others]] + [counting_rule(plain, b"other key")]
     assert len(set(rules)) == len(rules)
     assert counting_rule(plain.model_copy(update={"half_life_days": 9, "max_pairs_per_trigger": 9}), b"key") == rules[0]

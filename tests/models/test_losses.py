@@ -31,6 +31,20 @@ def test_full_engagement_is_cross_entropy(case: tuple[Tensor, Tensor]) -> None:
     assert not scores.grad[range(5), range(5)].any()
 
 
+def test_what_was_shown_and_ignored_counts_as_several_negatives(case: tuple[Tensor, Tensor]) -> None:
+    scores, mass = case
+    copies = torch.ones(5, 12)
+    copies[0, 7], copies[2, 1] = 4, 2
+    twice = torch.cat([scores, scores[:, [7, 7, 7, 1]]], dim=1).detach()  # the catalog with the copies as items of their own
+    twice[1:, 12:15], twice[[0, 1, 3, 4], 15] = losses.MASKED, losses.MASKED
+    wanted = losses.full_engagement(twice, torch.cat([mass, torch.zeros(5, 4)], dim=1), num_triggers=5)
+    torch.testing.assert_close(losses.full_engagement(scores, mass, num_triggers=5, log_copies=copies.log()).value, wanted.value)
+    position, valid = torch.tensor([[1], [3], [4], [0], [5]]), torch.tensor([True] * 4 + [False])
+    partner, rest = scores.gather(1, position), {"log_inclusion": torch.zeros(12), "position": position, "valid": valid, "num_triggers": 5}
+    sampled = losses.sampled_engagement(partner, scores, log_copies=copies.log(), **rest)  # type: ignore[arg-type]
+    torch.testing.assert_close(sampled.value, ((twice.logsumexp(1) - partner[:, 0]) * valid).sum() / 5)
+
+
 def test_sampled_engagement_with_every_item_is_the_full_one(case: tuple[Tensor, Tensor]) -> None:
     scores, _ = case
     position = torch.tensor([[1, 2], [0, 3], [4, 4], [11, 0], [0, 0]])

@@ -1,5 +1,6 @@
 """A whole training: files, determinism, two workers against one, and how a failure is told."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 
 from conf.errors import TrainingError
 from models.checkpoint import load_checkpoint
-from models.data import TrainingData
+from models.data import TrainingData, sparse_rows
 from models.scorer import Scorer
 from models.train import TrainingSpec, Workers, run_rank, train
 from tests.models.small_world import SmallWorld, make_spec
@@ -68,9 +69,23 @@ def test_training_teaches_each_head_its_goal_and_repeats_exactly(world: SmallWor
         assert hits > 0.9, head
 
 
-def test_without_holdout_or_steps_the_factorization_stands(data: TrainingData, tmp_path: Path) -> None:
-    import dataclasses
+@pytest.mark.parametrize("sampled", [False, True], ids=["whole catalog", "sampled"])
+def test_what_is_ignored_beside_a_trigger_falls_behind_there(data: TrainingData, tmp_path: Path, sampled: bool) -> None:
+    over: dict[str, object] = {"num_steps": 60} | ({"full_softmax_max_items": 10, "num_sampled_items": 40} if sampled else {})
+    partner, *_ = partners = data.full.pairs[[0]].indices.tolist()
+    offer = next(item for item in range(1, data.num_items) if item not in partners)
+    leads = []
+    for exposures in (None, sparse_rows([0], [offer], [500.0], (data.num_items, data.num_items))):
+        spec = make_spec(tmp_path / str(len(leads)), **over)
+        train(dataclasses.replace(data, exposures=exposures), spec, Workers())
+        model, _ = load_checkpoint(Path(spec.folder) / "checkpoint", vocabulary=data.vocabulary)
+        triggers, targets = model.vectors()["engagement"]
+        scores = targets @ triggers[0]
+        leads.append(float(scores[partner] - scores[offer]))
+    assert leads[1] > leads[0] + 0.1
 
+
+def test_without_holdout_or_steps_the_factorization_stands(data: TrainingData, tmp_path: Path) -> None:
     quiet = dataclasses.replace(data, holdout=data.holdout * 0)
     quiet.holdout.eliminate_zeros()
     metrics = train(quiet, make_spec(tmp_path, num_steps=0), Workers())
