@@ -32,6 +32,8 @@ Mask = NDArray[np.bool_]
 EPOCH = date(1970, 1, 1)
 MAX_ITEMS = 2**31 - 1
 """Different values that a task can number: dictionaries and lists of Arrow hold 32-bit positions, a pair of codes 62 bits."""
+LEAST_EXPONENT = -1000.0
+"""Half-lives beyond which an engagement fades no further: a weight of 0 would be that of a pair which nobody has engaged with."""
 _MAX_KEY_BYTES = 64
 _CHUNK_ROWS = 500_000
 _BLOCK_PAIRS = 4_000_000
@@ -848,7 +850,7 @@ def _totals(days: pa.Table, earlier: pa.Table, rule: TotalRule) -> pa.Table:
     day = day[at] if num_days else before[order]
     counts = ~old & (days["counts"].to_numpy()[at] if num_days and "counts" in days.column_names else True)
     fit = ~old & (day < rule.holdout_from)
-    decayed = users * np.exp2((day - rule.landmark) / rule.half_life_days)
+    decayed = users * np.exp2(np.maximum((day - rule.landmark) / rule.half_life_days, LEAST_EXPONENT))
 
     def added(of_days: NDArray[Any], counted: Mask, of_totals: str) -> NDArray[Any]:
         values = np.where(counted, of_days, 0)

@@ -26,6 +26,7 @@ from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_
 from features.day_files import FILE_SCHEMA, SLICE_SCHEMA, pack_slices, slices, write_days
 from features.pair_kernels import (
     CUT_SCHEMA,
+    LEAST_EXPONENT,
     PACKED_SCHEMA,
     PARTNER_SCHEMA,
     TOTAL_SCHEMA,
@@ -325,7 +326,8 @@ def check_landmark(landmark: date, half_life_days: float, run_date: date) -> Non
 
 
 def _decay(day: Column, landmark: date, half_life_days: float) -> Column:
-    return F.pow(F.lit(2.0), F.datediff(day, F.lit(landmark)) / F.lit(float(half_life_days)))
+    exponent = F.datediff(day, F.lit(landmark)) / F.lit(float(half_life_days))
+    return F.pow(F.lit(2.0), F.greatest(exponent, F.lit(LEAST_EXPONENT)))
 
 
 def _dated(frame: DataFrame, landmark: date, holdout_from: date, run_date: date) -> DataFrame:
