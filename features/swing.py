@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
-from features.pair_kernels import OUTPUT_ROWS, STRONG_SCHEMA, Floats, Ints, encode, equal_runs, keyed_hash, ranges, unpack
+from features.pair_kernels import OUTPUT_ROWS, Floats, Ints, encode, equal_runs, keyed_hash, ranges, unpack
+from features.pair_totals import STRONG_SCHEMA
 
 ALPHA = 1.0
 """Smoothing of the overlap: small against the two items that any two users of i and j share."""
