@@ -158,8 +158,8 @@ def _goes_on_for_a_reason(night: Night) -> None:
     assert run_stage(night, "ingest", ingest) == kept  # what was accepted is done, also for the command without the reason
     with pytest.raises(GateError, match="rejected_events_share"):
         run_stage(night, "ingest", ingest, force=True)
-    with pytest.raises(BrokenGateError, match="num_triggers: could not be checked"):
-        run_stage(accepting, "evaluate", lambda run: run.gate({"anything": 1}))
+    with pytest.raises(BrokenGateError, match="num_items: could not be checked"):
+        run_stage(accepting, "ingest", lambda run: run.gate({"num_duplicate_keys": 1}), force=True)
 
 
 def test_a_failing_gate_is_not_accepted_without_a_reason(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,9 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from pyspark.sql import SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
 
+from conf.errors import GateError
 from conf.settings import LogSettings, load_settings
 from conf.tables import (
     CO_ENGAGEMENT_DAILY,
@@ -42,8 +45,9 @@ from jobs.ledger import StageRecord
 from jobs.nightly import STAGES, run_night
 from jobs.online import open_feature_store
 from jobs.progress import Display
+from jobs.publish_neighbors import publish_lists
 from jobs.reader import neighbors_of, rows_where
-from jobs.stage import Night, make_night, run_stage
+from jobs.stage import Night, StageRun, make_night, run_stage
 from tests.worlds import BundleWorld, write_config
 
 pytestmark = pytest.mark.night
@@ -366,6 +370,54 @@ def test_the_log_is_one_object_a_line_about_each_stage(strange: Strange) -> None
     assert {line["level"] for line in lines} <= {"info", "warning"}
     assert list(dict.fromkeys(line["stage"] for line in lines if "stage" in line)) == list(STAGES)
     assert {line["run_id"] for line in lines} == {strange.night.run_id}
+
+
+# --- gates ---
+
+
+def _broken(lists: DataFrame) -> DataFrame:
+    """Lists as defects would leave them: all of other items, some lost, one doubled, single ones with what no list may hold."""
+    ids = sorted(row["item_id"] for row in lists.select("item_id").distinct().collect())
+    moved = F.create_map(*(F.lit(text) for pair in zip(ids, ids[37:] + ids[:37], strict=True) for text in pair))
+    neighbors, item = F.col("neighbors"), F.col("item_id")
+
+    def first(**changes: Column) -> Column:
+        changed = F.transform(F.slice(neighbors, 1, 1), lambda n: reduce(lambda n, c: n.withField(*c), changes.items(), n))
+        return F.concat(changed, F.slice(neighbors, 2, 100))
+
+    faults = {
+        ids[10]: first(neighbor_id=F.lit(ids[10])),
+        ids[11]: F.concat(neighbors, F.slice(neighbors, 1, 1)),
+        ids[12]: first(neighbor_id=F.lit("nobody sells it")),
+        ids[13]: F.reverse("neighbors"),
+        ids[14]: first(score=F.lit(float("nan"))),
+    }
+    rows = lists.withColumn("item_id", moved[item]).where(~item.isin(ids[20:30]))
+    wrong = reduce(lambda column, fault: F.when(item == fault[0], fault[1]).otherwise(column), faults.items(), neighbors)
+    return rows.withColumn("neighbors", wrong).unionByName(rows.where(item == ids[15]))
+
+
+def test_lists_that_defects_have_spoilt_are_not_published(strange: Strange) -> None:
+    settings = strange.night.settings
+    strict = settings.model_copy(update={"gates": settings.gates.model_copy(update={"min_counted_share": 0.6})})  # of a small world
+    night, before = replace(strange.night, settings=strict), strange.night.lake.version(ITEM_NEIGHBORS)
+    lists = night.lake.read(ITEM_NEIGHBORS).select("item_id", "head", "neighbors", "list_hash").localCheckpoint()
+    assert strange.metric("publish_neighbors", "counted_share") > 0.9
+    run = StageRun(night=night, stage="publish_neighbors")
+    with pytest.raises(GateError):
+        publish_lists(run, _broken(lists), model_version="spoilt", expected=before)
+    assert run.report is not None
+    assert {failure.rule.metric for failure in run.report.failures} == {
+        "coverage",
+        "num_self_neighbors",
+        "num_duplicate_neighbors",
+        "num_ineligible_neighbors",
+        "num_unordered",
+        "num_nonfinite",
+        "num_duplicate_keys",
+        "counted_share",
+    }
+    assert night.lake.version(ITEM_NEIGHBORS) == before
 
 
 # --- privacy ---
