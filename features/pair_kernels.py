@@ -49,6 +49,17 @@ def keyed_hash(text: str, *, key: bytes) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8, key=key).digest(), "big", signed=True)
 
 
+def keyed_hashes(texts: Iterable[str], *, key: bytes) -> Ints:
+    """`keyed_hash` of many texts; the key is taken in once."""
+    keyed = blake2b(digest_size=8, key=key if len(key) <= _MAX_KEY_BYTES else blake2b(key).digest())
+    found = bytearray()
+    for text in texts:
+        state = keyed.copy()
+        state.update(text.encode())
+        found += state.digest()
+    return np.frombuffer(found, dtype=">i8").astype(np.int64)
+
+
 def ranges(starts: Ints, lengths: Ints) -> Ints:
     """The ranges [start, start + length) one after the other: `[5, 0], [2, 3]` gives `[5, 6, 0, 1, 2]`."""
     ends = np.cumsum(lengths)
@@ -211,10 +222,17 @@ def packed(bucket: int, rows: pa.Table) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([pa.array([bucket], pa.int32()), block], names=["bucket", "block"])
 
 
-def packed_arrays(bucket: int, arrays: Mapping[str, pa.Array]) -> pa.RecordBatch:
-    """A row of PACKED_SCHEMA of arrays of any lengths, which `unpack_arrays` reads."""
-    lists = [pa.ListArray.from_arrays(pa.array([0, len(array)], pa.int32()), array) for array in arrays.values()]
+def packed_arrays(bucket: int, arrays: Mapping[str, Ints]) -> pa.RecordBatch:
+    """A row of PACKED_SCHEMA of arrays of any lengths, each as narrow as its values allow, which `unpack_arrays` reads."""
+    narrow = [pa.array(_narrowed(values)) for values in arrays.values()]
+    lists = [pa.ListArray.from_arrays(pa.array([0, len(array)], pa.int32()), array) for array in narrow]
     return packed(bucket, pa.table(lists, names=list(arrays)))
+
+
+def _narrowed(values: Ints) -> NDArray[Any]:
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    kinds = (kind for kind in (np.int8, np.int16, np.int32) if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
+    return values.astype(next(kinds, np.int64), copy=False)
 
 
 def unpack(block: pa.BinaryScalar) -> pa.Table:

@@ -31,6 +31,7 @@ from features.pair_kernels import (
     first_of_runs,
     ints,
     keyed_hash,
+    keyed_hashes,
     number_values,
     packed_arrays,
     packed_by,
@@ -293,8 +294,8 @@ def _cell_blocks(timeline: _Timeline, starts: Ints, stops: Ints, rule: WindowRul
     starts, stops = starts[targets], stops[targets]
     users, user = np.unique(timeline.user[targets], return_inverse=True)
     names = timeline.users.take(pa.array(users)).to_pylist()
-    hashes = np.array([keyed_hash(name, key=rule.hash_key) for name in names], dtype=np.int64)
-    used = np.cumsum(np.bincount(starts, minlength=len(wanted) + 1) - np.bincount(stops, minlength=len(wanted) + 1))[:-1] > 0
+    hashes = keyed_hashes(names, key=rule.hash_key)
+    used = _covered(starts, stops - starts, len(wanted))
     class_of = _item_classes(timeline.item, rule.num_classes)
     by_class = np.argsort(class_of[targets].astype(np.uint16), kind="stable")  # 16 bits: a radix sort
     starts, stops, targets, user = (values[by_class] for values in (starts, stops, targets, user))
@@ -305,7 +306,7 @@ def _cell_blocks(timeline: _Timeline, starts: Ints, stops: Ints, rule: WindowRul
         before = np.concatenate([[0], np.cumsum(kept)])
         first = before[starts]
         length = before[stops] - first
-        slots = pa.array(timeline.item[kept], pa.int32())
+        slots = timeline.item[kept]
         for target_class in range(rule.num_classes):
             begin, end = ends[target_class], ends[target_class + 1]
             rows = begin + np.flatnonzero(length[begin:end])
@@ -313,8 +314,16 @@ def _cell_blocks(timeline: _Timeline, starts: Ints, stops: Ints, rule: WindowRul
                 columns = {"target": item, "first": first, "length": length, "user": user, "day": day}
                 taken = {name: values[rows] for name, values in columns.items()}
                 present, taken["user"] = compact_codes(taken["user"], len(hashes))
-                arrays = {"items": slots, **{name: pa.array(values, pa.int32()) for name, values in taken.items()}}
-                yield packed_arrays(_cell(trigger_class, target_class, rule), arrays | {"hashes": pa.array(hashes[present])})
+                near = _covered(taken["first"], taken["length"], len(slots))
+                taken["first"] = (np.cumsum(near) - near)[taken["first"]]
+                yield packed_arrays(_cell(trigger_class, target_class, rule), {"items": slots[near], "hashes": hashes[present], **taken})
+
+
+def _covered(starts: Ints, lengths: Ints, size: int) -> Mask:
+    """Which of `size` places lie in any of the ranges."""
+    changes = np.bincount(starts, minlength=size + 1) - np.bincount(starts + lengths, minlength=size + 1)
+    covered: Mask = np.cumsum(changes[:-1]) > 0
+    return covered
 
 
 # --- What the cap cuts ---------------------------------------------------------------------------------------------------------
