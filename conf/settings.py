@@ -568,10 +568,20 @@ class GateSettings(Section):
     min_events: int = Field(100, ge=1, description="Engagements up to the run date.")
     min_items: int = Field(2, ge=1, description="Items in the catalog at the run date.")
     min_pairs: int = Field(1, ge=1, description="Counted pairs above the privacy minimum.")
+    max_event_age_days: int = Field(
+        14, ge=0, description="Days from the newest engagement to the run date: above, the source has stopped, or its times are misread."
+    )
     min_content_share: float = Field(0.5, ge=0, le=1, description="Share of items with text or labels (warning below).")
     max_mean_cosine: float = Field(0.9, gt=0, le=1, description="Mean pairwise cosine of a head's vectors: above, the head has collapsed.")
+    max_zero_share: float = Field(0.99, ge=0, le=1, description="Share of items about which a head knows nothing: zero vectors.")
+    min_used_dimensions: float = Field(
+        1.5, ge=0, description="Dimensions over which a head's vectors spread, as a participation ratio (warning below)."
+    )
     min_list_coverage: float = Field(0.95, ge=0, le=1, description="Share of catalog items with a merged list.")
     min_fullness: float = Field(0.9, ge=0, le=1, description="Mean length of merged lists against list_length (or the eligible catalog).")
+    min_counted_share: float = Field(
+        0.1, ge=0, le=1, description="Share of a trigger's 10 strongest counted partners that its lists hold, of those that may be offered."
+    )
     max_churn: float = Field(0.8, ge=0, le=1, description="1 - mean Jaccard@10 against the published night (warning above).")
     max_volume_drop: float = Field(0.5, ge=0, le=1, description="Drop of a table's rows against the last good night that stops the night.")
 
@@ -585,6 +595,14 @@ class AlertSettings(Section):
     )
     webhook_env: str = Field(
         "MTMH_WEBHOOK", description="Environment variable with the URL that a failure is posted to as JSON; unset: none."
+    )
+
+
+class LogSettings(Section):
+    """What a job says while it runs, on standard error."""
+
+    format: Literal["text", "json"] = Field(
+        "text", description="For people, or one JSON object a line with time, level, run_id, stage and message for a log collector."
     )
 
 
@@ -615,6 +633,7 @@ class Settings(Section):
     backtest: BacktestSettings = Field(description="Judging on the past.")
     gates: GateSettings = Field(description="Thresholds.")
     alerts: AlertSettings = Field(default_factory=AlertSettings, description="Failures.")
+    log: LogSettings = Field(default_factory=LogSettings, description="What is said.")
     spark: SparkSettings = Field(description="Session.")
 
     @model_validator(mode="after")
@@ -681,8 +700,8 @@ class Settings(Section):
         return [*self.model.heads, "merged"]
 
     def fingerprint(self) -> str:
-        """Hash of every setting that can change a table; session, lake place and gates cannot."""
-        content = self.model_dump(mode="json", exclude={"spark", "lake", "gates", "online", "backtest", "explorer"})
+        """Hash of every setting that can change a table; session, lake place, gates, alerts and logs cannot."""
+        content = self.model_dump(mode="json", exclude={"spark", "lake", "gates", "online", "backtest", "explorer", "alerts", "log"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -21,6 +21,7 @@ from features.sources import (
     collapse_duplicates,
     finite,
     id_column,
+    id_faults,
     is_number,
     is_text,
     read_columns,
@@ -190,7 +191,7 @@ def _wanted(source: ItemSource) -> dict[str, str]:
 def _item_faults() -> list[tuple[Column, str]]:
     vector = F.col("embedding")
     return [
-        (F.col("item_id").isNull(), "item_id is null or empty"),
+        *id_faults("item_id"),
         *time_faults(F.col("event_timestamp"), "event_timestamp"),
         *time_faults(F.col("created_timestamp"), "created_timestamp"),
         (F.exists(vector, lambda x: ~finite(x)), "embedding holds a value that is not a finite number"),
@@ -201,8 +202,8 @@ def _item_faults() -> list[tuple[Column, str]]:
 def _relevance_faults(now: datetime) -> list[tuple[Column, str]]:
     grade = F.col("grade")
     return [
-        (F.col("item_id").isNull(), "item_id is null or empty"),
-        (F.col("other_item_id").isNull(), "other_item_id is null or empty"),
+        *id_faults("item_id"),
+        *id_faults("other_item_id"),
         (F.col("item_id") == F.col("other_item_id"), "item_id and other_item_id are the same"),
         (F.col("source").isNull(), "source is null or empty"),
         *time_faults(F.col("rated_at"), "rated_at", now=now),
@@ -234,9 +235,9 @@ def _list(frame: DataFrame, name: str, source: ItemSource, *, setting: str) -> C
     """An array of text: as it is, or split from text at `list_separator`."""
     type_ = type_of(frame, name)
     if is_text(type_):
-        return F.split(col(name), r"\Q" + source.list_separator.replace(r"\E", r"\E\\E\Q") + r"\E")
+        return F.split(F.make_valid_utf8(col(name)), r"\Q" + source.list_separator.replace(r"\E", r"\E\\E\Q") + r"\E")
     if isinstance(type_, T.ArrayType) and (is_text(type_.elementType) or is_number(type_.elementType)):
-        return col(name).cast("array<string>")
+        return F.transform(col(name).cast("array<string>"), F.make_valid_utf8)
     raise unusable(frame, name, setting=setting, wanted=f"an array of text, or text split at {source.list_separator!r}")
 
 
@@ -277,7 +278,7 @@ def _labels(frame: DataFrame, source: ItemSource) -> Column:
 def _label(text: Column, weight: Column) -> Column:
     """A missing weight is 1; one that is there and no number becomes null, which removes the tag."""
     value = F.when(weight.isNull(), F.lit(1.0)).otherwise(weight.try_cast("double"))
-    return F.struct(F.trim(text.cast("string")).alias("tag"), value.alias("weight"))
+    return F.struct(F.trim(F.make_valid_utf8(text.cast("string"))).alias("tag"), value.alias("weight"))
 
 
 def _tags(labels: Column) -> dict[str, Column]:

@@ -22,6 +22,7 @@ from features.sources import (
     col,
     finite,
     id_column,
+    id_faults,
     is_number,
     is_text,
     read_columns,
@@ -74,12 +75,11 @@ def check_events(frame: DataFrame, *, source: EventSource, run_date: date, now: 
         "weight": _source_weight(frame, source),
         "row": _row(source, mapped, hash_key),
     }
-    checked = read_columns(frame, read)
+    checked = read_columns(frame, read).withColumn("weight", F.col("weight") * _action_weight(source))
     judged = checked.withColumn("reason", F.when(~_other_action(source), reasons(_faults(now))))
     tomorrow = F.lit(start_of(run_date + timedelta(days=1)))
     columns = {
         "later": _accepted(source) & F.coalesce(F.col("engaged_at") >= tomorrow, F.lit(False)),
-        "weight": F.col("weight") * _action_weight(source),
         "event_date": F.to_date("engaged_at"),
     }
     return judged.withColumns(columns).select(*ENGAGEMENTS.column_names, "reason", "row", "later")
@@ -116,8 +116,9 @@ def _accepted(source: EventSource) -> Column:
 def _faults(now: datetime) -> list[tuple[Column, str]]:
     weight = F.col("weight")
     return [
-        (F.col("user_id").isNull(), "user_id is null or empty"),
-        (F.col("item_id").isNull(), "item_id is null or empty"),
+        *id_faults("user_id"),
+        *id_faults("item_id"),
+        *id_faults("session_id", required=False),
         *time_faults(F.col("engaged_at"), "engaged_at", now=now),
         (~finite(weight), "weight is missing or not a finite number"),
         (finite(weight) & (weight <= 0), "weight is not above 0"),
@@ -181,7 +182,7 @@ def _row(source: EventSource, mapped: dict[str, str], hash_key: bytes) -> Column
     The hash is a Python function since Spark's own would carry the key in the query plan, which logs and user interfaces show.
     Plans that do not read `row` do not call it.
     """
-    user = col(source.columns.user_id).cast("string")
+    user = F.make_valid_utf8(col(source.columns.user_id).cast("string"))
 
     def hash_users(users: pa.Array) -> pa.Array:  # a function, not a partial: Spark reads the type hints
         return _hash_users(users, key=hash_key)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from features.pair_kernels import (
     CODED,
+    LEAST_EXPONENT,
     OUTPUT_ROWS,
     Ints,
     compact_codes,
@@ -217,7 +218,7 @@ def _totals(pair: Ints, day: Ints, user: Ints, starts: Ints, rule: TotalRule) ->
     early = day < rule.holdout_from
     kept = people.enough(np.ones_like(early), rule.min_users)
     fits = people.enough(early, rule.min_users)
-    decayed = np.exp2((day - rule.landmark) / rule.half_life_days)
+    decayed = np.exp2(np.maximum((day - rule.landmark) / rule.half_life_days, LEAST_EXPONENT))
     fit_weight = np.where(fits, sums(np.where(early, decayed, 0.0), starts), 0.0)
     return pair[starts][kept], sums(decayed, starts)[kept], lengths[kept], fit_weight[kept]
 

@@ -27,6 +27,8 @@ Mask = NDArray[np.bool_]
 EPOCH = date(1970, 1, 1)
 MAX_ITEMS = 2**31 - 1
 """Different values that a task can number: dictionaries and lists of Arrow hold 32-bit positions, a pair of codes 62 bits."""
+LEAST_EXPONENT = -1000.0
+"""Half-lives beyond which an engagement fades no further: a weight of 0 would be that of a pair which nobody has engaged with."""
 OUTPUT_ROWS = 50_000
 PACKED_ROWS = 1_000_000
 """Rows that a task holds before it packs or writes them: some 80 MB."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from features.pair_kernels import (
     CODED,
+    LEAST_EXPONENT,
     OUTPUT_ROWS,
     PACKED_ROWS,
     Ints,
@@ -179,7 +180,7 @@ def _totals(days: pa.Table, earlier: pa.Table, rule: TotalRule) -> pa.Table:
     day = day[at] if num_days else before[order]
     counts = ~old & (days["counts"].to_numpy()[at] if num_days and "counts" in days.column_names else True)
     fit = ~old & (day < rule.holdout_from)
-    decayed = users * np.exp2((day - rule.landmark) / rule.half_life_days)
+    decayed = users * np.exp2(np.maximum((day - rule.landmark) / rule.half_life_days, LEAST_EXPONENT))
 
     def added(of_days: NDArray[Any], counted: Mask, of_totals: str) -> NDArray[Any]:
         values = np.where(counted, of_days, 0)

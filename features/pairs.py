@@ -28,7 +28,7 @@ from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ITEM_POPULARITY
 from features.pair_counts import CountRule, count_cells, decoded_days
 from features.pair_files import FILE_SCHEMA, day_spans, write_counted
-from features.pair_kernels import PACKED_SCHEMA, day_number, encode
+from features.pair_kernels import LEAST_EXPONENT, PACKED_SCHEMA, day_number, encode
 from features.pair_totals import (
     PARTNER_SCHEMA,
     TOTAL_SCHEMA,
@@ -429,7 +429,8 @@ def check_landmark(landmark: date, half_life_days: float, run_date: date) -> Non
 
 
 def _decay(day: Column, landmark: date, half_life_days: float) -> Column:
-    return F.pow(F.lit(2.0), F.datediff(day, F.lit(landmark)) / F.lit(float(half_life_days)))
+    exponent = F.datediff(day, F.lit(landmark)) / F.lit(float(half_life_days))
+    return F.pow(F.lit(2.0), F.greatest(exponent, F.lit(LEAST_EXPONENT)))
 
 
 def _dated(frame: DataFrame, landmark: date, holdout_from: date, run_date: date) -> DataFrame:

@@ -77,7 +77,7 @@ def read_columns(frame: DataFrame, read: Mapping[str, Column]) -> DataFrame:
 
 
 def id_column(frame: DataFrame, name: str, *, setting: str) -> Column:
-    """An id as text, exactly as the table holds it; null where it is null, empty or blank.
+    """An id as text, exactly as the table holds it; null where it is null, empty or blank. Bytes that are no UTF-8 become U+FFFD.
 
     Raises:
         SourceError: the column is neither text nor integer; of a float, 12 and 12.0 would be two ids.
@@ -86,19 +86,19 @@ def id_column(frame: DataFrame, name: str, *, setting: str) -> Column:
     if not (is_text(type_) or is_integer(type_)):
         hint = "text or an integer (store float ids as text or integer)" if is_number(type_) else "text or an integer"
         raise unusable(frame, name, setting=setting, wanted=hint)
-    text = col(name).cast("string")
+    text = F.make_valid_utf8(col(name).cast("string"))
     return F.when(~blank(text), text)
 
 
 def text_column(frame: DataFrame, name: str, *, setting: str) -> Column:
-    """Trimmed text of a text, number, date or boolean column; null where nothing is left.
+    """Trimmed text of a text, number, date or boolean column; null where nothing is left. Bytes that are no UTF-8 become U+FFFD.
 
     Raises:
         SourceError: the column is an array, map, struct or binary.
     """
     if isinstance(type_of(frame, name), T.ArrayType | T.MapType | T.StructType | T.BinaryType):
         raise unusable(frame, name, setting=setting, wanted="text")
-    return F.nullif(F.trim(col(name).cast("string")), F.lit(""))
+    return F.nullif(F.trim(F.make_valid_utf8(col(name).cast("string"))), F.lit(""))
 
 
 def time_column(frame: DataFrame, name: str, *, setting: str) -> Column:
@@ -129,6 +129,12 @@ def reasons(faults: Iterable[tuple[Column, str]]) -> Column:
     """All faults of a row in words, `; ` between them; null where there is none."""
     found = [F.when(condition, F.lit(text)) for condition, text in faults]
     return F.nullif(F.concat_ws("; ", *found), F.lit(""))
+
+
+def id_faults(name: str, *, required: bool = True) -> list[tuple[Column, str]]:
+    """Faults of an id that was read by `id_column`. Two ids that were mangled may have become one, so that none is taken."""
+    missing = [(F.col(name).isNull(), f"{name} is null or empty")] if required else []
+    return [*missing, (F.contains(F.col(name), F.lit("\ufffd")), f"{name} is not the UTF-8 it was read as")]
 
 
 def time_faults(moment: Column, name: str, *, now: datetime | None = None) -> list[tuple[Column, str]]:

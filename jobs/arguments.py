@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 
+from rich.markup import escape
+
 from conf.errors import MtmhError, SettingsError
 from conf.settings import Settings, load_settings, packaged_configs
+from jobs import logs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,17 @@ def add_config(parser: argparse.ArgumentParser, *, default: str | None = None) -
         "--config", required=default is None, default=default, help=f"one of {', '.join(packaged_configs())}, or a path to your .yaml"
     )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; may be repeated")
+
+
+def settings_of(values: argparse.Namespace) -> Settings:
+    """The settings that `--config` and `--set` name; from here on the job says things as they want it.
+
+    Raises:
+        SettingsError: one is wrong.
+    """
+    settings = load_settings(values.config, values.set)
+    logs.configure(settings.log)
+    return settings
 
 
 def parse_date(text: str, *, flag: str = "--run-date") -> date:
@@ -66,7 +80,7 @@ def parse(argv: Sequence[str] | None, *, description: str, ranged: bool = False)
     if last < first:
         raise SettingsError(f"--to {last} is before --run-date {first}; wanted the same day or a later one")
     return Arguments(
-        settings=load_settings(values.config, values.set),
+        settings=settings_of(values),
         run_date=first,
         last_date=last,
         plan=values.plan,
@@ -81,5 +95,8 @@ def report_errors(main: Callable[[], None]) -> None:
     try:
         main()
     except MtmhError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if logs.is_json():
+            logs.log(escape(f"{type(error).__name__}: {error}"), level="error")
+        else:
+            print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error

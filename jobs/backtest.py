@@ -21,11 +21,11 @@ from pyspark.sql import functions as F
 from rich.console import Console
 
 from conf.errors import SettingsError, SourceError
-from conf.settings import Settings, load_settings
+from conf.settings import Settings
 from conf.tables import ENGAGEMENTS
 from features.engagements import accepted_events
 from features.pairs import engagements_per_day, holdout_start
-from jobs.arguments import add_config, report_errors
+from jobs.arguments import add_config, report_errors, settings_of
 from jobs.backtest_lists import backtest_lake
 from jobs.backtest_report import REPORTS, summary_words, terminal_tables, write_html, write_json
 from jobs.backtest_results import FINAL, VALIDATION, Report
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         values = parser.parse_args(argv)
-        settings = backtest_settings(load_settings(values.config, values.set))
+        settings = backtest_settings(settings_of(values))
         console, display = _console(), Display()
         if settings.name == "demo":
             lay_source(Path(settings.source.events.path).parent)

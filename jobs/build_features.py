@@ -67,13 +67,15 @@ def _feature_metrics(run: StageRun) -> dict[str, float]:
 
 
 def _example_metrics(run: StageRun) -> dict[str, float]:
-    return only_row(
-        run.read_output(RELEVANCE_EXAMPLES).agg(
+    written = run.read_output(RELEVANCE_EXAMPLES)
+    row = only_row(
+        written.agg(
             F.count("*").alias("num_examples"),
             F.coalesce(F.min("target"), F.lit(0.0)).alias("min_target"),
             F.coalesce(F.max("target"), F.lit(0.0)).alias("max_target"),
         )
     )
+    return row | {"num_duplicate_examples": row["num_examples"] - written.select(*RELEVANCE_EXAMPLES.key).distinct().count()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,8 +5,7 @@ import socket
 from collections.abc import Sequence
 
 from conf.errors import MachineError
-from conf.settings import load_settings
-from jobs.arguments import add_config, report_errors
+from jobs.arguments import add_config, report_errors, settings_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         values = parser.parse_args(argv)
-        settings = load_settings(values.config, values.set)
+        settings = settings_of(values)
         check_port(settings.explorer.port)
         import uvicorn  # these three take most of the start; `--help` and a wrong setting should not wait for them
 

@@ -9,9 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from conf.settings import load_settings
 from conf.tables import ITEM_NEIGHBORS
-from jobs.arguments import add_config, report_errors
+from jobs.arguments import add_config, report_errors, settings_of
 from jobs.reader import lake_root, open_table
 
 _SCHEMA = pa.schema(
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         values = parser.parse_args(argv)
-        num_rows = export(lake_root(load_settings(values.config, values.set).lake), values.out)
+        num_rows = export(lake_root(settings_of(values).lake), values.out)
         print(f"{num_rows:,} neighbors in {values.out}")
 
     report_errors(run)

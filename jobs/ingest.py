@@ -126,9 +126,13 @@ def _union(frames: Sequence[DataFrame]) -> DataFrame:
 
 def _event_metrics(run: StageRun, checked: DataFrame) -> dict[str, float]:
     counted = engagements.event_metrics(checked, source=run.settings.source.events)
-    kept = run.read_output(ENGAGEMENTS).where(F.col("event_date") <= F.lit(run.run_date)).count()
+    until = run.read_output(ENGAGEMENTS).where(F.col("event_date") <= F.lit(run.run_date))
+    row = only_row(until.agg(F.count(F.lit(1)).alias("kept"), F.max("event_date").alias("newest")))
+    kept, age = row["kept"], {} if row["newest"] is None else {"days_since_newest_event": (run.run_date - row["newest"]).days}
     share = counted["num_rejected_events"] / max(1.0, counted["num_source_events"])
-    return counted | {"rejected_events_share": share, "num_merged_events": counted["num_taken_events"] - kept, "num_engagements": kept}
+    return (
+        counted | age | {"rejected_events_share": share, "num_merged_events": counted["num_taken_events"] - kept, "num_engagements": kept}
+    )
 
 
 def _item_metrics(run: StageRun, checked: DataFrame) -> dict[str, float]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from conf.settings import Settings, load_settings
+from conf.settings import Settings
 from conf.tables import ENGAGEMENTS, EVALUATION, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, RELEVANCE_FEEDBACK, RUNS, TABLES
-from jobs.arguments import add_config, report_errors
+from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Ledger
 from jobs.publication import kept_runs
 from jobs.reader import lake_root, open_table, shared_folder, table_exists
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         values = parser.parse_args(argv)
-        Console().print(tables_maintained(maintain(load_settings(values.config, values.set))))
+        Console().print(tables_maintained(maintain(settings_of(values))))
 
     report_errors(run)
 

@@ -14,6 +14,7 @@ from jobs.build_pairs import build_pairs
 from jobs.evaluate import evaluate
 from jobs.ingest import ingest
 from jobs.ledger import StageRecord
+from jobs.logs import about
 from jobs.night_report import write_report
 from jobs.publish_neighbors import publish_neighbors
 from jobs.publish_online import publish_online
@@ -35,9 +36,9 @@ STAGES: Mapping[str, Stage] = {
 
 def run_night(night: Night, *, force: bool = False) -> list[StageRecord]:
     """Run every stage that has not succeeded yet in this night, and report on it however it ends."""
-    night.display.say(f"[bold]night {night.run_date}[/bold], run {night.run_id}, lake {night.lake.root}")
     records = list[StageRecord]()
-    with turn(night.settings.lake, night.run_id):
+    with about(run_id=night.run_id), turn(night.settings.lake, night.run_id):
+        night.display.say(f"[bold]night {night.run_date}[/bold], run {night.run_id}, lake {night.lake.root}")
         try:
             _run_stages(night, records, force=force)
         except Exception as error:

@@ -10,12 +10,14 @@ from pyspark.sql import SparkSession
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from jobs import logs
+
 Reading = tuple[float, float, str]
 """Work done, work in total (0: not known yet), and what the work is counted in."""
 
 
 class Display:
-    """Progress on the terminal: a bar where there is one, a line every `seconds_per_line` where output goes to a file.
+    """Progress on the terminal: a bar where there is one, a line every `seconds_per_line` where output goes to a file or a log.
 
     Watches nest: the innermost one is shown, as a terminal has room for one bar.
     """
@@ -25,8 +27,11 @@ class Display:
         self._seconds_per_line = seconds_per_line
         self._watches: list[_Watch] = []
 
-    def say(self, text: str) -> None:
-        """Print one line; markup in square brackets is styled."""
+    def say(self, text: str, *, level: str = "info") -> None:
+        """Print or log one line; markup in square brackets is styled. Levels are those of `logging`: info, warning, error."""
+        if logs.is_json():
+            logs.log(text, level=level)
+            return
         self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
@@ -45,7 +50,9 @@ class Display:
     @contextmanager
     def _shown(self) -> Iterator[None]:
         end = threading.Event()
-        thread = threading.Thread(target=self._bar if self.console.is_terminal else self._lines, args=(end,), daemon=True)
+        thread = threading.Thread(
+            target=self._bar if self.console.is_terminal and not logs.is_json() else self._lines, args=(end,), daemon=True
+        )
         thread.start()
         try:
             yield

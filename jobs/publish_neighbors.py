@@ -7,11 +7,12 @@ A night older than the published one goes to history only, unless `--publish` as
 import json
 from collections.abc import Callable, Sequence
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from conf.faults import reach
 from conf.tables import (
+    CO_ENGAGEMENT_PAIRS,
     CONTRACT_VERSION,
     ITEM_ANNOTATIONS,
     ITEM_EMBEDDINGS,
@@ -33,6 +34,9 @@ from validation.eligibility import excess_neighbors, refused_neighbors
 STAGE = "publish_neighbors"
 _MAX_SHORT_LISTS = 2_000
 """Short lists whose possible length is counted."""
+_MAX_TRIGGERS = 2_000
+"""Triggers whose strongest counted partners are looked for in their lists, and how many of them."""
+_NUM_PARTNERS = 10
 
 
 def publish_neighbors(run: StageRun) -> None:
@@ -114,13 +118,39 @@ def _metrics(run: StageRun, expected: int) -> dict[str, float]:
             F.count_if(F.array_contains(ids, F.col("item_id"))).alias("num_self_neighbors"),
             F.count_if(F.size(F.array_distinct(ids)) < F.size(ids)).alias("num_duplicate_neighbors"),
             F.count_if(~merged & rising).alias("num_unordered"),
+            F.sum(F.size(F.filter(scores, _not_finite))).alias("num_nonfinite"),
+            (F.count(F.lit(1)) - F.count_distinct("item_id", "head")).alias("num_duplicate_keys"),
         )
     )
     catalog = run.read(ITEM_FEATURES).where("in_catalog").count()
-    measured = {name: float(row[name]) for name in ("num_items", "num_self_neighbors", "num_duplicate_neighbors", "num_unordered")}
+    measured = {name: float(value or 0) for name, value in row.items()}
     measured |= {"coverage": row["num_items"] / max(1, catalog), "fullness": _fullness(run, lists.where(merged))}
-    measured |= _refused(run, lists)
+    measured |= _refused(run, lists) | _counted_share(run, lists)
     return measured | _churn(run, lists.where(merged), expected)
+
+
+def _not_finite(score: Column) -> Column:
+    return score.isNull() | F.isnan(score) | (F.abs(score) == float("inf"))
+
+
+def _counted_share(run: StageRun, lists: DataFrame) -> dict[str, float]:
+    """Mean share of a trigger's strongest counted partners, of those that may be offered, that any of its lists holds; of a sample."""
+    features, settings = run.read(ITEM_FEATURES), run.settings.retrieval
+    triggers = lists.select("item_id").distinct().orderBy(F.xxhash64("item_id")).limit(_MAX_TRIGGERS)
+    counted = run.read(CO_ENGAGEMENT_PAIRS).withColumnsRenamed({"trigger_item_id": "item_id", "target_item_id": "neighbor_id"})
+    partners = counted.select("item_id", "neighbor_id", "weight", F.lit("merged").alias("head")).join(F.broadcast(triggers), "item_id")
+    partners = partners.join(features.where("eligible").select(F.col("item_id").alias("neighbor_id")), "neighbor_id", how="left_semi")
+    if settings.filters:
+        rows = partners.select("item_id", "head", "neighbor_id")
+        refused = refused_neighbors(rows, features, filters=settings.filters, names=run.settings.list_names, run_date=run.run_date)
+        partners = partners.join(refused, ["item_id", "neighbor_id"], how="left_anti")
+    strongest = Window.partitionBy("item_id").orderBy(F.col("weight").desc(), "neighbor_id")
+    ranked = partners.withColumn("_rank", F.row_number().over(strongest)).where(F.col("_rank") <= _NUM_PARTNERS)
+    ids = F.explode(F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])).alias("neighbor_id")
+    offered = lists.join(F.broadcast(triggers), "item_id").select("item_id", ids).distinct().withColumn("offered", F.lit(1.0))
+    found = ranked.join(offered, ["item_id", "neighbor_id"], how="left").groupBy("item_id").agg(F.avg(F.coalesce("offered", F.lit(0.0))))
+    share = only_row(found.toDF("item_id", "share").agg(F.avg("share").alias("share")))["share"]
+    return {} if share is None else {"counted_share": share}
 
 
 def _fullness(run: StageRun, merged: DataFrame) -> float:

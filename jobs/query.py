@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 from pyspark.errors import PySparkException
 
 from conf.errors import TableError
-from conf.settings import load_settings
 from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, tables_with
-from jobs.arguments import add_config, report_errors
+from jobs.arguments import add_config, report_errors, settings_of
 from jobs.lake import Lake, open_lake
 from jobs.session import start_session
 
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         values = parser.parse_args(argv)
-        settings = load_settings(values.config, values.set)
+        settings = settings_of(values)
         spark = start_session(settings.spark, app_name="mtmh query")
         register_views(open_lake(spark, settings.lake), signals=settings.pairs.signals)
         try:

@@ -22,9 +22,9 @@ from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
 
 from conf.errors import PublishError
-from conf.settings import Settings, load_settings
+from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY
-from jobs.arguments import add_config, report_errors
+from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Attempt, Ledger, StageRecord, recorded
 from jobs.merged_files import MergedFile, MergeTask, merge_file
 from jobs.progress import Display
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         values = parser.parse_args(argv)
-        remerge(load_settings(values.config, values.set), display=Display())
+        remerge(settings_of(values), display=Display())
 
     report_errors(run)
 

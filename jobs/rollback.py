@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from conf.errors import PublishError
-from conf.settings import Settings, load_settings
+from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
-from jobs.arguments import add_config, report_errors
+from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Ledger, StageRecord, recorded
 from jobs.progress import Display
 from jobs.publication import Published, kept_runs, publish_run, published
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         values = parser.parse_args(argv)
-        roll_back(load_settings(values.config, values.set), values.to_run, display=Display())
+        roll_back(settings_of(values), values.to_run, display=Display())
 
     report_errors(run)
 

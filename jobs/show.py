@@ -8,8 +8,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from conf.errors import SourceError
-from conf.settings import load_settings
-from jobs.arguments import add_config, report_errors
+from jobs.arguments import add_config, report_errors, settings_of
 from jobs.reader import lake_root, neighbors_of, titles_of
 
 
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         values = parser.parse_args(argv)
-        settings = load_settings(values.config, values.set)
+        settings = settings_of(values)
         for item in values.items:
             Console().print(side_by_side(lake_root(settings.lake), item, heads=settings.list_names, k=values.k))
 

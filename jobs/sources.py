@@ -1,6 +1,7 @@
 """Reading the user's own tables, with one clear error for each way in which that fails."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from conf.settings import PairSettings, SourceSettings, SourceTable
 
 _UNKEYED = b"mtmh"
 _HASH_SLOTS = 1_000_000
+_UNREADABLE = re.compile(r"Encountered error while reading file (.+?)\.(?:\s|$)")
 
 
 def read_source(spark: SparkSession, source: SourceTable, *, name: str) -> DataFrame:
@@ -58,13 +60,14 @@ def _tables(sources: SourceSettings) -> dict[str, SourceTable]:
 
 
 def _cause(error: PySparkException | Py4JJavaError) -> str:
-    """First line of what went wrong; of a failed job, what its innermost exception says."""
+    """First line of what went wrong; of a failed job, what its innermost exception says, and of which file."""
     if isinstance(error, PySparkException):
         return str(error).splitlines()[0]
     cause: Any = error.java_exception
     while cause.getCause() is not None:
         cause = cause.getCause()
-    return str(cause.getMessage()).splitlines()[0]
+    words, file = str(cause.getMessage()).splitlines()[0], _UNREADABLE.search(str(error))
+    return words if file is None or file[1].rpartition("/")[2] in words else f"{words}, in {file[1]}"
 
 
 def take_users(frame: DataFrame, user_column: str, *, share: float) -> DataFrame:

@@ -12,6 +12,7 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 from pyspark.sql import DataFrame, Row, SparkSession
+from rich.markup import escape
 
 from conf.errors import TableError, machine_fault
 from conf.faults import reach, while_writing
@@ -20,6 +21,8 @@ from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, RUNS, Table, table_named
 from jobs.arguments import Arguments, parse, report_errors
 from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord, night_fingerprint, source_state
+from jobs.logs import about
+from jobs.night_words import first_line
 from jobs.progress import Display, spark_tasks
 from jobs.reader import artifacts_of, changes_since
 from jobs.session import start_session
@@ -180,7 +183,8 @@ class StageRun:
     def note(self, text: str) -> None:
         """Tell the reader of `runs`, and of the terminal, something worth knowing."""
         self.notes.append(text)
-        self.night.display.say(f"  [dim]note: {text}[/dim]")
+        level = "warning" if text.startswith(("warning", "accepted")) else "info"
+        self.night.display.say(f"  [dim]note: {escape(text)}[/dim]", level=level)
 
     def gate(self, metrics: Mapping[str, float], **context: float) -> None:
         """Check the stage's numbers against its rules.
@@ -256,6 +260,11 @@ def run_stage(night: Night, stage: str, function: Stage, *, force: bool = False)
     if not force and (done := finished(night, stage)) is not None:
         night.display.say(f"[green]✓[/green] {stage}: done before, {done.seconds:.0f} s, attempt {done.attempt}")
         return done
+    with about(run_id=night.run_id, stage=stage):
+        return _attempt(night, stage, function, force=force)
+
+
+def _attempt(night: Night, stage: str, function: Stage, *, force: bool) -> StageRecord:
     night.display.say(f"[bold]▶ {stage}[/bold]")
     night.lake.create(RUNS)
     run = StageRun(night=night, stage=stage, force=force)
@@ -269,7 +278,9 @@ def run_stage(night: Night, stage: str, function: Stage, *, force: bool = False)
             run.take_back()
         except Exception as trouble:
             run.note(f"could not take back what the stage wrote; later nights do not read it: {str(trouble).splitlines()[0]}")
-        _append_failure(night, run, _record(run, started, time.monotonic() - clock, error))
+        _append_failure(night, run, record := _record(run, started, time.monotonic() - clock, error))
+        why = escape(first_line(record.error or ""))
+        night.display.say(f"[red]✗[/red] {stage}: failed after {record.seconds:.0f} s: {why}", level="error")
         if (explained := machine_fault(error, night.lake.root)) is not None:
             raise explained from error
         raise

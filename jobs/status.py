@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from conf.errors import PublishError, TableError
-from conf.settings import Settings, load_settings
+from conf.settings import Settings
 from conf.tables import RUNS
-from jobs.arguments import add_config, report_errors
+from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Ledger, StageRecord
 from jobs.nightly import STAGES
 from jobs.publication import published
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         values = parser.parse_args(argv)
-        nights = last_nights(load_settings(values.config, values.set), max(1, values.nights))
+        nights = last_nights(settings_of(values), max(1, values.nights))
         if values.json:
             print(json.dumps(nights, indent=1))
             return

@@ -134,10 +134,11 @@ def _embeddings(run: StageRun, folder: Path) -> DataFrame:
 def _metrics(run: StageRun, folder: Path) -> Mapping[str, float]:
     metrics: dict[str, float] = dict(json.loads((folder / "metrics.json").read_text()))
     bad = F.exists("trigger_vector", _not_finite) | F.exists("target_vector", _not_finite)
-    written = run.read_output(ITEM_EMBEDDINGS).groupBy("head").agg(F.count("*").alias("n"), F.count_if(bad).alias("bad"))
-    rows = written.collect()
+    distinct = F.count_distinct("item_id").alias("items")
+    rows = run.read_output(ITEM_EMBEDDINGS).groupBy("head").agg(F.count("*").alias("n"), F.count_if(bad).alias("bad"), distinct).collect()
     counts = {f"{row['head']}_num_vectors": float(row["n"]) for row in rows}
-    return metrics | counts | {"num_nonfinite": float(sum(row["bad"] for row in rows))}
+    repeated = float(sum(row["n"] - row["items"] for row in rows))
+    return metrics | counts | {"num_nonfinite": float(sum(row["bad"] for row in rows)), "num_duplicate_keys": repeated}
 
 
 def _not_finite(value: Column) -> Column:

@@ -578,7 +578,11 @@ def _final(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _describe(model: Mtmh) -> dict[str, float]:
-    """Per head: mean pairwise cosine and shortest length of the target vectors (bias and zero vectors aside)."""
+    """Per head, of the target vectors (bias and zero vectors aside): mean pairwise cosine, shortest length, dimensions in use.
+
+    These are the participation ratio (sum of the eigenvalues)^2 / sum of their squares of the unit vectors' covariance: D where they
+    spread evenly over D dimensions, 1 where they lie on a line, 0 where they are equal.
+    """
     out = {}
     for name, (_, target) in model.vectors().items():
         norm = target[:, :-1].norm(dim=1)
@@ -588,7 +592,16 @@ def _describe(model: Mtmh) -> dict[str, float]:
         out[f"{name}_mean_cosine"] = float((unit.sum(dim=0).square().sum() - len(unit)) / pairs)
         out[f"{name}_min_norm"] = float(norm[some].min()) if bool(some.any()) else 0.0
         out[f"{name}_num_zero_vectors"] = float((~some).sum())
+        out[f"{name}_zero_share"] = out[f"{name}_num_zero_vectors"] / len(target)
+        out[f"{name}_used_dimensions"] = _participation(unit)
     return out
+
+
+def _participation(unit: Tensor) -> float:
+    """Dimensions in use of unit rows, see `_describe`; 0 where all rows are equal, or there are none."""
+    covariance = torch.cov(unit.T, correction=0) if len(unit) else unit.new_zeros(1, 1)
+    trace = float(covariance.diagonal().sum())
+    return trace**2 / float(covariance.square().sum()) if trace > 1e-9 else 0.0
 
 
 def write_embeddings(folder: Path, model: Mtmh, data: TrainingData) -> None:

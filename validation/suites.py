@@ -148,6 +148,15 @@ def _ingest(context: GateContext) -> list[Rule]:
             "items in the catalog at the run date",
             "check the run date and source.items.columns.event_timestamp, or lower gates.min_items",
         ),
+        Rule(
+            metric="days_since_newest_event",
+            minimum=0,
+            maximum=gates.max_event_age_days,
+            optional=True,  # without a single engagement, which num_engagements says
+            meaning="days from the newest engagement to the run date",
+            remedy="look whether the events source is still filled, and at source.events.time_format (seconds are not milliseconds); "
+            f"if nothing has happened since, raise gates.max_event_age_days (now {gates.max_event_age_days})",
+        ),
         _none("num_duplicate_keys", "rows beyond the first of a key in engagements and item_annotations", "a defect of ingest: report it"),
         *_volumes(context, "num_engagements", "num_items"),
     ]
@@ -209,6 +218,7 @@ def _build_features(context: GateContext) -> list[Rule]:
             "look for such values in the embeddings of the items source",
         ),
         _at_least("num_examples", 1, "graded item pairs the relevance head learns from", mapped, severity="warning"),
+        _none("num_duplicate_examples", "rows beyond the first of a pair in relevance_examples", defect),
         Rule(metric="min_target", minimum=0, meaning="smallest relevance target, in [0,1]", remedy=defect),
         Rule(metric="max_target", maximum=1, meaning="largest relevance target, in [0,1]", remedy=defect),
         *_volumes(context, "num_items", "num_catalog_items"),
@@ -217,12 +227,27 @@ def _build_features(context: GateContext) -> list[Rule]:
 
 def _train_model(context: GateContext) -> list[Rule]:
     gates = context.gates
+    mapped = "map titles, texts, categories or tags in source.items.columns"
     collapsed = (
         "the head has collapsed: lower training.learning_rate or training.num_steps, or check the head's task weights in model.heads"
     )
     num_items = context.values.get("num_items")
     return [
         _share("*_mean_cosine", -1, gates.max_mean_cosine, "mean cosine of pairs of the head's vectors", collapsed),
+        _share(
+            "*_zero_share",
+            0,
+            gates.max_zero_share,
+            "share of items with a zero vector in the head: nothing is known about them",
+            f"{mapped}; or drop the head from model.heads, or raise gates.max_zero_share",
+        ),
+        _at_least(
+            "*_used_dimensions",
+            gates.min_used_dimensions,
+            "dimensions over which the head's vectors spread (participation ratio of their covariance)",
+            "its items differ in hardly more than one way: look at its tasks' weights, and at what its items have to tell them apart",
+            severity="warning",
+        ),
         Rule(
             metric="*_min_norm",
             minimum=0,
@@ -238,6 +263,7 @@ def _train_model(context: GateContext) -> list[Rule]:
             meaning="items with vectors in the head",
             remedy="a defect of train_model: report it",
         ),
+        _none("num_duplicate_keys", "rows beyond the first of an item and head", "a defect of train_model: report it"),
         _none("num_nonfinite", "vectors with a NaN, infinite or missing value", "lower training.learning_rate"),
         Rule(
             metric="final_loss",
@@ -268,6 +294,17 @@ def _publish_neighbors(context: GateContext) -> list[Rule]:
         replace(_none("num_refused_neighbors", "neighbors that a filter of their list refuses", defect), optional=True),
         replace(_none("num_lists_over_limit", "lists and kinds with more neighbors than a limit allows", defect), optional=True),
         _none("num_unordered", "lists whose scores do not descend", defect),
+        _none("num_duplicate_keys", "rows beyond the first of an item and head", defect),
+        _none("num_nonfinite", "neighbors whose score is NaN, infinite or missing", "lower training.learning_rate, or report it"),
+        Rule(
+            metric="counted_share",
+            minimum=gates.min_counted_share,
+            maximum=1,
+            optional=True,  # where no counted partner may be offered
+            meaning="mean share of a trigger's 10 strongest counted partners that its lists hold, of those that may be offered",
+            remedy="lists that miss what was counted may be those of other items: look at some with `python -m jobs.show`; "
+            f"if no head is to hold them, lower gates.min_counted_share (now {gates.min_counted_share:g})",
+        ),
         Rule(
             metric="churn",
             minimum=0,

@@ -34,6 +34,9 @@ FILES: dict[str, tuple[bytes, str]] = {
     "infinity": (b"pairs: {half_life_days: .inf}\n", "pairs.half_life_days"),
     "no number": (b"pairs: {half_life_days: .nan}\n", "pairs.half_life_days"),
     "a variant that leaves the lake": (b"lake: {variant: ../other}\n", "lake.variant"),
+    "a variant that leaves the lake on a detour": (b"lake: {variant: a/../../other}\n", "lake.variant"),
+    "a variant from the root": (b"lake: {variant: /etc}\n", "lake.variant"),
+    "a name that is a path": (b"name: ../other\n", "name"),
     "a variant with a null byte": (b'lake: {variant: "a\\0"}\n', "lake.variant"),
 }
 

@@ -1,5 +1,7 @@
 """Bad sources and settings: one clear error each, and nothing half-written."""
 
+import json
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,10 @@ import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
 
-from conf.errors import GateError, MachineError, MtmhError, SettingsError, SourceError
+from conf.errors import BrokenGateError, GateError, MachineError, MtmhError, SettingsError, SourceError
 from conf.settings import load_settings
 from conf.tables import ENGAGEMENTS, ITEM_ANNOTATIONS, REJECTED_ROWS
+from jobs.arguments import parse
 from jobs.ingest import ingest
 from jobs.progress import Display
 from jobs.session import check_java
@@ -137,6 +140,39 @@ def test_too_many_refused_rows_stop_the_night(spark: SparkSession, tmp_path: Pat
         run_stage(night, "ingest", ingest)
     assert night.lake.read(ENGAGEMENTS).count() == 0  # taken back, as if the night had not been
     assert night.lake.read(REJECTED_ROWS).count() > 0  # but what was refused can be looked at
+    _goes_on_for_a_reason(night)
+
+
+def _goes_on_for_a_reason(night: Night) -> None:
+    """The same night with `--accept`: what failed and why is in `runs`; a check that broke is not accepted."""
+    accepting = replace(night, accept="the till lost its customers' cards")
+    record = run_stage(accepting, "ingest", ingest)
+    assert record.status == "succeeded"
+    assert accepting.lake.read(ENGAGEMENTS).count() > 0
+    kept = night.ledger.records(run_id=night.run_id, status="succeeded")[-1]
+    accepted = [note for note in kept.notes if note.startswith("accepted")]
+    assert len(accepted) == 1
+    assert accepted[0].startswith("accepted (the till lost its customers' cards): rejected_events_share: found 0.2")
+    failed = [result["metric"] for result in json.loads(kept.gates or "")["results"] if not result["passed"]]
+    assert failed == ["rejected_events_share"]
+    assert run_stage(night, "ingest", ingest) == kept  # what was accepted is done, also for the command without the reason
+    with pytest.raises(GateError, match="rejected_events_share"):
+        run_stage(night, "ingest", ingest, force=True)
+    with pytest.raises(BrokenGateError, match="num_items: could not be checked"):
+        run_stage(accepting, "ingest", lambda run: run.gate({"num_duplicate_keys": 1}), force=True)
+
+
+def test_a_failing_gate_is_not_accepted_without_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--config", "demo", "--run-date", "2017-11-30"]
+    assert parse([*flags, "--accept", "a range left"], description="a night").accept == "a range left"
+    assert parse(flags, description="a night").accept is None
+    for nothing in ("", "  "):
+        with pytest.raises(SettingsError, match="--accept is empty; wanted the reason"):
+            parse([*flags, "--accept", nothing], description="a night")
+    with pytest.raises(SystemExit) as stopped:
+        parse([*flags, "--accept"], description="a night")
+    assert stopped.value.code == 2
+    assert "--accept: expected one argument" in capsys.readouterr().err
 
 
 def test_a_bad_second_file_and_bad_labels_leave_nothing_behind(spark: SparkSession, tmp_path: Path) -> None:

@@ -14,11 +14,45 @@ import torch.multiprocessing as mp
 from safetensors.numpy import load_file
 
 from conf.errors import TrainingError
+from conf.settings import load_settings
 from models.checkpoint import load_checkpoint
 from models.data import TrainingData, sparse_rows
 from models.scorer import Scorer
-from models.train import TrainingSpec, Workers, run_rank, train
+from models.train import TrainingSpec, Workers, _describe, run_rank, train
 from tests.models.small_world import SmallWorld, make_spec
+from validation.gates import check_metrics
+from validation.suites import GateContext, rules_for
+
+
+class Vectors:
+    """Heads with given target vectors, and one dimension of popularity behind them."""
+
+    def __init__(self, **heads: torch.Tensor) -> None:
+        self.heads = {name: torch.cat([vectors, torch.ones(len(vectors), 1)], dim=1) for name, vectors in heads.items()}
+
+    def vectors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {name: (vectors, vectors) for name, vectors in self.heads.items()}
+
+
+def test_vectors_that_have_collapsed_are_told_from_those_that_have_not() -> None:
+    """Every way to collapse has a number of its own, and the gate of the stage a rule for it."""
+    torch.manual_seed(1)
+    spread = torch.randn(400, 16)
+    line, angles = torch.randn(400, 1) @ torch.randn(1, 16), torch.linspace(0, 6.28, 400)
+    circle = torch.cat([torch.stack([angles.cos(), angles.sin()], dim=1), torch.zeros(400, 14)], dim=1)
+    heads = {"spread": spread, "point": torch.ones(400, 16) + 0.01 * spread, "line": line, "circle": circle, "nothing": 1e-9 * spread}
+    found = _describe(Vectors(**heads))  # type: ignore[arg-type]
+    used = {name: found[f"{name}_used_dimensions"] for name in heads}
+    assert used == {"spread": pytest.approx(16, abs=1), "point": pytest.approx(16, abs=1), "line": pytest.approx(1), **used} | {
+        "circle": pytest.approx(2, abs=0.05),
+        "nothing": 0.0,
+    }
+    settings = load_settings("demo")
+    rules = rules_for("train_model", GateContext(gates=settings.gates, source=settings.source, values={"num_items": 400}))
+    counts = {f"{name}_num_vectors": 400.0 for name in heads} | {"num_nonfinite": 0.0, "num_duplicate_keys": 0.0}
+    report = check_metrics("train_model", found | counts, rules)
+    assert {failure.rule.metric for failure in report.failures} == {"point_mean_cosine", "nothing_zero_share"}
+    assert {warning.rule.metric for warning in report.warnings} == {"line_used_dimensions", "nothing_used_dimensions", "nothing_min_norm"}
 
 
 def read(folder: Path, name: str):

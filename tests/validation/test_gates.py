@@ -1,5 +1,6 @@
 """Each gate against the fault it exists for, through Great Expectations itself."""
 
+import fnmatch
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ CLEAN: dict[str, dict[str, float]] = {
         "num_source_items": 300,
         "rejected_items_share": 0.0,
         "num_items": 300,
+        "days_since_newest_event": 0,
         "num_duplicate_keys": 0,
     },
     "build_pairs": {
@@ -42,16 +44,22 @@ CLEAN: dict[str, dict[str, float]] = {
         "content_share": 0.98,
         "num_nonfinite": 0,
         "num_examples": 6000,
+        "num_duplicate_examples": 0,
         "min_target": 0.0,
         "max_target": 1.0,
     },
     "train_model": {
         "engagement_mean_cosine": 0.1,
         "relevance_mean_cosine": 0.2,
+        "engagement_zero_share": 0.0,
+        "relevance_zero_share": 0.05,  # items without content
+        "engagement_used_dimensions": 30.5,
+        "relevance_used_dimensions": 12.0,
         "engagement_min_norm": 0.5,
         "relevance_min_norm": 1.0,
         "engagement_num_vectors": 310,
         "relevance_num_vectors": 310,
+        "num_duplicate_keys": 0,
         "num_nonfinite": 0,
         "final_loss": 4.2,
     },
@@ -62,7 +70,12 @@ CLEAN: dict[str, dict[str, float]] = {
         "num_self_neighbors": 0,
         "num_duplicate_neighbors": 0,
         "num_ineligible_neighbors": 0,
+        "num_refused_neighbors": 0,
+        "num_lists_over_limit": 0,
         "num_unordered": 0,
+        "num_duplicate_keys": 0,
+        "num_nonfinite": 0,
+        "counted_share": 0.95,
         "churn": 0.1,
     },
     "publish_online": {"num_items_written": 300, "num_items_expected": 300},
@@ -98,31 +111,46 @@ def test_clean_metrics_pass_every_gate() -> None:
         assert all(result["passed"] for result in content["results"])
 
 
+_OF_REMERGE = ["num_items", "num_self_neighbors", "num_ineligible_neighbors"]
 # stage, what the fault does to the metrics, which metrics must be named
 CRITICAL = [
     ("ingest", {"num_engagements": 99}, ["num_engagements"]),  # below gates.min_events
     ("ingest", {"rejected_events_share": 0.06, "rejected_items_share": 0.5}, ["rejected_events_share", "rejected_items_share"]),
+    ("ingest", {"num_source_events": 0}, ["num_source_events"]),  # an empty source
     ("ingest", {"num_source_items": 0, "num_items": 0}, ["num_source_items", "num_items"]),  # an empty catalog
     ("ingest", {"num_duplicate_keys": 1}, ["num_duplicate_keys"]),
+    ("ingest", {"days_since_newest_event": 15}, ["days_since_newest_event"]),  # nobody has filled the source for two weeks
+    ("ingest", {"days_since_newest_event": 19_800}, ["days_since_newest_event"]),  # seconds read as milliseconds: all of January 1970
+    ("build_pairs", {"num_daily_rows": 0}, ["num_daily_rows"]),
     ("build_pairs", {"num_pairs": 0, "num_items_with_pairs": 0, "min_weight": 0}, ["num_pairs", "num_items_with_pairs", "min_weight"]),
     ("build_pairs", {"num_null_keys": 2, "num_duplicate_keys": 1}, ["num_null_keys", "num_duplicate_keys"]),
     ("build_pairs", {"num_self_pairs": 1}, ["num_self_pairs"]),
     ("build_pairs", {"min_weight": math.inf, "num_nonfinite": 7}, ["min_weight", "num_nonfinite"]),  # decay overflowed
+    ("build_features", {"num_items": 1, "num_catalog_items": 1}, ["num_items", "num_catalog_items"]),
     ("build_features", {"num_duplicate_keys": 3}, ["num_duplicate_keys"]),
+    ("build_features", {"num_duplicate_examples": 1}, ["num_duplicate_examples"]),
     ("build_features", {"num_nonfinite": 1}, ["num_nonfinite"]),
     ("build_features", {"min_target": -0.1, "max_target": 1.5}, ["min_target", "max_target"]),
     ("build_features", {"num_catalog_items": 0}, ["num_catalog_items"]),  # ids of events and items do not meet
     ("train_model", {"relevance_mean_cosine": 0.97}, ["relevance_mean_cosine"]),  # a collapsed head
+    ("train_model", {"engagement_zero_share": 1.0}, ["engagement_zero_share"]),  # all lengths have shrunk to nothing
     ("train_model", {"engagement_num_vectors": 309}, ["engagement_num_vectors"]),  # an item without vectors
+    ("train_model", {"num_duplicate_keys": 310}, ["num_duplicate_keys"]),  # what an earlier attempt wrote is there, too
     ("train_model", {"num_nonfinite": 1, "final_loss": math.nan}, ["num_nonfinite", "final_loss"]),  # diverged
+    ("publish_neighbors", {"num_items": 0, "coverage": 0}, ["num_items", "coverage"]),
     ("publish_neighbors", {"coverage": 0.9, "fullness": 0.5}, ["coverage", "fullness"]),
+    ("publish_neighbors", {"counted_share": 0.01}, ["counted_share"]),  # vectors that belong to other items
+    ("publish_neighbors", {"num_duplicate_keys": 1, "num_nonfinite": 3}, ["num_duplicate_keys", "num_nonfinite"]),
     ("publish_neighbors", {"coverage": 1.2}, ["coverage"]),  # lists of items outside the catalog
     ("publish_neighbors", {"num_self_neighbors": 1, "num_duplicate_neighbors": 1}, ["num_self_neighbors", "num_duplicate_neighbors"]),
     ("publish_neighbors", {"num_ineligible_neighbors": 1, "num_unordered": 1}, ["num_ineligible_neighbors", "num_unordered"]),
     ("publish_neighbors", {"num_refused_neighbors": 1, "num_lists_over_limit": 2}, ["num_refused_neighbors", "num_lists_over_limit"]),
     ("remerge", {"num_refused_neighbors": 1, "num_duplicate_neighbors": 1}, ["num_refused_neighbors", "num_duplicate_neighbors"]),
+    ("remerge", {"num_items": 0, "num_self_neighbors": 1, "num_ineligible_neighbors": 1}, _OF_REMERGE),
+    ("publish_online", {"num_items_written": 0, "num_items_expected": 0}, ["num_items_expected"]),
     ("publish_online", {"num_items_written": 299}, ["num_items_written"]),
     ("publish_online", {"num_items_written": math.nan, "num_items_expected": math.nan}, ["num_items_written", "num_items_expected"]),
+    ("backtest_validation", {"num_triggers": 0}, ["num_triggers"]),
     ("backtest_validation", {"num_rows_after_cut": 3}, ["num_rows_after_cut"]),  # training saw the future
     ("backtest_final", {"num_withheld_values": 1}, ["num_withheld_values"]),  # training saw what the judge reads
 ]
@@ -137,15 +165,30 @@ def test_a_critical_fault_stops_the_night(stage: str, fault: dict[str, float], n
         run_gate(stage, metrics, rules)
 
 
+WARNINGS: list[tuple[str, dict[str, float]]] = [
+    ("build_features", {"content_share": 0.2, "num_examples": 0}),
+    ("train_model", {"relevance_used_dimensions": 1.1, "engagement_min_norm": 0.0}),  # all items on a line; an item of no length
+    ("publish_neighbors", {"churn": 0.95}),
+    ("remerge", {"churn": 1.01}),
+    ("evaluate", {"num_triggers": 0}),
+    ("backtest_final", {"content_rel_ndcg": 1.0}),  # a copy of the judge's column among the features
+]
+
+
+def test_every_rule_has_its_fault() -> None:
+    """Volume bands, whose rules come with past nights, have tests of their own."""
+    for stage in stages():
+        alike = ("backtest_validation", "backtest_final") if stage.startswith("backtest") else (stage,)
+        tried = {name for known, _, named in CRITICAL if known in alike for name in named}
+        tried |= {name for known, fault in WARNINGS if known in alike for name in fault}
+        for rule in rules_for(stage, context(num_items=310)):
+            assert fnmatch.filter(tried, rule.metric), f"{stage}: no fault for {rule.metric}"
+            assert rule.meaning, rule.metric
+            assert rule.remedy, rule.metric
+
+
 def test_warnings_come_back_in_the_report() -> None:
-    cases: list[tuple[str, dict[str, float]]] = [
-        ("build_features", {"content_share": 0.2, "num_examples": 0}),
-        ("train_model", {"engagement_min_norm": 0.0}),
-        ("publish_neighbors", {"churn": 0.95}),
-        ("evaluate", {"num_triggers": 0}),
-        ("backtest_final", {"content_rel_ndcg": 1.0}),  # a copy of the judge's column among the features
-    ]
-    for stage, fault in cases:
+    for stage, fault in WARNINGS:
         report = run_gate(stage, CLEAN[stage] | fault, rules_for(stage, context(num_items=310)))
         assert [result.rule.metric for result in report.warnings] == list(fault)
 
