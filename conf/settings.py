@@ -308,6 +308,10 @@ class TrainingSettings(Section):
     num_sampled_items: int = Field(4096, ge=2, description="Candidates per step above that, weighted by inverse sampling probability.")
     affinity_weight: float = Field(1.0, ge=0, description="Multiplier of every head's affinity task.")
     timeout_seconds: int = Field(300, ge=10, description="A worker that waits longer for the others fails.")
+    checkpoint_seconds: float = Field(
+        60, ge=0, description="Seconds after which the state of the training is saved again, so that a killed one goes on; 0: every step."
+    )
+    max_restarts: int = Field(1, ge=0, description="Times that a training of which a worker was killed goes on by itself; then it fails.")
     seed: int = Field(17, ge=0, description="Seed of sampling and initialization.")
     num_validation_triggers: int = Field(1000, ge=10, description="Triggers sampled for that.")
 

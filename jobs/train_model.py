@@ -27,6 +27,7 @@ from conf.tables import (
 from jobs.progress import Reading
 from jobs.stage import StageRun, stage_main
 from models.data import TableRef
+from models.resume import FILE
 from models.train import TrainingSpec
 
 STAGE = "train_model"
@@ -46,7 +47,7 @@ def train_model(run: StageRun) -> None:
         training=run.settings.training,
     )
     with run.night.display.watch("training", _progress(folder)):
-        _distribute(run, spec)
+        distribute(spec, anew=run.force, note=run.note)
     for text in json.loads((folder / "notes.json").read_text()):
         run.note(text)
     run.replace(ITEM_EMBEDDINGS, _embeddings(run, folder))
@@ -67,9 +68,33 @@ def launch(spec_json: str, import_paths: Sequence[str]) -> None:
     run_rank(spec_json)
 
 
-def _distribute(run: StageRun, spec: TrainingSpec) -> None:
-    training = run.settings.training
-    folder = Path(spec.folder)
+def distribute(spec: TrainingSpec, *, anew: bool, note: Callable[[str], None]) -> None:
+    """Train on all workers; when one is killed, go on from the saved state, as often as the settings say.
+
+    Args:
+        spec: of the training.
+        anew: do not go on from what an earlier attempt has left.
+        note: told of a restart.
+
+    Raises:
+        TrainingError: a worker failed, or was killed too often.
+    """
+    folder, training = Path(spec.folder), spec.training
+    if anew:
+        (folder / FILE).unlink(missing_ok=True)
+    for restarts in range(training.max_restarts, -1, -1):
+        failure = _attempt(spec)
+        if failure is None:
+            (folder / FILE).unlink(missing_ok=True)
+            return
+        if not restarts or not _was_killed(folder, training.num_processes):
+            raise TrainingError(failure)
+        note(f"{failure.splitlines()[0]}; training goes on from its saved state")
+
+
+def _attempt(spec: TrainingSpec) -> str | None:
+    """One start of all workers; what went wrong, None for nothing."""
+    folder, training = Path(spec.folder), spec.training
     for stale in folder.glob("status/rank-*.json"):
         stale.unlink()
     distributor = TorchDistributor(num_processes=training.num_processes, local_mode=training.local_mode, use_gpu=False)
@@ -78,9 +103,15 @@ def _distribute(run: StageRun, spec: TrainingSpec) -> None:
     try:
         distributor.run(launch, spec.to_json(), paths)
     except Exception as error:
-        raise TrainingError(_failure(folder, training.num_processes) or f"training failed: {str(error)[:2000]}") from error
-    if failure := _failure(folder, training.num_processes):
-        raise TrainingError(failure)
+        return _failure(folder, training.num_processes) or f"training failed: {str(error)[:2000]}"
+    return _failure(folder, training.num_processes)
+
+
+def _was_killed(folder: Path, num_processes: int) -> bool:
+    """Whether a worker left no word, and the others said nothing but that it was gone (an error of gloo, which carries the messages)."""
+    files = [folder / "status" / f"rank-{rank}.json" for rank in range(num_processes)]
+    said = [json.loads(file.read_text()) for file in files if file.is_file()]
+    return len(said) < num_processes and all(content["ok"] or "gloo" in content["error"] for content in said)
 
 
 def _holds_models(path: str) -> bool:

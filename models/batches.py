@@ -1,9 +1,10 @@
 """What one optimizer step reads: triggers, candidates, their co-engagement mass, sampled partners and relevance examples.
 
 Every draw comes from (seed, step) and is made for the global batch; a worker then takes its rows. So the workers' batches are
-exactly the rows of the batch that one worker would have.
+exactly the rows of the batch that one worker would have, and all know which items the whole batch is about.
 
-Shapes: `B` triggers of this worker, `M` candidates, `P` sampled partners per trigger, `L` own and `R` shared examples per trigger.
+Shapes: `B` triggers of this worker, `M` candidates, `P` sampled partners per trigger, `L` own and `R` shared examples per trigger, `I`
+distinct items of the global batch.
 """
 
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Batch:
     """One worker's rows.
 
     Attributes:
+        items: (I,) ascending, every item that any worker's rows name.
         triggers: (B,) item indices.
         candidates: (M,) item indices shared by all triggers.
         log_inclusion: (M,) log probability of being a candidate.
@@ -41,6 +43,7 @@ class Batch:
         num_triggers: size of the global batch.
     """
 
+    items: Ints
     triggers: Ints
     candidates: Ints
     log_inclusion: Floats
@@ -115,6 +118,7 @@ class Batches:
         where = np.full(self.num_items, -1, dtype=np.int32)
         where[candidates] = np.arange(len(candidates), dtype=np.int32)
         return Batch(
+            items=np.unique(np.concatenate([triggers, candidates, partners.ravel(), examples.ravel(), random])),
             triggers=triggers[mine],
             candidates=candidates,
             log_inclusion=log_inclusion,

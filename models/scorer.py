@@ -13,7 +13,7 @@ Shapes: `N` items, `T` triggers, `M` candidates of all triggers together, `F` fe
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -122,10 +122,27 @@ class Scorer:
         """(M,) log p(j given i) over each trigger's candidates; `segment` ascends."""
         return log_softmax(self.logits(features), segment)
 
+    def to_content(self) -> dict[str, Any]:
+        """As JSON, floats as they are."""
+        weights = {name: None if value is None else value.tolist() for name, value in self.__dict__.items()}
+        return {"features": list(FEATURES), "prior_weights": _PRIOR_WEIGHTS, **weights}
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any], *, where: str) -> Self:
+        """What `to_content` gave.
+
+        Raises:
+            ValueError: the features are not this code's; `where` they were read is said.
+        """
+        if tuple(content["features"]) != FEATURES or content.get("prior_weights") != _PRIOR_WEIGHTS:
+            raise ValueError(f"{where} was fitted on features {content['features']}; this code computes {FEATURES}: train again")
+        names = ("mean", "scale", "linear", "hidden", "hidden_bias", "output")
+        arrays: dict[str, Any] = {name: None if content[name] is None else np.asarray(content[name], dtype=np.float32) for name in names}
+        return cls(**arrays)
+
     def save(self, path: Path) -> None:
-        """Write as JSON, floats as they are."""
-        content = {name: None if value is None else value.tolist() for name, value in self.__dict__.items()}
-        path.write_text(json.dumps({"features": FEATURES, "prior_weights": _PRIOR_WEIGHTS, **content}))
+        """Write `to_content` as a file."""
+        path.write_text(json.dumps(self.to_content()))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -134,12 +151,7 @@ class Scorer:
         Raises:
             ValueError: the file's features are not this code's.
         """
-        content = json.loads(Path(path).read_text())
-        if tuple(content["features"]) != FEATURES or content.get("prior_weights") != _PRIOR_WEIGHTS:
-            raise ValueError(f"{path} was fitted on features {content['features']}; this code computes {FEATURES}: train again")
-        names = ("mean", "scale", "linear", "hidden", "hidden_bias", "output")
-        arrays: dict[str, Any] = {name: None if content[name] is None else np.asarray(content[name], dtype=np.float32) for name in names}
-        return cls(**arrays)
+        return cls.from_content(json.loads(Path(path).read_text()), where=str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
