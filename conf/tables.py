@@ -141,7 +141,8 @@ REJECTED_ROWS = Table(
 
 CO_ENGAGEMENT_DAILY = Table(
     name="co_engagement_daily",
-    comment="Co-engagements of one day: how many users engaged trigger and then target, the target on that day.",
+    comment="Co-engagements of one day: how many users engaged trigger and then target, the target on that day; of symmetric windows each "
+    "pair once, the smaller id as the trigger.",
     key=("event_date", "trigger_item_id", "target_item_id"),
     order_by=("event_date", "trigger_item_id", "target_item_id"),
     restricted=True,

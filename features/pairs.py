@@ -4,49 +4,51 @@ A pair (trigger i, target j) belongs to the UTC day of the target: a user who bu
 on Tuesday 00:01 gives (bread, butter) on Tuesday. A user counts once per pair and day. Weights are in landmark form: a day d adds
 users * 2^((d - landmark) / half_life_days), so that the weight as of any later day is one factor at read time.
 
-Only engagements are shuffled, never pairs: windows of a day go to the task of that day, which expands and counts them in numpy
-(`features.pair_kernels`). A self-join in Spark would shuffle every single co-engagement.
+Only engagements are shuffled, never pairs, as blocks of numbers: first by user (`features.windows`), then as windows by the items of a
+pair, to tasks that expand and count them in numpy (`features.pair_counts`). A self-join in Spark would shuffle every single co-engagement.
 
 Association scores of a pair are functions of the table's own rows and of item_popularity, but for swing, which looks at single users
 (`features.swing`).
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
 from math import ceil
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ITEM_POPULARITY
-from features.day_files import FILE_SCHEMA, SLICE_SCHEMA, pack_slices, slices, write_days
-from features.pair_kernels import (
-    CUT_SCHEMA,
-    PACKED_SCHEMA,
+from features.pair_counts import CountRule, count_cells, decoded_days
+from features.pair_files import FILE_SCHEMA, day_spans, write_counted
+from features.pair_kernels import PACKED_SCHEMA, day_number, encode
+from features.pair_totals import (
     PARTNER_SCHEMA,
     TOTAL_SCHEMA,
-    WINDOW_SCHEMA,
     TotalRule,
-    WindowRule,
     count_partners,
-    count_windows,
-    day_number,
-    deal_days,
-    decoded,
-    make_windows,
-    measure_cuts,
     pack_by_pair,
     pack_by_trigger,
     strongest_pairs,
     total_pairs,
 )
 from features.swing import SCORED_SCHEMA, UserItems, add_swing, index_user_items
+from features.windows import CUT_SCHEMA, WindowRule, cells_of, classes_for, make_windows, measure_cuts, pack_by_user
+
+if TYPE_CHECKING:
+    from pyspark import Broadcast
 
 Transform = Callable[[DataFrame], DataFrame]
+Batches = Iterable[pa.RecordBatch]
+Shared: TypeAlias = "Broadcast[pa.Array]"
+"""Ids of all items, broadcast."""
 
 BM25_K1 = 1.2
 """How soon more co-engagement of a pair stops to add: the middle of the usual range (Robertson & Zaragoza 2009, section 3.5)."""
@@ -54,8 +56,11 @@ BM25_K1 = 1.2
 BM25_B = 0.75
 """How much triggers with many co-engagements are discounted, 0 (not) to 1 (in proportion); source as BM25_K1."""
 
+_ORDERS = (("trigger_item_id", "target_item_id"), ("target_item_id", "trigger_item_id"))
 _SECONDS_PER_DAY = 86_400
 _ENGAGEMENTS_PER_TASK = 50_000  # a late day of a few hundred engagements is one file, not sixteen
+_ENGAGEMENTS_PER_CELL = 2_000_000  # some 5 to 30 million pairs
+_BUCKET_EVENTS = 2_000_000  # engagements of users that a task holds: some 0.5 GB with what is derived from them
 _MAX_EXPONENT = 500  # 2^1023 is the largest double: sums need room above a single day's factor
 _DAILY_SCHEMA = ", ".join(f"{column.name} {column.type}" for column in CO_ENGAGEMENT_DAILY.columns)
 
@@ -100,81 +105,166 @@ def count_popularity(*, landmark: date, holdout_from: date, run_date: date) -> T
     return transform
 
 
+@dataclass(frozen=True, kw_only=True)
+class Counting:
+    """How co-engagement is counted, whatever the days.
+
+    Raises:
+        SettingsError: the key is empty.
+    """
+
+    window: WindowSettings
+    max_items_per_user_day: int
+    """Distinct items of a user and day (or session) that take part; the smallest keyed hashes of (user, day or session, item) stay."""
+    min_users: int
+    """User hashes kept per pair and day."""
+    hash_key: bytes
+    """Secret key of the user hashes; one key for the life of the table, as hashes of different days are compared."""
+
+    def __post_init__(self) -> None:
+        if not self.hash_key:
+            raise SettingsError("the key of the user hashes is empty; set the environment variable that pairs.user_hash_key_env names")
+
+    def rule(self, days: Collection[date], num_classes: int) -> WindowRule:
+        """The same for the kernels."""
+        window = self.window
+        return WindowRule(
+            kind=window.kind,
+            window_micros=None if window.window_seconds is None else window.window_seconds * 1_000_000,
+            max_distance=window.max_distance,
+            symmetric=window.symmetric,
+            max_items=self.max_items_per_user_day,
+            hash_key=self.hash_key,
+            days=np.array(sorted(map(day_number, days)), dtype=np.int64),
+            num_classes=num_classes,
+        )
+
+
 def count_daily_pairs(
-    *,
-    window: WindowSettings,
-    max_items_per_user_day: int,
-    min_users: int,
-    hash_key: bytes,
-    days: Mapping[date, int],
-    num_tasks: int | None = None,
-    folder: str | None = None,
+    counting: Counting, *, days: Mapping[date, int], items: pa.Array | None = None, num_tasks: int | None = None
 ) -> Transform:
     """Engagements to co_engagement_daily for some target days.
 
     Earlier engagements may be triggers and must be among the input as far back as the window reaches; it is pruned here. The result
     of a day does not depend on the other days it is counted with, on later days, on the order of rows or on the number of partitions.
-    Rows come out sorted by day, trigger and target inside a partition, except for days too big for one pass.
+    Rows come out sorted by day inside each pass of a partition. Of a symmetric window, a pair is there once, with the smaller id as the
+    trigger: `both_orders` adds its mirror image.
 
     Args:
-        window: which later engagements count.
-        max_items_per_user_day: distinct items of a user and day (or session) that take part; the smallest keyed hashes of
-            (user, day or session, item) stay.
-        min_users: user hashes kept per row.
-        hash_key: secret key of the user hashes; one key for the life of the table, as hashes of different days are compared.
-        days: target days and the engagements of each, by which they are dealt out to tasks.
+        counting: how.
+        days: target days and the engagements of each.
+        items: ids of all items, ascending; None: they are looked up.
         num_tasks: tasks, and so output files; None: as many as the engagements ask for, at most twice `spark.sql.shuffle.partitions`.
-        folder: of the table, as path or URI. Tasks write their rows to a file each there, and the result has a row of
-            `features.day_files.FILE_SCHEMA` a file, to be committed. None: the result is the rows.
 
     Raises:
-        SettingsError: the key is empty or there are no days.
+        SettingsError: there are no days.
     """
-    if not hash_key:
-        raise SettingsError("the key of the user hashes is empty; set the environment variable that pairs.user_hash_key_env names")
-    if not days:
-        raise SettingsError("no days to count; name at least one target day")
+    _check_days(days)
 
     def transform(engagements: DataFrame) -> DataFrame:
-        needed = ceil(sum(days.values()) / _ENGAGEMENTS_PER_TASK)
-        tasks = num_tasks or max(1, min(2 * _shuffle_partitions(engagements), needed))
-        rule = _window_rule(window, max_items_per_user_day, hash_key, days, tasks)
-        windows = engagements.transform(_by_user(window, days)).mapInArrow(partial(make_windows, rule=rule), WINDOW_SCHEMA)
-        dealt = windows.repartitionById(tasks, F.col("task")).sortWithinPartitions("day", "split")
-        count = partial(count_windows, symmetric=window.symmetric, min_users=min_users)
-        if folder is None:
-            return dealt.mapInArrow(partial(_decoded_counts, count=count), _DAILY_SCHEMA)
-        return dealt.mapInArrow(partial(_written_counts, count=count, folder=folder), FILE_SCHEMA)
+        recent = engagements.transform(_of_days(counting.window, days))
+        cells, shared = _cells(recent, counting, days, items, num_tasks)
+        rule = CountRule(symmetric=counting.window.symmetric, min_users=counting.min_users)
+        return cells.mapInArrow(partial(_decoded, shared=shared, rule=rule), _DAILY_SCHEMA)
 
     return transform
 
 
-Counter = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+def write_pairs(
+    counting: Counting,
+    *,
+    days: Mapping[date, int],
+    landmark: date,
+    half_life_days: float,
+    holdout_from: date,
+    folders: Mapping[str, str],
+    items: pa.Array | None = None,
+    num_tasks: int | None = None,
+) -> Transform:
+    """Engagements to co_engagement_daily and co_engagement_totals at once, written by the tasks; rows of `features.pair_files.FILE_SCHEMA`.
+
+    Args:
+        counting: how.
+        days: all days of the engagements, and the engagements of each.
+        landmark: day d0 of the weights.
+        half_life_days: days after which a co-engagement counts half.
+        holdout_from: days from here on do not enter fit_weight.
+        folders: path or URI of the tables, by the kinds `daily` and `totals`.
+        items: as in `count_daily_pairs`.
+        num_tasks: as in `count_daily_pairs`.
+
+    Raises:
+        SettingsError: there are no days.
+    """
+    _check_days(days)
+    totals = _total_rule(landmark, half_life_days, holdout_from, counting.min_users)
+
+    def transform(engagements: DataFrame) -> DataFrame:
+        events = engagements.where(F.col("event_date") <= F.lit(max(days)))
+        cells, shared = _cells(events, counting, days, items, num_tasks)
+        rule = CountRule(symmetric=counting.window.symmetric, min_users=counting.min_users, totals=totals)
+        return cells.mapInArrow(partial(_written, shared=shared, rule=rule, folders=folders, spans=day_spans(days)), FILE_SCHEMA)
+
+    return transform
 
 
-def _decoded_counts(batches: Iterable[pa.RecordBatch], *, count: Counter) -> Iterator[pa.RecordBatch]:
-    return decoded(count(batches))
+def _check_days(days: Collection[date]) -> None:
+    if not days:
+        raise SettingsError("no days to count; name at least one target day")
 
 
-def _written_counts(batches: Iterable[pa.RecordBatch], *, count: Counter, folder: str) -> Iterator[pa.RecordBatch]:
-    return write_days(count(batches), folder=folder)
+def _cells(
+    events: DataFrame, counting: Counting, days: Mapping[date, int], items: pa.Array | None, num_tasks: int | None
+) -> tuple[DataFrame, Shared]:
+    """Blocks of windows, all of a cell with one task; and the ids of all items, broadcast."""
+    num_events = sum(days.values())
+    tasks = num_tasks or max(1, min(2 * _shuffle_partitions(events), ceil(num_events / _ENGAGEMENTS_PER_TASK)))
+    symmetric = counting.window.symmetric
+    classes = classes_for(max(tasks, ceil(num_events / _ENGAGEMENTS_PER_CELL)), symmetric=symmetric)
+    shared = events.sparkSession.sparkContext.broadcast(all_items(events) if items is None else items)
+    windows = events.transform(_by_user(counting.window, num_events, shared))
+    rule = counting.rule(days, classes)
+    cells = windows.mapInArrow(partial(_made, shared=shared, rule=rule), PACKED_SCHEMA)
+    return cells.repartitionById(min(tasks, cells_of(classes, symmetric=symmetric)), F.col("bucket") % tasks), shared
 
 
-def day_slices(spark: SparkSession, uris: Sequence[str]) -> DataFrame:
-    """The files of co_engagement_daily as work for tasks that read them themselves: what `sum_totals` adds up fastest."""
-    return spark.createDataFrame(slices(uris), SLICE_SCHEMA)
+def all_items(engagements: DataFrame) -> pa.Array:
+    """Ids of all items engaged with, ascending in bytes."""
+    return encode(engagements.select("item_id").distinct().toArrow()["item_id"])[1]
 
 
-def measure_days(*, window: WindowSettings, max_items_per_user_day: int, days: Mapping[date, int]) -> Transform:
+def _packed(batches: Batches, *, shared: Shared, num_buckets: int) -> Iterator[pa.RecordBatch]:
+    return pack_by_user(batches, items=shared.value, num_buckets=num_buckets)
+
+
+def _made(batches: Batches, *, shared: Shared, rule: WindowRule) -> Iterator[pa.RecordBatch]:
+    return make_windows(batches, items=shared.value, rule=rule)
+
+
+def _cut(batches: Batches, *, shared: Shared, rule: WindowRule) -> Iterator[pa.RecordBatch]:
+    return measure_cuts(batches, items=shared.value, rule=rule)
+
+
+def _decoded(batches: Batches, *, shared: Shared, rule: CountRule) -> Iterator[pa.RecordBatch]:
+    return decoded_days(count_cells(batches, items=shared.value, rule=rule))
+
+
+def _written(batches: Batches, *, shared: Shared, rule: CountRule, **files: Any) -> Iterator[pa.RecordBatch]:
+    return write_counted(count_cells(batches, items=shared.value, rule=rule), **files)
+
+
+def measure_days(counting: Counting, *, days: Mapping[date, int], items: pa.Array | None = None) -> Transform:
     """Engagements to one row per target day that says what the cap cuts from it.
 
     Columns event_date, num_capped_groups (user-days, or sessions up to the day), num_cut_items (distinct items of these that take no
-    part). A day without engagements that could form a pair has no row.
+    part). A day from which nothing is cut has no row.
     """
 
     def transform(engagements: DataFrame) -> DataFrame:
-        rule = _window_rule(window, max_items_per_user_day, b"", days, 1)
-        cuts = engagements.transform(_by_user(window, days)).mapInArrow(partial(measure_cuts, rule=rule), CUT_SCHEMA)
+        events = engagements.transform(_of_days(counting.window, days))
+        shared = events.sparkSession.sparkContext.broadcast(all_items(events) if items is None else items)
+        blocks = events.transform(_by_user(counting.window, sum(days.values()), shared))
+        cuts = blocks.mapInArrow(partial(_cut, shared=shared, rule=counting.rule(days, 1)), CUT_SCHEMA)
         sums = [F.sum(name).alias(name) for name in ("num_capped_groups", "num_cut_items")]
         return cuts.groupBy(F.date_from_unix_date("day").alias("event_date")).agg(*sums)
 
@@ -201,9 +291,10 @@ def sum_totals(
     holdout_from: date,
     min_users: int,
     earlier: DataFrame | None = None,
+    symmetric: bool = False,
     num_tasks: int | None = None,
 ) -> Transform:
-    """Rows of co_engagement_daily, or their files as `day_slices`, to co_engagement_totals.
+    """Rows of co_engagement_daily to co_engagement_totals.
 
     Args:
         landmark: day d0 of the weights.
@@ -212,26 +303,23 @@ def sum_totals(
         min_users: the privacy minimum of distinct users; at most the number of hashes that the daily table keeps.
         earlier: totals of a former night that the rows are added to; rows may then have `counts`, false where a row is part of its
             total already and only left the holdout (`features.increments.night_parts`). None: the rows are all there is.
+        symmetric: the rows are of a symmetric window, and so are the earlier totals, in `one_order`; the result has both orders.
         num_tasks: tasks; None: four times `spark.sql.shuffle.partitions`. Each holds all rows of its pairs in memory, and pairs go to
             tasks by the hash of both items, so that tasks are of one size.
     """
-    rule = TotalRule(
-        landmark=day_number(landmark), half_life_days=half_life_days, holdout_from=day_number(holdout_from), min_users=min_users
-    )
+    rule = _total_rule(landmark, half_life_days, holdout_from, min_users)
 
     def transform(daily: DataFrame) -> DataFrame:
         tasks = num_tasks or 4 * _shuffle_partitions(daily)
         pack = partial(pack_by_pair, num_buckets=tasks)
-        if "uri" in daily.columns:
-            dealt = daily.repartitionById(tasks, F.col("number") % tasks)
-            blocks = dealt.mapInArrow(partial(pack_slices, num_buckets=tasks), PACKED_SCHEMA)
-        else:
-            day, more = F.unix_date("event_date").alias("day"), [name for name in daily.columns if name == "counts"]
-            rows = daily.select("trigger_item_id", "target_item_id", day, "num_users", "user_hashes", *more)
-            blocks = rows.mapInArrow(pack, PACKED_SCHEMA)
+        day, more = F.unix_date("event_date").alias("day"), [name for name in daily.columns if name == "counts"]
+        rows = daily.select("trigger_item_id", "target_item_id", day, "num_users", "user_hashes", *more)
+        blocks = rows.mapInArrow(pack, PACKED_SCHEMA)
         if earlier is not None:
             blocks = blocks.union(earlier.select(*CO_ENGAGEMENT_TOTALS.column_names).mapInArrow(pack, PACKED_SCHEMA))
-        totals = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(partial(total_pairs, rule=rule), TOTAL_SCHEMA)
+        totals = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(
+            partial(total_pairs, rule=rule, symmetric=symmetric), TOTAL_SCHEMA
+        )
         return totals.select(*CO_ENGAGEMENT_TOTALS.column_names)
 
     return transform
@@ -309,9 +397,22 @@ def engagements_per_day(engagements: DataFrame) -> dict[date, int]:
     return {row["event_date"]: row["count"] for row in engagements.groupBy("event_date").count().collect()}
 
 
-def future_pairs(daily: DataFrame) -> DataFrame:
+def both_orders(pairs: DataFrame) -> DataFrame:
+    """Rows of (trigger_item_id, target_item_id, ...) of a symmetric window, each with its mirror image."""
+    mirrored = F.inline(F.array(*(F.struct(F.col(i).alias("trigger_item_id"), F.col(j).alias("target_item_id")) for i, j in _ORDERS)))
+    others = [name for name in pairs.columns if name not in _ORDERS[0]]
+    return pairs.select(*others, mirrored)
+
+
+def one_order(pairs: DataFrame) -> DataFrame:
+    """Of rows in both orders those that co_engagement_daily has of a symmetric window: the smaller id as the trigger."""
+    return pairs.where(F.col("trigger_item_id") < F.col("target_item_id"))
+
+
+def future_pairs(daily: DataFrame, *, symmetric: bool) -> DataFrame:
     """co_engagement_daily to (trigger_item_id, target_item_id, num_user_days): what happened, for judging lists."""
-    return daily.groupBy("trigger_item_id", "target_item_id").agg(F.sum("num_users").alias("num_user_days"))
+    summed = daily.groupBy("trigger_item_id", "target_item_id").agg(F.sum("num_users").alias("num_user_days"))
+    return both_orders(summed) if symmetric else summed
 
 
 def check_landmark(landmark: date, half_life_days: float, run_date: date) -> None:
@@ -333,6 +434,11 @@ def _dated(frame: DataFrame, landmark: date, holdout_from: date, run_date: date)
     return frame.withColumns({name: F.lit(day) for name, day in dates.items()})
 
 
+def _total_rule(landmark: date, half_life_days: float, holdout_from: date, min_users: int) -> TotalRule:
+    days = {"landmark": day_number(landmark), "holdout_from": day_number(holdout_from)}
+    return TotalRule(half_life_days=half_life_days, min_users=min_users, **days)
+
+
 def _shuffle_partitions(frame: DataFrame) -> int:
     """The session's setting: the explicit numbers here keep adaptive execution from merging tasks whose input is small but whose
     output, pairs, is not.
@@ -340,40 +446,36 @@ def _shuffle_partitions(frame: DataFrame) -> int:
     return int(frame.sparkSession.conf.get("spark.sql.shuffle.partitions") or 1)
 
 
-def _window_rule(window: WindowSettings, max_items: int, hash_key: bytes, days: Mapping[date, int], tasks: int) -> WindowRule:
-    return WindowRule(
-        kind=window.kind,
-        window_micros=None if window.window_seconds is None else window.window_seconds * 1_000_000,
-        max_distance=window.max_distance,
-        symmetric=window.symmetric,
-        max_items=max_items,
-        hash_key=hash_key,
-        deal=deal_days({day_number(day): num for day, num in days.items()}, tasks),
-    )
-
-
-def _by_user(window: WindowSettings, days: Collection[date]) -> Transform:
-    """Engagements that can take part in a pair of the days, all of a user together and in the order that the kernels ask for.
-
-    By date where the window has seconds, else by session or user.
-    """
+def _of_days(window: WindowSettings, days: Collection[date]) -> Transform:
+    """Engagements that can take part in a pair of the days: by date where the window has seconds, else by session or user."""
 
     def transform(engagements: DataFrame) -> DataFrame:
         events = engagements.where(F.col("event_date") <= F.lit(max(days)))
         recent = where_days(days)
         if window.kind == "session":
-            events = events.where(F.col("session_id").isNotNull())
             keys = ["user_id", "session_id"]
-            events = events.join(events.where(recent).select(*keys).distinct(), on=keys, how="left_semi")
-        elif window.window_seconds is not None:
+            return events.join(events.where(recent).select(*keys).distinct(), on=keys, how="left_semi")
+        if window.window_seconds is not None:
             lookback = range(ceil(window.window_seconds / _SECONDS_PER_DAY) + 1)
-            events = events.where(where_days({day - timedelta(days=back) for day in days for back in lookback}))
-        else:
-            events = events.join(events.where(recent).select("user_id").distinct(), on="user_id", how="left_semi")
+            return events.where(where_days({day - timedelta(days=back) for day in days for back in lookback}))
+        return events.join(events.where(recent).select("user_id").distinct(), on="user_id", how="left_semi")
+
+    return transform
+
+
+def _by_user(window: WindowSettings, num_events: int, shared: Shared) -> Transform:
+    """Blocks of engagements, all of a user with one task; those without a session form no session windows."""
+
+    def transform(events: DataFrame) -> DataFrame:
+        buckets = max(1, min(2 * _shuffle_partitions(events), ceil(num_events / _ENGAGEMENTS_PER_TASK)), ceil(num_events / _BUCKET_EVENTS))
         time, day = F.unix_micros("engaged_at").alias("time"), F.unix_date("event_date").alias("day")
-        rows = events.select("user_id", "session_id", "item_id", day, time)
-        order = ["user_id", *(["session_id"] if window.kind == "session" else []), "time", "item_id"]
-        return rows.repartition("user_id").sortWithinPartitions(*order)
+        by_session = window.kind == "session"
+        if by_session:
+            events = events.where(F.col("session_id").isNotNull())
+        bucket = F.pmod(F.hash("user_id"), F.lit(buckets)).alias("bucket")
+        rows = events.select(bucket, "user_id", *(["session_id"] if by_session else []), "item_id", day, time)
+        blocks = rows.mapInArrow(partial(_packed, shared=shared, num_buckets=buckets), PACKED_SCHEMA)
+        return blocks.repartitionById(buckets, F.col("bucket"))
 
     return transform
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
-from features.pair_kernels import OUTPUT_ROWS, STRONG_SCHEMA, Floats, Ints, encode, equal_runs, keyed_hash, ranges, unpack
+from features.pair_kernels import OUTPUT_ROWS, Floats, Ints, encode, equal_runs, keyed_hashes, ranges, unpack
+from features.pair_totals import STRONG_SCHEMA
 
 ALPHA = 1.0
 """Smoothing of the overlap: small against the two items that any two users of i and j share."""
@@ -56,7 +57,7 @@ def index_user_items(engaged: pa.Table, *, hash_key: bytes, max_users: int) -> U
     """
     user, users = encode(engaged["user_id"])
     item, item_ids = encode(engaged["item_id"])
-    hashes = np.array([keyed_hash(name, key=hash_key) for name in users.to_pylist()], dtype=np.int64)
+    hashes = keyed_hashes(users.to_pylist(), key=hash_key)
     rank = np.empty(len(hashes), dtype=np.int64)
     rank[np.argsort(hashes, kind="stable")] = np.arange(len(hashes))
     ones = np.ones(len(user), dtype=np.int32)

@@ -29,7 +29,7 @@ from rich.table import Table as RichTable
 
 from conf.errors import MachineError
 from conf.settings import SparkSettings
-from features.pairs import count_daily_pairs, day_slices, engagements_per_day, sum_totals
+from features.pairs import Counting, engagements_per_day, write_pairs
 from jobs.arguments import report_errors
 from jobs.bench_night import bench_night
 from jobs.bench_peers import answers_differ, duckdb_pairs, polars_pairs, scipy_pairs, self_join_pairs
@@ -47,6 +47,7 @@ _SUITABLE: Mapping[str, Callable[[Work], bool]] = {
     "radix_sort": lambda work: work.window.kind == "session",
     "simd_sort": lambda work: work.window.kind == "session",
 }
+_PHASES = ("read_and_pack", "windows", "count_and_write")  # stages of `write_pairs`
 _NO_CAP = 1_000_000  # peers cannot draw the items that a cap would keep
 
 
@@ -105,7 +106,7 @@ def _measure(method: str, work: Work, runs: int) -> Json:
         count = self_join_pairs if method == "self_join" else _our_pairs
         found["seconds"] = [_timed(lambda: count(spark, work, out)) for _ in range(1 + runs)]
         if method == "mtmh":
-            found["phases"] = _phases(spark, work, out, found["seconds"][-1])
+            found |= _emitted(out)
         spark.stop()
         found["tasks"] = _task_times(Path(log))
     return found
@@ -117,35 +118,27 @@ def _timed(work: Callable[[], object]) -> float:
     return time.monotonic() - begin
 
 
-def _count_days(spark: Any, work: Work, folder: Path) -> Any:
-    """Count every day into files of the folder, as build_pairs does; rows of `features.day_files.FILE_SCHEMA`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    events = spark.read.parquet(str(work.folder))
-    rule: Json = {"window": work.window, "max_items_per_user_day": _NO_CAP, "min_users": 2, "hash_key": b"bench"}
-    return events.transform(count_daily_pairs(days=engagements_per_day(events), folder=str(folder), **rule)).collect()
-
-
 def _our_pairs(spark: Any, work: Work, out: Path) -> None:
-    folder = out.with_name("days")
-    files = _count_days(spark, work, folder)
-    add_up = sum_totals(landmark=START.date(), half_life_days=1000.0, holdout_from=START.date(), min_users=2)
-    totals = day_slices(spark, [f"{folder.absolute()}/{file['name']}" for file in files]).transform(add_up)
-    totals.write.mode("overwrite").parquet(str(out))
+    """Count as build_pairs does when it starts from nothing: the daily table, which later nights build on, is written, too."""
+    daily = out.with_name("days")
+    for folder in (daily, out):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    events = spark.read.parquet(str(work.folder))
+    counting = Counting(window=work.window, max_items_per_user_day=_NO_CAP, min_users=2, hash_key=b"bench")
+    decay: Json = {"landmark": START.date(), "half_life_days": 1000.0, "holdout_from": START.date()}
+    folders = {"daily": str(daily.absolute()), "totals": str(out.absolute())}
+    events.transform(write_pairs(counting, days=engagements_per_day(events), folders=folders, **decay)).collect()
 
 
-def _phases(spark: Any, work: Work, out: Path, whole: float) -> Json:
-    """Seconds of reading the events, of counting days into files, and of the rest: adding up and writing; what was emitted."""
-    folder = out.with_name("days")
-    daily = _timed(lambda: _count_days(spark, work, folder))
-    read = _timed(lambda: spark.read.parquet(str(work.folder)).write.format("noop").mode("overwrite").save())
-    users = pa.table({"users": ds.dataset(folder).to_table(columns=["num_users"])["num_users"]})
-    emitted, rows = pc.sum(users["users"]).as_py(), users.num_rows
-    return {"read_s": read, "count_s": daily - read, "add_up_and_write_s": whole - daily, "emitted": emitted, "daily_rows": rows}
+def _emitted(out: Path) -> Json:
+    """Pairs and days of users that were counted, and the rows that this made."""
+    users = pa.table({"users": ds.dataset(out.with_name("days")).to_table(columns=["num_users"])["num_users"]})
+    return {"emitted": pc.sum(users["users"]).as_py(), "daily_rows": users.num_rows}
 
 
 def _task_times(log: Path) -> Json:
-    """Of all stages that took over a second of task time: the longest task against the median one."""
+    """Of all stages that took over a second of task time: the longest task against the median one. Seconds of tasks in the last stages."""
     times: dict[tuple[int, int], list[float]] = {}
     for line in (line for path in log.iterdir() for line in path.read_text().splitlines() if "SparkListenerTaskEnd" in line):
         event = json.loads(line)
@@ -154,10 +147,11 @@ def _task_times(log: Path) -> Json:
         times.setdefault(stage, []).append((info["Finish Time"] - info["Launch Time"]) / 1000)
     heavy = [sorted(tasks) for tasks in times.values() if len(tasks) > 2 and sum(tasks) > 1]
     seconds = sorted(task for tasks in heavy for task in tasks)
+    phases = dict(zip(_PHASES, (sum(times[stage]) for stage in sorted(times)[-len(_PHASES) :]), strict=False))
     edges = [0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, float("inf")]
     histogram = {f"<{high}": sum(low <= task < high for task in seconds) for low, high in pairwise(edges)}
     worst = max((tasks[-1] / max(statistics.median(tasks), 0.01) for tasks in heavy if tasks[-1] > 1), default=1.0)
-    return {"histogram": histogram, "longest_s": seconds[-1] if seconds else 0.0, "worst_skew": worst}
+    return {"histogram": histogram, "longest_s": seconds[-1] if seconds else 0.0, "worst_skew": worst, "phases": phases}
 
 
 # --- All of them ---------------------------------------------------------------------------------------------------------------
@@ -288,23 +282,23 @@ def _note(row: Json) -> str:
         return str(row["fault"])
     if "num_keys" in row:
         return f"{row['num_keys']:,} keys, {row['num_keys'] / row['median_s']:,.0f}/s, one thread; memory {row['bandwidth_gb_s']:.1f} GB/s"
-    if "phases" in row:
-        phases, tasks = row["phases"], row["tasks"]
-        speed = phases["emitted"] / row["median_s"]
-        parts = ", ".join(f"{name.removesuffix('_s')} {phases[name]:.1f}" for name in ("read_s", "count_s", "add_up_and_write_s"))
+    if "emitted" in row:
+        tasks = row["tasks"]
+        speed = row["emitted"] / row["median_s"]
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in tasks["phases"].items())
         skew = f"longest task {tasks['longest_s']:.1f} s, {tasks['worst_skew']:.1f} x its stage's median"
-        return f"session {row['session_s']:.1f} s; {phases['emitted']:,} pairs, {speed:,.0f}/s; {parts} s; {skew}"
+        return f"session {row['session_s']:.1f} s; {row['emitted']:,} pairs, {speed:,.0f}/s; seconds of tasks: {parts}; {skew}"
     return str(row.get("note", f"session {row['session_s']:.1f} s" if "session_s" in row else ""))
 
 
 def _slope(rows: Sequence[Json]) -> list[str]:
     """How time grows with emitted pairs, between the click logs of 4 million events and more."""
-    ours = sorted((row["size"], row) for row in rows if row["method"] == "mtmh" and row["work"].startswith("clicks-") and "phases" in row)
+    ours = sorted((row["size"], row) for row in rows if row["method"] == "mtmh" and row["work"].startswith("clicks-") and "emitted" in row)
     ours = [(size, row) for size, row in ours if size >= 4_000_000]
     if len(ours) < 2:
         return []
     (_, small), (_, large) = ours[0], ours[-1]
-    slope = np.log(large["median_s"] / small["median_s"]) / np.log(large["phases"]["emitted"] / small["phases"]["emitted"])
+    slope = np.log(large["median_s"] / small["median_s"]) / np.log(large["emitted"] / small["emitted"])
     return [f"time grows as emitted pairs to the power {slope:.2f} from {small['work']} to {large['work']}"]
 
 

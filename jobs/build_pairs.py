@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-from pyspark.sql import DataFrame
+import pyarrow as pa
+from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from conf.errors import SettingsError, SourceError
@@ -44,15 +45,11 @@ _MOST_DAYS = 0.5  # above this share of stale days, comparing old with new rows 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What this night has to count.
-
-    `before` is None where everything is counted from nothing; `totals_before` is None where all totals are added up again.
-    """
+    """What this night has to count. `before` is None where everything is counted from nothing."""
 
     days: dict[date, DayState]
     stale: set[date]
     before: PairState | None
-    totals_before: PairState | None
     reach_days: int
     landmark: date
     holdout_from: date
@@ -75,15 +72,14 @@ def build_pairs(run: StageRun) -> None:
         key = user_hash_key(settings)[0]
         user_items = pairs.collect_user_items(engaged, hash_key=key, max_users=settings.swing_max_users)
     check_num_items(run.read_output(ITEM_POPULARITY).count())
-    with _timed(run, "days"):
-        _count_days(run, engagements, plan)
-    with _timed(run, "totals"):
-        changes = _sum_totals(run, plan, decay)
+    with _timed(run, "counts"):
+        count = _count_all if plan.before is None else _count_stale
+        changes = count(run, engagements, plan, user_items.item_ids, decay)
     with _timed(run, "scores"):
         popularity = run.read_output(ITEM_POPULARITY)
         scored = pairs.score_pairs(popularity, user_items, max_pairs_per_trigger=settings.max_pairs_per_trigger, **as_of)
         run.replace(CO_ENGAGEMENT_PAIRS, run.read_output(CO_ENGAGEMENT_TOTALS).transform(scored))
-    run.replace(CO_ENGAGEMENT_DAYS, _day_rows(run, engagements, plan))
+    run.replace(CO_ENGAGEMENT_DAYS, _day_rows(run, engagements, plan, user_items.item_ids))
     run.gate(_metrics(run) | changes | _pruned(run))
 
 
@@ -110,7 +106,7 @@ def make_plan(run: StageRun, engagements: DataFrame) -> Plan:
     _check_history(settings, days, run.run_date)
     landmark = _landmark(run.run_date, settings.half_life_days)
     pairs.check_landmark(landmark, settings.half_life_days, run.run_date)
-    before = _state_to_build_on(run)
+    before = _state_to_build_on(run, landmark)
     changed = increments.changed_days(before.states if before else {}, days)
     longest = max(_longest_session(settings, engagements, changed), before.common("reach_days") if before else 0)
     reach = increments.window_reach(settings.window, longest_session_days=longest)
@@ -120,27 +116,26 @@ def make_plan(run: StageRun, engagements: DataFrame) -> Plan:
         run.note(f"pairs are counted from nothing: {len(stale)} of {len(known)} days are touched, which costs more to compare")
         before, stale = None, set(days)
     num_events = {day: state.num_events for day, state in days.items()}
-    same_totals = before is not None and before.common("totaled_by") == totaling_rule(settings, landmark)
-    if before and not same_totals:
-        run.note("all totals are added up again: pairs.half_life_days or the landmark has changed")
     return Plan(
         days=days,
         stale=stale,
         before=before,
-        totals_before=before if same_totals else None,
         reach_days=longest,
         landmark=landmark,
         holdout_from=pairs.holdout_start(num_events, holdout_share=settings.holdout_share, run_date=run.run_date),
     )
 
 
-def _state_to_build_on(run: StageRun) -> PairState | None:
-    found = find_state(run)
+def _state_to_build_on(run: StageRun, landmark: date) -> PairState | None:
+    settings, found = run.settings.pairs, find_state(run)
     reason = found.reason
     if found.state is not None:
-        if found.state.common("counted_by") == counting_rule(run.settings.pairs, user_hash_key(run.settings.pairs)[0]):
+        counted = found.state.common("counted_by") == counting_rule(settings, user_hash_key(settings)[0])
+        if counted and found.state.common("totaled_by") == totaling_rule(settings, landmark):
             return found.state
         reason = "the code, or a setting that decides counts (window, max_items_per_user_day, min_users_per_pair, hash key), has changed"
+        if counted:
+            reason = "pairs.half_life_days or the landmark has changed"
     run.note(f"pairs are counted from nothing: {reason}")
     return None
 
@@ -168,59 +163,68 @@ def _longest_session(settings: PairSettings, engagements: DataFrame, changed: se
     return longest
 
 
-def _count_days(run: StageRun, engagements: DataFrame, plan: Plan) -> None:
-    if not plan.stale:
+def _counting(settings: PairSettings) -> pairs.Counting:
+    return pairs.Counting(
+        window=settings.window,
+        max_items_per_user_day=settings.max_items_per_user_day,
+        min_users=settings.min_users_per_pair,
+        hash_key=user_hash_key(settings)[0],
+    )
+
+
+def _count_all(run: StageRun, engagements: DataFrame, plan: Plan, items: pa.Array, decay: Mapping[str, Any]) -> dict[str, float]:
+    """Write co_engagement_daily and co_engagement_totals from nothing."""
+
+    def write(folders: dict[str, str]) -> list[Row]:
+        rule: dict[str, Any] = {"days": plan.recounted, "items": items, "folders": folders, **decay}
+        return engagements.transform(pairs.write_pairs(_counting(run.settings.pairs), **rule)).collect()
+
+    run.replace_by_files({"daily": (CO_ENGAGEMENT_DAILY, "event_date"), "totals": (CO_ENGAGEMENT_TOTALS, None)}, write)
+    return {"recounted_days_share": 1.0, "built_from_nothing": 1.0, "touched_pairs_share": 1.0}
+
+
+def _count_stale(run: StageRun, engagements: DataFrame, plan: Plan, items: pa.Array, decay: Mapping[str, Any]) -> dict[str, float]:
+    """Write the days that changed, and the totals of the pairs that they touch; how much that is."""
+    assert plan.before is not None
+    lake, versions = run.night.lake, plan.before.versions
+    if plan.stale:
+        frame = run.night.spark.createDataFrame([], CO_ENGAGEMENT_DAILY.ddl)
+        if plan.recounted:
+            count = pairs.count_daily_pairs(_counting(run.settings.pairs), days=plan.recounted, items=items)
+            frame = engagements.transform(count)
+        run.replace(CO_ENGAGEMENT_DAILY, frame, where=pairs.where_days(plan.stale), presorted=True)
+    else:
         run.keep(CO_ENGAGEMENT_DAILY)
-        return
-    settings = run.settings.pairs
-    rule: dict[str, Any] = {"max_items_per_user_day": settings.max_items_per_user_day, "min_users": settings.min_users_per_pair}
-    rule |= {"window": settings.window, "hash_key": user_hash_key(settings)[0], "days": plan.recounted}
-    if plan.before is None:
-        count = partial(pairs.count_daily_pairs, **rule)
-        run.replace_by_files(CO_ENGAGEMENT_DAILY, lambda folder: engagements.transform(count(folder=folder)).collect(), day="event_date")
-        return
-    frame = run.night.spark.createDataFrame([], CO_ENGAGEMENT_DAILY.ddl)
-    if plan.recounted:
-        frame = engagements.transform(pairs.count_daily_pairs(**rule))
-    run.replace(CO_ENGAGEMENT_DAILY, frame, where=pairs.where_days(plan.stale), presorted=True)
-
-
-def _sum_totals(run: StageRun, plan: Plan, decay: Mapping[str, Any]) -> dict[str, float]:
-    """Write co_engagement_totals; how much of it this night has touched."""
-    lake, settings, state = run.night.lake, run.settings.pairs, plan.totals_before
-    rule: dict[str, Any] = {"min_users": settings.min_users_per_pair, **decay}
-    after = run.read_output(CO_ENGAGEMENT_DAILY)
-    shares = {"recounted_days_share": len(plan.recounted) / len(plan.days), "built_from_nothing": float(plan.before is None)}
-    if state is None:
-        days = pairs.day_slices(run.night.spark, lake.files(CO_ENGAGEMENT_DAILY, run.outputs[CO_ENGAGEMENT_DAILY.name]))
-        run.replace(CO_ENGAGEMENT_TOTALS, days.transform(pairs.sum_totals(**rule)), presorted=True)
-        return shares | {"touched_pairs_share": 1.0}
-    totals = lake.read(CO_ENGAGEMENT_TOTALS, state.versions[CO_ENGAGEMENT_TOTALS.name])
+    after, totals = run.read_output(CO_ENGAGEMENT_DAILY), lake.read(CO_ENGAGEMENT_TOTALS, versions[CO_ENGAGEMENT_TOTALS.name])
+    symmetric = run.settings.pairs.window.symmetric
+    totals = pairs.one_order(totals) if symmetric else totals
     corrections = increments.corrections(
-        lake.read(CO_ENGAGEMENT_DAILY, state.versions[CO_ENGAGEMENT_DAILY.name]),
+        lake.read(CO_ENGAGEMENT_DAILY, versions[CO_ENGAGEMENT_DAILY.name]),
         after,
         recounted=plan.stale,
-        holdout_before=state.common("holdout_from"),
+        holdout_before=plan.before.common("holdout_from"),
         holdout_from=plan.holdout_from,
     )
     with in_memory(corrections) as rows, in_memory(increments.touched_pairs(rows, totals, holdout_from=plan.holdout_from)) as touched:
         num_touched = touched.count()
         parts, earlier = increments.night_parts(rows, touched, after=after, totals=totals, num_touched=num_touched)
-        run.replace(CO_ENGAGEMENT_TOTALS, parts.transform(pairs.sum_totals(earlier=earlier, **rule)), presorted=True)
+        summed = pairs.sum_totals(earlier=earlier, min_users=run.settings.pairs.min_users_per_pair, symmetric=symmetric, **decay)
+        run.replace(CO_ENGAGEMENT_TOTALS, parts.transform(summed), presorted=True)
         found = run.read_output(CO_ENGAGEMENT_TOTALS).join(touched, on=list(CO_ENGAGEMENT_TOTALS.key), how="left_semi").count()
-    touched_share = found / max(1, run.read_output(CO_ENGAGEMENT_TOTALS).count())
+    touched_share = (1 + symmetric) * found / max(1, run.read_output(CO_ENGAGEMENT_TOTALS).count())
     run.night.display.say(f"  counted {len(plan.recounted)} of {len(plan.days)} days again, touched {touched_share:.1%} of pairs")
+    shares = {"recounted_days_share": len(plan.recounted) / len(plan.days), "built_from_nothing": 0.0}
     return shares | {"touched_pairs_share": touched_share}
 
 
-def _day_rows(run: StageRun, engagements: DataFrame, plan: Plan) -> DataFrame:
+def _day_rows(run: StageRun, engagements: DataFrame, plan: Plan, items: pa.Array) -> DataFrame:
     """Rows of co_engagement_days: of the days counted tonight what is cut from them, of the others what was."""
     settings = run.settings.pairs
     cuts: dict[date, tuple[int, int]] = {}
     if plan.before:
         cuts = {day: (row["num_capped_groups"], row["num_cut_items"]) for day, row in plan.before.days.items()}
     if plan.recounted:
-        measure = pairs.measure_days(window=settings.window, max_items_per_user_day=settings.max_items_per_user_day, days=plan.recounted)
+        measure = pairs.measure_days(_counting(settings), days=plan.recounted, items=items)
         measured = {row["event_date"]: tuple(row)[1:] for row in engagements.transform(measure).collect()}
         cuts |= {day: measured.get(day, (0, 0)) for day in plan.recounted}
     common = (

@@ -64,7 +64,8 @@ def read_cut(run: StageRun, *, until: date) -> CutData:
         SourceError: nothing happened after the cut.
     """
     refs = {table.name: TableRef(uri=run.night.lake.path(table), version=run.version(table)) for table in _TRAINING}
-    known = load_training_data(refs, run_date=run.run_date, half_life_days=run.settings.pairs.half_life_days)
+    counting = run.settings.pairs
+    known = load_training_data(refs, run_date=run.run_date, half_life_days=counting.half_life_days, symmetric=counting.window.symmetric)
     first_day = run.run_date + timedelta(days=1)
     table = future_pairs(run.read(ENGAGEMENTS), settings=run.settings, first_day=first_day, last_day=until)
     if not table.num_rows:
@@ -116,8 +117,7 @@ def _known_pairs(run: StageRun, future: Future) -> csr_array:
     """(T, M) 1 where the two were engaged together before the cut, in either direction, by however few users."""
     daily = run.read(CO_ENGAGEMENT_DAILY).where(F.col("event_date") <= F.lit(run.run_date))
     pairs = daily.select("trigger_item_id", "target_item_id")
-    if not run.settings.pairs.window.symmetric:
-        pairs = pairs.union(pairs.select("target_item_id", "trigger_item_id"))
+    pairs = pairs.union(pairs.select("target_item_id", "trigger_item_id"))
     table = pairs.join(_triggers(run, future), "trigger_item_id", how="inner").select("row", "target_item_id").distinct().toArrow()
     return _cells(table, future, np.ones(table.num_rows, np.float32))
 

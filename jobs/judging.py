@@ -47,14 +47,15 @@ def future_pairs(engagements: DataFrame, *, settings: Settings, first_day: date,
     """
     range_of_days = [first_day + timedelta(days=n) for n in range((last_day - first_day).days + 1)]
     known = pairs.engagements_per_day(engagements)
-    daily = pairs.count_daily_pairs(
+    counting = pairs.Counting(
         window=settings.evaluation.window or settings.pairs.window,
         max_items_per_user_day=settings.evaluation.max_items_per_session,
         min_users=1,
         hash_key=b"evaluate",  # nothing of it is stored: a fixed key gives the same sample every time
-        days={day: known.get(day, 0) for day in range_of_days},
     )
-    counted = engagements.where(F.col("event_date") <= F.lit(last_day)).transform(daily).transform(pairs.future_pairs)
+    daily = pairs.count_daily_pairs(counting, days={day: known.get(day, 0) for day in range_of_days})
+    counted = engagements.where(F.col("event_date") <= F.lit(last_day)).transform(daily)
+    counted = pairs.future_pairs(counted, symmetric=counting.window.symmetric)
     with in_memory(counted) as future:
         triggers = future.select("trigger_item_id").distinct().orderBy(F.xxhash64("trigger_item_id"), "trigger_item_id")
         sampled = triggers.limit(settings.evaluation.max_triggers)

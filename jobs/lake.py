@@ -126,19 +126,22 @@ class Lake:
                         "this lake? Nothing of this write was kept; run the same command again once the other one has ended"
                     ) from error
 
-    def replace_by_files(self, table: Table, files: Sequence[Row], *, day: str, metadata: Mapping[str, object] | None = None) -> int:
+    def replace_by_files(
+        self, table: Table, files: Sequence[Row], *, day: str | None = None, metadata: Mapping[str, object] | None = None
+    ) -> int:
         """Replace all rows by files that tasks have written into the table's folder, in one commit, and return its version.
 
         Args:
             table: exists; its files hold the declared columns.
-            files: rows of `features.day_files.FILE_SCHEMA`.
-            day: the column that `first_day` and `last_day` are of, for readers that skip files.
+            files: rows of `features.pair_files.FILE_SCHEMA`.
+            day: the column that `first_day` and `last_day` are of, for readers that skip files; None where the table has none.
             metadata: of the commit.
         """
         target, moment, token = open_table(self.root, table), int(time.time() * 1000), uuid4().hex
         actions: list[AddAction | RemoveAction] = []
         for file in files:
-            ends = {"minValues": {day: file["first_day"].isoformat()}, "maxValues": {day: file["last_day"].isoformat()}}
+            first, last = ({day: file[end].isoformat()} if day else {} for end in ("first_day", "last_day"))
+            ends = {"minValues": first, "maxValues": last}
             stats = json.dumps({"numRecords": file["num_rows"], **ends, "nullCount": dict.fromkeys(table.column_names, 0)})
             actions.append(AddAction(file["name"], file["size"], {}, modification_time=moment, data_change=True, stats=stats))
         seen, properties = target.version(), commit_properties(dict(metadata or {}) | {"commit": token}, fenced=False)

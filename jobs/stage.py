@@ -6,6 +6,7 @@ gates through it; the run notes versions and metrics on the way, so that the led
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -142,15 +143,25 @@ class StageRun:
             if all('"stage"' in commit.get("userMetadata", "") for commit in changes_since(lake.root, table, good)):
                 lake.restore(table, good)
 
-    def replace_by_files(self, table: Table, write: Callable[[str], Sequence[Row]], *, day: str) -> None:
-        """Replace all rows by files that `write` puts into the table's folder, which it is given; see `Lake.replace_by_files`."""
-        lake, point = self.night.lake, f"{self.stage}.{table.name}"
-        self._before.setdefault(table.name, lake.version(table) if lake.exists(table) else None)
-        lake.create(table)
-        metadata = {"run_id": self.night.run_id, "stage": self.stage}
-        with while_writing(f"{point}.writing", lake.path(table)):
-            self.outputs[table.name] = lake.replace_by_files(table, write(lake.path(table)), day=day, metadata=metadata)
-        reach(f"{point}.written")
+    def replace_by_files(self, tables: Mapping[str, tuple[Table, str | None]], write: Callable[[dict[str, str]], Sequence[Row]]) -> None:
+        """Replace all rows of tables by files that `write` puts into the tables' folders; see `Lake.replace_by_files`.
+
+        Args:
+            tables: by the kind that a file's row names, with the day column of each.
+            write: given the folder of each kind; returns rows of `features.pair_files.FILE_SCHEMA`.
+        """
+        lake, metadata = self.night.lake, {"run_id": self.night.run_id, "stage": self.stage}
+        for table, _ in tables.values():
+            self._before.setdefault(table.name, lake.version(table) if lake.exists(table) else None)
+            lake.create(table)
+        with ExitStack() as writing:
+            for table, _ in tables.values():
+                writing.enter_context(while_writing(f"{self.stage}.{table.name}.writing", lake.path(table)))
+            files = write({kind: lake.path(table) for kind, (table, _) in tables.items()})
+        for kind, (table, day) in tables.items():
+            found = [file for file in files if file["kind"] == kind]
+            self.outputs[table.name] = lake.replace_by_files(table, found, day=day, metadata=metadata)
+            reach(f"{self.stage}.{table.name}.written")
 
     def keep(self, table: Table) -> None:
         """Leave a table as it is, and note that this stage has nothing to change in it."""

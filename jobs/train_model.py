@@ -41,6 +41,7 @@ def train_model(run: StageRun) -> None:
         tables={table.name: TableRef(uri=run.night.lake.path(table), version=run.version(table)) for table in _INPUTS},
         run_date=run.run_date,
         half_life_days=run.settings.pairs.half_life_days,
+        symmetric=run.settings.pairs.window.symmetric,
         min_users=run.settings.pairs.min_users_per_pair,
         folder=str(folder),
         model=run.settings.model,

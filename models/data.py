@@ -158,13 +158,14 @@ class _Index:
         return np.asarray(pc.fill_null(found, -1).to_numpy(), dtype=np.int32)
 
 
-def load_training_data(refs: Mapping[str, TableRef], *, run_date: date, half_life_days: float) -> TrainingData:
+def load_training_data(refs: Mapping[str, TableRef], *, run_date: date, half_life_days: float, symmetric: bool) -> TrainingData:
     """Read the tables of one night.
 
     Args:
         refs: pinned versions of engagements, co_engagement_daily, co_engagement_pairs, item_popularity, item_features, relevance_examples.
         run_date: last day that counts.
         half_life_days: half-life of the landmark weights.
+        symmetric: the window of the pairs is, so that co_engagement_daily has each pair once.
 
     Raises:
         TableError: a table or column is missing, or item_features is not dense.
@@ -197,7 +198,7 @@ def load_training_data(refs: Mapping[str, TableRef], *, run_date: date, half_lif
             popularity=popularity[1] * _factor(landmark, holdout_from, half_life_days),
             trends=earlier.trends(len(ids), holdout_from - timedelta(days=1)),
         ),
-        holdout=_read_holdout(refs["co_engagement_daily"], index, len(ids), run_date, holdout_from),
+        holdout=_read_holdout(refs["co_engagement_daily"], index, len(ids), (holdout_from, run_date), symmetric=symmetric),
         eligible=features["eligible"].to_numpy(),
         examples=_read_examples(refs["relevance_examples"], index),
     )
@@ -313,13 +314,16 @@ def _day_number(day: date) -> int:
     return day.toordinal() - date(1970, 1, 1).toordinal()
 
 
-def _read_holdout(ref: TableRef, index: _Index, num_items: int, run_date: date, holdout_from: date) -> Sparse:
-    """(N, N) user-days in [holdout_from, run_date]; all pairs count, as this matrix never leaves training."""
-    last_slice = (pc.field("event_date") >= holdout_from) & (pc.field("event_date") < run_date + timedelta(days=1))
+def _read_holdout(ref: TableRef, index: _Index, num_items: int, days: tuple[date, date], *, symmetric: bool) -> Sparse:
+    """(N, N) user-days from the first to the last day; all pairs count, as this matrix never leaves training."""
+    last_slice = (pc.field("event_date") >= days[0]) & (pc.field("event_date") < days[1] + timedelta(days=1))
     table = read_table(ref, ["trigger_item_id", "target_item_id", "num_users"], last_slice)
     trigger, target = index(table["trigger_item_id"]), index(table["target_item_id"])
     known = (trigger >= 0) & (target >= 0)
-    return sparse_rows(trigger[known], target[known], table["num_users"].to_numpy()[known], (num_items, num_items))
+    trigger, target, users = trigger[known], target[known], table["num_users"].to_numpy()[known]
+    if symmetric:
+        trigger, target, users = np.concatenate([trigger, target]), np.concatenate([target, trigger]), np.tile(users, 2)
+    return sparse_rows(trigger, target, users, (num_items, num_items))
 
 
 def _read_examples(ref: TableRef, index: _Index) -> Examples:

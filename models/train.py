@@ -65,6 +65,7 @@ class TrainingSpec:
         tables: pinned versions by table name.
         run_date: last day that counts.
         half_life_days: of the landmark weights.
+        symmetric: whether the window of the pairs is.
         min_users: distinct users below which nothing is known of two items.
         folder: where the output goes; for several machines a shared one.
         model: encoder and heads.
@@ -74,6 +75,7 @@ class TrainingSpec:
     tables: Mapping[str, TableRef]
     run_date: date
     half_life_days: float
+    symmetric: bool
     min_users: int
     folder: str
     model: ModelSettings
@@ -85,6 +87,7 @@ class TrainingSpec:
             "tables": {name: dataclasses.asdict(ref) for name, ref in self.tables.items()},
             "run_date": self.run_date.isoformat(),
             "half_life_days": self.half_life_days,
+            "symmetric": self.symmetric,
             "min_users": self.min_users,
             "folder": self.folder,
             "model": self.model.model_dump(mode="json"),
@@ -105,6 +108,7 @@ class TrainingSpec:
             tables={name: TableRef(**ref) for name, ref in content["tables"].items()},
             run_date=date.fromisoformat(content["run_date"]),
             half_life_days=content["half_life_days"],
+            symmetric=content["symmetric"],
             min_users=content["min_users"],
             folder=content["folder"],
             model=ModelSettings.model_validate(content["model"]),
@@ -232,7 +236,7 @@ def run_rank(spec_json: str) -> None:
         with Workers.join(timeout_seconds=spec.training.timeout_seconds) as workers:
             workers.use_threads()
             reach("train_model.rank.started")
-            data = load_training_data(spec.tables, run_date=spec.run_date, half_life_days=spec.half_life_days)
+            data = load_training_data(spec.tables, run_date=spec.run_date, half_life_days=spec.half_life_days, symmetric=spec.symmetric)
             metrics = train(data, spec, workers)
             reach("train_model.rank.written")
     except BaseException:

@@ -24,18 +24,23 @@ from features.increments import (
     touched_pairs,
     window_reach,
 )
-from features.pair_kernels import (
-    TotalRule,
-    WindowRule,
-    count_windows,
-    day_number,
-    deal_days,
-    make_windows,
-    pack_by_pair,
-    total_pairs,
+from features.pair_counts import CountRule, count_cells
+from features.pair_totals import TotalRule, pack_by_pair, total_pairs
+from features.pairs import Counting, count_daily_pairs, holdout_start, one_order, sum_totals, where_days
+from tests.features.test_pairs import (
+    DAY,
+    FIRST,
+    HALF_LIFE,
+    KEY,
+    LANDMARK,
+    POSITION,
+    SESSION,
+    TIME,
+    WINDOWS,
+    kernel_windows,
+    to_spark,
+    world,
 )
-from features.pairs import count_daily_pairs, holdout_start, sum_totals, where_days
-from tests.features.test_pairs import DAY, FIRST, HALF_LIFE, KEY, LANDMARK, POSITION, SESSION, TIME, WINDOWS, to_spark, world
 
 Rows = list[tuple[object, ...]]
 
@@ -47,36 +52,13 @@ def kernel_counts(events: pd.DataFrame, window: WindowSettings, *, max_items: in
     """Rows of co_engagement_daily by day, through the kernels alone."""
     if events.empty:
         return {}
-    rule = WindowRule(
-        kind=window.kind,
-        window_micros=None if window.window_seconds is None else window.window_seconds * 1_000_000,
-        max_distance=window.max_distance,
-        symmetric=window.symmetric,
-        max_items=max_items,
-        hash_key=KEY,
-        deal=deal_days({day_number(day): 1 for day in set(events.event_date)}, 1),
-    )
-    used = events[events.session_id.notna()] if window.kind == "session" else events
-    order = ["user_id", *(["session_id"] if window.kind == "session" else []), "engaged_at", "item_id"]
-    used = used.sort_values(order)
-    if used.empty:
+    how = Counting(window=window, max_items_per_user_day=max_items, min_users=2, hash_key=KEY)
+    if window.kind == "session" and events.session_id.isna().all():
         return {}
-    batch = pa.RecordBatch.from_pydict(
-        {
-            "user_id": used.user_id.tolist(),
-            "session_id": pa.array(used.session_id.tolist(), pa.string()),
-            "item_id": used.item_id.tolist(),
-            "day": pa.array([day_number(day) for day in used.event_date], pa.int32()),
-            "time": pa.array([int(at.timestamp()) * 1_000_000 for at in used.engaged_at], pa.int64()),
-        }
-    )
-    made = list(make_windows([batch], rule=rule))
-    if not made:
-        return {}
-    windows = pa.Table.from_batches(made).sort_by([("day", "ascending"), ("split", "ascending")])
+    blocks, items = kernel_windows(events, how)
     found: dict[date, Rows] = {}
-    for out in count_windows(windows.combine_chunks().to_batches(), symmetric=window.symmetric, min_users=2):
-        for row in out.to_pylist():
+    for part in count_cells(blocks, items=items, rule=CountRule(symmetric=window.symmetric, min_users=2)):
+        for row in part.daily.to_pylist():
             found.setdefault(row["event_date"], []).append(tuple(row.values()))
     return {day: sorted(rows) for day, rows in found.items()}
 
@@ -211,20 +193,21 @@ def test_nights_equal_a_rebuild(spark: SparkSession, window: WindowSettings) -> 
         changed, reach = changed_days(was, now), max(reach, longest(events))
         stale = stale_days(changed, was.keys() | now.keys(), reach_days=window_reach(window, longest_session_days=reach))
         holdout = holdout_start({day: state.num_events for day, state in now.items()}, holdout_share=0.3, run_date=run_date)
-        whole = count_daily_pairs(
-            window=window, max_items_per_user_day=5, min_users=2, hash_key=KEY, days=dict.fromkeys(now, 9), num_tasks=1
-        )
+        how = Counting(window=window, max_items_per_user_day=5, min_users=2, hash_key=KEY)
+        whole = count_daily_pairs(how, days=dict.fromkeys(now, 9), num_tasks=1)
         scratch = rows_of(to_spark(spark, events).transform(whole))
         kept = sorted([row for row in kept if row[0] not in stale] + [row for row in scratch if row[0] in stale])
         assert kept == scratch
         after = spark.createDataFrame([(*row[:4], list(row[4])) for row in kept], CO_ENGAGEMENT_DAILY.ddl)
+        earlier_totals = one_order(totals) if window.symmetric else totals
         rows = corrections(daily, after, recounted=stale, holdout_before=holdout_before, holdout_from=holdout)
-        touched = touched_pairs(rows, totals, holdout_from=holdout).toPandas()
+        touched = touched_pairs(rows, earlier_totals, holdout_from=holdout).toPandas()
         assert not touched.duplicated(["trigger_item_id", "target_item_id"]).any()
         ways.append((int(touched["again"].sum()), len(touched)))
         rule = {"landmark": LANDMARK, "half_life_days": HALF_LIFE, "holdout_from": holdout, "min_users": 2, "num_tasks": 2}
+        rule["symmetric"] = window.symmetric
         found = spark.createDataFrame(touched)
-        parts, earlier = night_parts(rows, found, after=after, totals=totals, num_touched=len(touched))
+        parts, earlier = night_parts(rows, found, after=after, totals=earlier_totals, num_touched=len(touched))
         mine = sorted_frame(parts.transform(sum_totals(earlier=earlier, **rule)))
         pd.testing.assert_frame_equal(mine, sorted_frame(after.transform(sum_totals(**rule))), rtol=1e-12)
         totals, daily, was, holdout_before = spark.createDataFrame(mine, CO_ENGAGEMENT_TOTALS.ddl), after, now, holdout

@@ -2,31 +2,42 @@
 
 import os
 import random
+import zlib
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 
 import duckdb
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql.types import StructType
 
 from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ENGAGEMENTS, ITEM_POPULARITY
-from features.pair_kernels import WINDOW_SCHEMA, _distinct, _Windows, check_num_items, count_windows, deal_days, keyed_hash
+from features.pair_counts import CountRule, count_cells
+from features.pair_files import FILE_SCHEMA, day_spans
+from features.pair_kernels import check_num_items, keyed_hash, row_order
 from features.pairs import (
+    Counting,
     collect_user_items,
     count_daily_pairs,
     count_popularity,
+    engagements_per_day,
     future_pairs,
     holdout_start,
     measure_days,
     score_pairs,
     sum_totals,
     sum_user_items,
+    write_pairs,
 )
 from features.swing import UserItems
+from features.windows import make_windows, pack_by_user
 
 FIRST, LAST = date(2024, 3, 1), date(2024, 3, 6)
 KEY = b"key of the tests"
@@ -61,8 +72,12 @@ def to_spark(spark: SparkSession, frame: pd.DataFrame) -> DataFrame:
 
 def counter(window: WindowSettings, **over: object) -> Callable[[DataFrame], DataFrame]:
     days = dict.fromkeys((FIRST + timedelta(days=n) for n in range(6)), 60)
-    given = {"max_items_per_user_day": 200, "min_users": 2, "hash_key": KEY, "days": days} | over
-    return count_daily_pairs(window=window, **given)
+    given = {"days": days} | {name: over.pop(name) for name in ("days", "num_tasks") if name in over}
+    return count_daily_pairs(counting(window, **over), **given)
+
+
+def counting(window: WindowSettings, **over: object) -> Counting:
+    return Counting(window=window, **({"max_items_per_user_day": 200, "min_users": 2, "hash_key": KEY} | over))
 
 
 def who(frame: DataFrame, *, max_users: int = 60) -> UserItems:
@@ -89,7 +104,7 @@ def condition(window: WindowSettings) -> str:
 
 
 def oracle(events: pd.DataFrame, window: WindowSettings, *, min_users: int = 2, first: date = FIRST) -> list[tuple[object, ...]]:
-    """All pairs of engagements of a user, filtered; a mirror image where symmetric; then users counted."""
+    """All pairs of engagements of a user, filtered; symmetric ones in one order; then users counted."""
     connection = duckdb.connect()
     connection.execute("set threads to 1")
     connection.register("raw", events)
@@ -101,7 +116,8 @@ def oracle(events: pd.DataFrame, window: WindowSettings, *, min_users: int = 2, 
         select distinct d.d, a.item_id i, b.item_id j, a.user_id from e a join e b on a.user_id = b.user_id
         join days d on d.user_id = b.user_id and d.item_id = b.item_id and d.t = b.t
         where a.item_id <> b.item_id and a.t <= b.t and {condition(window)} and d.d between '{first}' and '{LAST}'"""
-    pairs = f"with p as ({joined}) select * from p" + (" union select d, j, i, user_id from p" if window.symmetric else "")
+    both = "least(i, j) i, greatest(i, j) j" if window.symmetric else "i, j"
+    pairs = f"with p as ({joined}) select distinct d, {both}, user_id from p"
     smallest = f"list_sort(list(hash))[1:{min_users}]"
     counts = f"select d, i, j, count(*), {smallest} from ({pairs}) join hashes using (user_id) group by all order by all"
     rows = connection.execute(counts).fetchall()
@@ -113,7 +129,7 @@ def test_daily_counts_equal_duckdb(spark: SparkSession, window: WindowSettings) 
     events = world(seed=WINDOWS.index(window))
     expected = oracle(events, window)
     assert len(expected) > 100
-    # neither the order of rows nor the partitions matter; 7 tasks over 6 days split every day in two
+    # neither the order of rows nor the partitions matter; 7 tasks count a grid of cells
     shuffled = to_spark(spark, events.sample(frac=1, random_state=1)).repartition(3)
     assert counted(shuffled.transform(counter(window, num_tasks=7))) == expected
     # days counted apart from others see as far back as their window reaches
@@ -166,7 +182,7 @@ def test_cap_keeps_the_smallest_hashes(spark: SparkSession, window: WindowSettin
     frame = to_spark(spark, events)
     assert counted(frame.transform(counter(window, max_items_per_user_day=cap))) == sorted(kept)
     assert kept != oracle(events, window)
-    measured = frame.transform(measure_days(window=window, max_items_per_user_day=cap, days={FIRST: 1, LAST: 1})).collect()
+    measured = frame.transform(measure_days(counting(window, max_items_per_user_day=cap), days={FIRST: 1, LAST: 1})).collect()
     for row in measured:  # a session has been cut on a day if it has an engagement there
         known = events[events.event_date <= row.event_date] if window.kind == "session" else events[events.event_date == row.event_date]
         known = known.assign(scope=scope)[known.session_id.notna() | (window.kind != "session")]
@@ -178,54 +194,55 @@ def test_cap_keeps_the_smallest_hashes(spark: SparkSession, window: WindowSettin
     assert {row.event_date for row in measured} == {FIRST, LAST}
 
 
-def test_big_days_and_wide_keys_take_other_paths_to_the_same_counts(spark: SparkSession) -> None:
-    import numpy as np
-    import pyarrow as pa
-
-    two = _Windows(
-        names=pa.array(["a", "b", "c", "d"]),
-        item=np.array([0, 1, 2, 1, 0, 3]),
-        hashes=np.array([7, -7]),
-        begin=np.array([0, 3]),
-        num_items=np.array([3, 3]),
-        first_target=np.array([0, 3]),
-        num_targets=np.array([3, 3]),
-        starts=np.zeros(6, np.int64),
-        stops=np.array([0, 1, 2] * 2),
-    )
-    blocks = [two.block(np.array([row])) for row in (0, 1)]  # of different chunks of users
-
-    def rows(pass_pairs: int, *, symmetric: bool = True, num_splits: int = 1) -> list[tuple[object, ...]]:
-        found = []
-        for split in range(num_splits):
-            places = {"task": [0, 0], "day": [3, 3], "split": [split] * 2, "num_splits": [num_splits] * 2}
-            batch = pa.RecordBatch.from_pydict(places | {"block": blocks})
-            assert set(batch.schema.names) == set(StructType.fromDDL(WINDOW_SCHEMA).names)
-            batches = count_windows([batch], symmetric=symmetric, min_users=2, pass_pairs=pass_pairs)
-            found += [tuple(row.values()) for out in batches for row in out.to_pylist()]
-        return sorted(found)
-
-    assert rows(100)[0][1:] == ("a", "b", 2, [-7, 7])
-    assert len(rows(100)) == 10
-    assert len(rows(100, symmetric=False)) == 6
-    for symmetric in (True, False):
-        for num_splits in (1, 2, 4, 16):  # a pass for nearly every pair, and a grid of splits over the items
-            assert rows(1, symmetric=symmetric, num_splits=num_splits) == rows(100, symmetric=symmetric)
-    pair, user = np.array([5, 2, 5, 2, 5]), np.array([1, 0, 0, 0, 1])
-    for pair_bits in (3, 63):  # the second no longer packs into 63 bits
-        assert [column.tolist() for column in _distinct(pair, user, pair_bits=pair_bits, user_bits=1)] == [[2, 5, 5], [0, 0, 1]]
+@pytest.mark.parametrize("window", [SESSION, TIME], ids=["symmetric", "directed"])
+def test_cells_of_many_passes_and_of_wide_keys_count_the_same(window: WindowSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = world(seed=31, num_events=300)
+    expected = sorted((row[0], *row[1:4], tuple(row[4])) for row in oracle(events, window))
+    for pass_pairs, key_bits in ((10**6, 63), (20, 63), (10**6, 9)):  # in one pass, in many, and with two columns to sort
+        monkeypatch.setattr("features.pair_counts._KEY_BITS", key_bits)
+        rule = CountRule(symmetric=window.symmetric, min_users=2, pass_pairs=pass_pairs)
+        blocks, items = kernel_windows(events, counting(window), num_classes=2)
+        parts = list(count_cells(blocks, items=items, rule=rule))
+        assert (len(parts) > 4) == (pass_pairs == 20)
+        rows = [tuple(row.values()) for part in parts for row in part.daily.to_pylist()]
+        found = sorted((*row[:4], tuple(row[4])) for row in rows if FIRST <= row[0] <= LAST)
+        assert found == expected
 
 
-def test_days_are_dealt_out_by_their_work() -> None:
-    even = deal_days(dict.fromkeys(range(100, 108), 5), 4)
-    assert even.task.tolist() == sorted(even.task.tolist())
-    assert [even.task.tolist().count(task) for task in range(4)] == [2, 2, 2, 2]
-    assert set(even.num_splits.tolist()) == {1}
-    hot = deal_days({1: 10, 2: 1000, 3: 10, 4: 0}, 16)  # nearly all work is on one day
-    assert hot.num_splits.tolist() == [1, 8, 1, 1]
-    assert all(0 <= task <= 16 - splits for task, splits in zip(hot.task.tolist(), hot.num_splits.tolist(), strict=True))
-    alone = deal_days({7: 3}, 1)
-    assert (alone.days.tolist(), alone.task.tolist(), alone.num_splits.tolist()) == ([7], [0], [1])
+def kernel_windows(events: pd.DataFrame, how: Counting, *, num_classes: int = 1) -> tuple[list[pa.RecordBatch], pa.Array]:
+    """Blocks of windows, and the ids of all items, through the kernels alone."""
+    used = events[events.session_id.notna()] if how.window.kind == "session" else events
+    used = used.sample(frac=1, random_state=3)
+    columns = {
+        "bucket": pa.array([zlib.crc32(user.encode()) % 2 for user in used.user_id], pa.int32()),
+        "user_id": pa.array(used.user_id.tolist(), pa.string()),
+        "session_id": pa.array(used.session_id.tolist(), pa.string()),
+        "item_id": pa.array(used.item_id.tolist(), pa.string()),
+        "day": pa.array([(day - date(1970, 1, 1)).days for day in used.event_date], pa.int32()),
+        "time": pa.array([int(at.replace(tzinfo=UTC).timestamp()) * 1_000_000 for at in used.engaged_at], pa.int64()),
+    }
+    items = pa.array(sorted(set(used.item_id)), pa.string())
+    packed = list(pack_by_user([pa.RecordBatch.from_pydict(columns)], items=items, num_buckets=2))
+    rule = how.rule(set(used.event_date), num_classes)
+    buckets = [[batch for batch in packed if batch["bucket"][0].as_py() == number] for number in range(2)]
+    return [block for bucket in buckets for block in make_windows(bucket, items=items, rule=rule)], items
+
+
+def test_rows_are_ordered_as_by_a_sort_of_columns() -> None:
+    rng = np.random.default_rng(7)
+    small, wide = rng.integers(0, 4, 50), rng.integers(-(2**62), 2**62, 50)
+    wide[:20] = wide[0]
+    for columns in ((small,), (small, rng.integers(0, 3, 50)), (wide, small), (small, wide, small[::-1].copy())):
+        assert row_order(*columns).tolist() == np.lexsort(columns[::-1]).tolist()
+    assert row_order(np.zeros(0, np.int64)).tolist() == []
+
+
+def test_spans_of_days_double_with_age() -> None:
+    days = [FIRST + timedelta(days=n) for n in range(31)]
+    heavy = day_spans(dict.fromkeys(days, 10**6))
+    ends = [*heavy[1:], days[-1] + timedelta(days=1)]
+    assert [(end - start).days for start, end in zip(heavy, ends, strict=True)] == [16, 8, 4, 2, 1]
+    assert day_spans(dict.fromkeys(days, 10)) == days[:1]  # too few for more than one file
 
 
 LANDMARK, HALF_LIFE, HOLDOUT = date(2024, 2, 1), 10.0, date(2024, 3, 5)
@@ -238,7 +255,8 @@ def totals_oracle(events: pd.DataFrame, window: WindowSettings, *, min_users: in
     """Weight, user-days, fit weight, conditional, cosine, jaccard and lift of every pair with enough true distinct users."""
     connection = duckdb.connect()
     daily = pd.DataFrame(oracle(events, window, min_users=10**6), columns=["d", "i", "j", "n", "hashes"])
-    connection.register("daily", daily)
+    mirrored = daily.rename(columns={"i": "j", "j": "i"}) if window.symmetric else daily[:0]
+    connection.register("daily", pd.concat([daily, mirrored]))
     connection.register("raw", events)
     rows = connection.execute(f"""
         with p as (select item_id, count(distinct user_id || event_date) n from raw group by all),
@@ -260,31 +278,65 @@ def test_totals_equal_duckdb_and_keep_the_privacy_minimum(spark: SparkSession, m
     popularity = popular(frame).cache()
     daily = frame.transform(counter(SESSION, min_users=min_users)).cache()
     user_items = who(frame)
-    summed = daily.transform(sum_totals(min_users=min_users, **DECAY)).cache()
+    summed = daily.transform(sum_totals(min_users=min_users, symmetric=True, **DECAY)).cache()
     totals = summed.transform(score_pairs(popularity, user_items, max_pairs_per_trigger=100, **AS_OF))
     assert totals.columns == list(CO_ENGAGEMENT_PAIRS.column_names)
     measures = ["weight", "num_user_days", "fit_weight", "conditional", "cosine", "jaccard", "lift"]
     found = {(row.trigger_item_id, row.target_item_id): tuple(row[name] for name in measures) for row in totals.collect()}
     expected = totals_oracle(events, SESSION, min_users=min_users)
     all_pairs = {(row[1], row[2]) for row in oracle(events, SESSION)}
-    assert 0 < len(expected) < len(all_pairs)  # the minimum cuts something, and a pair one user repeats is among it
+    assert 0 < len(expected) < 2 * len(all_pairs)  # the minimum cuts something, and a pair one user repeats is among it
     assert found.keys() == expected.keys()
     for pair, values in expected.items():
         assert found[pair] == pytest.approx(values, rel=1e-9), pair
     assert any(values[2] == 0 for values in expected.values())
 
     # the cut leaves the heaviest, ties by target id, whatever the partitions; conditional still is the share of all
-    shuffled = daily.repartition(5).transform(sum_totals(min_users=min_users, num_tasks=1, **DECAY))
+    shuffled = daily.repartition(5).transform(sum_totals(min_users=min_users, symmetric=True, num_tasks=1, **DECAY))
     cut = shuffled.transform(score_pairs(popularity, user_items, max_pairs_per_trigger=3, num_tasks=1, **AS_OF))
     kept = {(row.trigger_item_id, row.target_item_id): row.conditional for row in cut.collect()}
     strongest = sorted(expected, key=lambda pair: (pair[0], -expected[pair][0], pair[1]))
     wanted = [pair for n, pair in enumerate(strongest) if n < 3 or strongest[n - 3][0] != pair[0]]
     assert kept.keys() == set(wanted)
     assert kept[wanted[0]] == pytest.approx(expected[wanted[0]][3])
-    future = {(row.trigger_item_id, row.target_item_id): row.num_user_days for row in future_pairs(daily).collect()}
+    future = {(row.trigger_item_id, row.target_item_id): row.num_user_days for row in future_pairs(daily, symmetric=True).collect()}
     assert all(future[pair] == values[1] for pair, values in expected.items())
     for frame in (popularity, daily, summed):
         frame.unpersist()
+
+
+@pytest.mark.parametrize(("window", "min_users"), [(SESSION, 2), (TIME, 4)], ids=["symmetric", "directed"])
+def test_written_pairs_are_the_daily_rows_and_their_totals(
+    spark: SparkSession, tmp_path: Path, window: WindowSettings, min_users: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("features.pair_files._SPAN_ROWS", 60)
+    frame = to_spark(spark, world(seed=40 + min_users, num_events=300, num_items=12)).where(F.col("event_date") >= F.lit(FIRST))
+    days = engagements_per_day(frame)
+    folders = {kind: str(tmp_path / kind) for kind in ("daily", "totals")}
+    for folder in folders.values():
+        Path(folder).mkdir()
+    how = counting(window, min_users=min_users)
+    files = frame.transform(write_pairs(how, days=days, folders=folders, num_tasks=3, **DECAY)).collect()
+    daily, totals = (spark.read.parquet(folders[kind]) for kind in ("daily", "totals"))
+    expected = frame.transform(count_daily_pairs(how, days=days))
+    assert counted(daily) == counted(expected)
+    symmetric = window.symmetric
+    summed = (
+        expected.transform(sum_totals(min_users=min_users, symmetric=symmetric, **DECAY))
+        .toPandas()
+        .sort_values(["trigger_item_id", "target_item_id"])
+    )
+    written = totals.toPandas().sort_values(["trigger_item_id", "target_item_id"])
+    pd.testing.assert_frame_equal(written.reset_index(drop=True), summed.reset_index(drop=True), rtol=1e-12)
+    assert len(summed) > 10
+    assert any(summed.fit_weight == 0)
+
+    assert set(files[0].asDict()) == set(StructType.fromDDL(FILE_SCHEMA).names)
+    sizes = {(file["kind"], file["name"]): file["size"] for file in files}
+    assert sizes == {(kind, path.name): path.stat().st_size for kind in folders for path in Path(folders[kind]).iterdir()}
+    spans = sorted({(file["first_day"], file["last_day"]) for file in files if file["kind"] == "daily"})
+    assert len(spans) > 1  # a late event rewrites the files of some days only
+    assert sum(file["num_rows"] for file in files if file["kind"] == "daily") == daily.count()
 
 
 def test_popularity_equals_pandas(spark: SparkSession) -> None:

@@ -89,8 +89,8 @@ def test_nights_build_on_each_other(shop: Callable[..., Shop]) -> None:
     assert 0 < second.metrics["touched_pairs_share"] < 1
     other = ("pairs.half_life_days=40", "pairs.max_pairs_per_trigger=2")
     third = mine.build(5, events, *other)
-    assert third.notes == ["all totals are added up again: pairs.half_life_days or the landmark has changed"]
-    assert third.metrics["recounted_days_share"] == third.metrics["built_from_nothing"] == 0
+    assert third.notes == ["pairs are counted from nothing: pairs.half_life_days or the landmark has changed"]
+    assert third.metrics["recounted_days_share"] == third.metrics["built_from_nothing"] == 1
     assert third.metrics["num_pruned_triggers"] > 0
     assert third.metrics["num_pairs"] + third.metrics["num_pruned_pairs"] == len(mine.content(CO_ENGAGEMENT_TOTALS))
 

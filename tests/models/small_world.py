@@ -77,7 +77,9 @@ class SmallWorld:
                 for j in set(items) - {i}:
                     pairs.setdefault((day, i, j), set()).add(user)
         daily = [
-            {"event_date": d, "trigger_item_id": ids[i], "target_item_id": ids[j], "num_users": len(u)} for (d, i, j), u in pairs.items()
+            {"event_date": d, "trigger_item_id": ids[i], "target_item_id": ids[j], "num_users": len(u)}
+            for (d, i, j), u in pairs.items()
+            if ids[i] < ids[j]
         ]
         sums: dict[tuple[int, ...], list[float]] = {}
         for key, users in [*pairs.items(), *seen.items()]:
@@ -114,7 +116,7 @@ class SmallWorld:
 
     def load(self, folder: Path) -> TrainingData:
         """Training data through Delta."""
-        return load_training_data(self.write(folder), run_date=RUN_DATE, half_life_days=HALF_LIFE)
+        return load_training_data(self.write(folder), run_date=RUN_DATE, half_life_days=HALF_LIFE, symmetric=True)
 
 
 def make_spec(folder: Path, tables: dict[str, TableRef] | None = None, **training: object) -> TrainingSpec:
@@ -125,6 +127,7 @@ def make_spec(folder: Path, tables: dict[str, TableRef] | None = None, **trainin
         tables=tables or {},
         run_date=RUN_DATE,
         half_life_days=HALF_LIFE,
+        symmetric=True,
         min_users=2,
         folder=str(folder),
         model=ModelSettings(heads=heads, dimension=16, hidden_dimension=24),

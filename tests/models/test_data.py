@@ -48,7 +48,7 @@ def test_arrays_agree_with_the_baskets(world: SmallWorld, data: TrainingData) ->
 
 def test_later_events_and_unknown_items_stay_out(world: SmallWorld, tmp_path: Path) -> None:
     refs = world.write(tmp_path)
-    before = load_training_data(refs, run_date=RUN_DATE, half_life_days=HALF_LIFE)
+    before = load_training_data(refs, run_date=RUN_DATE, half_life_days=HALF_LIFE, symmetric=True)
     tomorrow = RUN_DATE + timedelta(days=1)
     late = {
         "engagements": {"user_id": "u0", "item_id": "b00-c0", "event_date": tomorrow},
@@ -60,7 +60,7 @@ def test_later_events_and_unknown_items_stay_out(world: SmallWorld, tmp_path: Pa
         schema = pa.schema([field for field in world.tables()[name].schema if field.name in row])
         write_deltalake(refs[name].uri, pa.Table.from_pylist([row], schema), mode="append", schema_mode="merge")
     after = {name: TableRef(uri=ref.uri, version=int(name in late)) for name, ref in refs.items()}
-    again = load_training_data(after, run_date=RUN_DATE, half_life_days=HALF_LIFE)
+    again = load_training_data(after, run_date=RUN_DATE, half_life_days=HALF_LIFE, symmetric=True)
     for name in ("pairs", "user_items"):
         assert (getattr(again.full, name) != getattr(before.full, name)).nnz == 0, name
     assert (again.holdout != before.holdout).nnz == 0

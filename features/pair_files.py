@@ -1,0 +1,128 @@
+"""Counted pairs as Parquet files that tasks write themselves, without a detour through Spark's rows.
+
+A rebuild counts tens of millions of rows, of which nearly all are pairs seen once. Handing them to Spark one by one takes several times
+as long as counting them. A task here writes them with coded ids and returns what a commit needs to know; the files of tasks that failed
+are in no commit, and a VACUUM removes them.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any
+from uuid import uuid4
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from features.pair_counts import CODED_TOTAL_ARROW, DAY_ARROW, Counted
+from features.pair_kernels import EPOCH
+
+FILE_SCHEMA = "kind string, name string, size bigint, num_rows bigint, first_day date, last_day date"
+"""What a commit needs to know of a file: `daily` or `totals`, its name below the table's folder, bytes, rows, and the days it is of."""
+
+_SPAN_ROWS = 250_000  # a first span with fewer engagements grows: its files would be tiny
+_PAGE_BYTES = 64 * 1024 * 1024  # of a dictionary: all ids of a cell stay coded
+
+
+def day_spans(num_engagements: Mapping[date, int]) -> list[date]:
+    """First days of spans of days, ascending, whose length doubles with age: a late event rewrites the files of its span only.
+
+    Args:
+        num_engagements: of each day; spans of few are joined to the span before them.
+    """
+    days = sorted(num_engagements)
+    spans, end, length = list[date](), len(days), 1
+    while end > 0:
+        begin = max(0, end - length)
+        while begin > 0 and sum(num_engagements[day] for day in days[begin:end]) < _SPAN_ROWS:
+            begin -= 1
+        spans.append(days[begin])
+        end, length = begin, 2 * length
+    return spans[::-1]
+
+
+def write_counted(counted: Iterable[Counted], *, folders: Mapping[str, str], spans: Sequence[date]) -> Iterator[pa.RecordBatch]:
+    """Write a file of totals and a file of daily rows for each span, and return their rows of FILE_SCHEMA; no row, no file.
+
+    Args:
+        counted: of one task.
+        folders: path or URI of the table by kind, `daily` and `totals`.
+        spans: of `day_spans`.
+    """
+    starts = [(day - EPOCH).days for day in spans]
+    files: dict[tuple[str, int], _File] = {}
+    for part in counted:
+        day = part.daily["event_date"].combine_chunks().cast(pa.int32()).to_numpy()
+        ends = [*day.searchsorted(starts).tolist(), len(day)]
+        for number, begin in enumerate(ends[:-1]):
+            _add(files, ("daily", number), part.daily.slice(begin, ends[number + 1] - begin), folders)
+        if part.totals is not None:
+            _add(files, ("totals", 0), part.totals, folders)
+    for file in files.values():
+        yield file.close()
+
+
+def _add(files: dict[tuple[str, int], "_File"], key: tuple[str, int], rows: pa.Table, folders: Mapping[str, str]) -> None:
+    if rows.num_rows:
+        if key not in files:
+            files[key] = _File(kind=key[0], folder=folders[key[0]])
+        files[key].write(rows)
+
+
+@dataclass(kw_only=True)
+class _File:
+    """A Parquet file being written, in row groups as they come."""
+
+    kind: str
+    folder: str
+    name: str = field(default_factory=lambda: f"part-{uuid4()}.parquet")
+    num_rows: int = 0
+    days: tuple[date, date] | None = None
+    _writer: Any = None
+    _place: Any = None
+
+    def write(self, rows: pa.Table) -> None:
+        if self._writer is None:
+            self._place = _open(f"{self.folder}/{self.name}")
+            files, path = self._place
+            schema = DAY_ARROW if self.kind == "daily" else CODED_TOTAL_ARROW
+            coded = [name for name in schema.names if name != "user_hashes"]
+            random = {"user_hashes.list.element": "none"} if self.kind == "daily" else {}
+            self._writer = pq.ParquetWriter(
+                path,
+                schema,
+                filesystem=files,
+                store_schema=False,
+                use_dictionary=coded,
+                compression=dict.fromkeys(coded, "snappy") | random,
+                write_statistics=["event_date"],  # those of coded ids take four times as long as all the rest, and rule out nothing
+                dictionary_pagesize_limit=_PAGE_BYTES,
+            )
+        self._writer.write_table(rows, row_group_size=rows.num_rows)
+        self.num_rows += rows.num_rows
+        if self.kind == "daily":
+            first, last = rows["event_date"][0].as_py(), rows["event_date"][-1].as_py()
+            self.days = (min(first, self.days[0]), max(last, self.days[1])) if self.days else (first, last)
+
+    def close(self) -> pa.RecordBatch:
+        """Its row of FILE_SCHEMA."""
+        self._writer.close()
+        files, path = self._place
+        first, last = self.days or (None, None)
+        row = {
+            "kind": pa.array([self.kind]),
+            "name": pa.array([self.name]),
+            "size": pa.array([files.get_file_info(path).size]),
+            "num_rows": pa.array([self.num_rows]),
+            "first_day": pa.array([first], pa.date32()),
+            "last_day": pa.array([last], pa.date32()),
+        }
+        return pa.RecordBatch.from_pydict(row)
+
+
+def _open(uri: str) -> tuple[fs.FileSystem, str]:
+    if "://" not in uri:
+        return fs.LocalFileSystem(), uri
+    files, path = fs.FileSystem.from_uri(uri.replace("s3a://", "s3://", 1))
+    return files, path

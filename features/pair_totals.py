@@ -1,0 +1,283 @@
+"""Adding up days: decay, the privacy minimum of distinct users, and the strongest pairs of a trigger. No session, clock or Spark."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from features.pair_kernels import (
+    CODED,
+    OUTPUT_ROWS,
+    PACKED_ROWS,
+    Ints,
+    Mask,
+    chunks,
+    encode,
+    first_of_runs,
+    ints,
+    item_hashes,
+    num_bits,
+    packed,
+    packed_by,
+    ranges,
+    row_order,
+    run_lengths,
+    run_starts,
+    unpack,
+)
+
+TOTAL_SCHEMA = "trigger_item_id string, target_item_id string, weight double, num_user_days bigint, fit_weight double"
+STRONG_SCHEMA = f"{TOTAL_SCHEMA}, conditional double"
+PARTNER_SCHEMA = "item_id string, num_triggers bigint, num_user_days bigint"
+_ENDS_SAY_ALL = 2  # at least two different users: the smallest hash of all is not the largest
+PART_ARROW = pa.schema(
+    [
+        ("trigger_item_id", CODED),
+        ("target_item_id", CODED),
+        ("day", pa.int32()),
+        ("num_users", pa.int32()),
+        ("user_hash", pa.int64()),
+    ]
+)
+TOTAL_ARROW = pa.schema(
+    [
+        ("trigger_item_id", pa.string()),
+        ("target_item_id", pa.string()),
+        ("weight", pa.float64()),
+        ("num_user_days", pa.int64()),
+        ("fit_weight", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalRule:
+    """How days add up: decay from the landmark, the calibration slice and the privacy minimum."""
+
+    landmark: int
+    half_life_days: float
+    holdout_from: int
+    min_users: int
+
+
+def pack_by_trigger(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iterator[pa.RecordBatch]:
+    """Rows as few large binary blocks, one per bucket of triggers and chunk: rows of PACKED_SCHEMA.
+
+    An exchange then moves a thousand blocks and not tens of millions of rows, each of which Spark would serialize, compress and sort.
+    """
+    for chunk in chunks(batches, min_rows=PACKED_ROWS):
+        trigger, triggers = encode(chunk["trigger_item_id"])
+        yield from packed_by(chunk, (item_hashes(triggers) % num_buckets)[trigger], num_buckets)
+
+
+def pack_by_pair(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iterator[pa.RecordBatch]:
+    """As `pack_by_trigger`, but by the hash of both items: the rows of a hot trigger go to all buckets. Ids become dictionaries.
+
+    A list of user hashes becomes a row a hash, of which the first has the users: nearly all lists hold one, and numbers move faster.
+    """
+    for chunk in chunks(batches, min_rows=PACKED_ROWS):
+        trigger, triggers = encode(chunk["trigger_item_id"])
+        target, targets = encode(chunk["target_item_id"])
+        mixed = item_hashes(triggers)[trigger] * 0x9E3779B1 + item_hashes(targets)[target]  # else (i, j) and (j, i) always met
+        for name, code, names in (("trigger_item_id", trigger, triggers), ("target_item_id", target, targets)):
+            coded = pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), names)
+            chunk = chunk.set_column(chunk.column_names.index(name), name, coded)
+        bucket = (mixed >> 7) % num_buckets
+        if "user_hashes" in chunk.column_names:
+            chunk, rows = _one_hash_a_row(chunk)
+            bucket = bucket[rows]
+        yield from packed_by(chunk, bucket, num_buckets)
+
+
+def _one_hash_a_row(chunk: pa.Table) -> tuple[pa.Table, Ints]:
+    """Rows of co_engagement_daily, each as often as it names a user; and the row that each was."""
+    lists, users = _Hashes.of(chunk["user_hashes"]), ints(chunk, "num_users")
+    rows = np.repeat(np.arange(chunk.num_rows), lists.length)
+    users = np.where(first_of_runs(rows), users[rows], 0)
+    chunk = chunk.drop_columns(["user_hashes", "num_users"])
+    if len(rows) > chunk.num_rows:
+        chunk = chunk.take(pa.array(rows))
+    chunk = chunk.append_column("num_users", pa.array(users, pa.int32())).append_column("user_hash", pa.array(lists.values))
+    return chunk, rows
+
+
+def total_pairs(batches: Iterable[pa.RecordBatch], *, rule: TotalRule, symmetric: bool = False) -> Iterator[pa.RecordBatch]:
+    """Totals of whole pairs with enough users: rows of TOTAL_SCHEMA.
+
+    Args:
+        batches: blocks of `pack_by_pair`, all of one bucket, with everything of its pairs: rows of co_engagement_daily (`day`, and
+            optionally `counts`: false where the row is part of the total already, and only its fit_weight lacks it), and rows of
+            TOTAL_SCHEMA, the totals of a former night.
+        rule: decay and privacy minimum.
+        symmetric: each pair is there once, and comes out in both orders.
+    """
+    blocks = [unpack(block) for batch in batches for block in batch["block"]]
+    days = [block for block in blocks if "day" in block.column_names] or [PART_ARROW.empty_table()]
+    earlier = [block for block in blocks if "day" not in block.column_names] or [TOTAL_ARROW.empty_table()]
+    if blocks:
+        totals = _totals(pa.concat_tables(days), pa.concat_tables(earlier), rule)
+        yield from totals.to_batches(max_chunksize=OUTPUT_ROWS)
+        if symmetric:
+            mirrored = totals.select([1, 0, *range(2, totals.num_columns)]).rename_columns(totals.column_names)
+            yield from mirrored.to_batches(max_chunksize=OUTPUT_ROWS)
+
+
+def strongest_pairs(batches: Iterable[pa.RecordBatch], *, max_pairs: int) -> Iterator[pa.RecordBatch]:
+    """The `max_pairs` heaviest pairs of each trigger, ties by target id, and their share of the weight of all its pairs.
+
+    They stay packed, in the bucket they came from, as they are read twice: the rows of all triggers have to be counted before one can
+    be weighted by how rare it is.
+
+    Args:
+        batches: blocks of `pack_by_trigger` over rows of TOTAL_SCHEMA, all of one bucket; every row of a trigger is among them.
+        max_pairs: pairs kept per trigger.
+
+    Returns:
+        Blocks with the columns of STRONG_SCHEMA, sorted by trigger and target.
+    """
+    blocks = [(bucket.as_py(), unpack(block)) for batch in batches for bucket, block in zip(batch["bucket"], batch["block"], strict=True)]
+    if not blocks:
+        return
+    bucket, strong = blocks[0][0], _strongest(pa.concat_tables(table for _, table in blocks), max_pairs)
+    for start in range(0, strong.num_rows, PACKED_ROWS):
+        yield packed(bucket, strong.slice(start, PACKED_ROWS))
+
+
+def count_partners(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Parts to be summed by item, rows of PARTNER_SCHEMA: triggers paired with it, and user-days of its pairs as a trigger.
+
+    Args:
+        batches: blocks of `strongest_pairs`.
+    """
+    for batch in batches:
+        for block in batch["block"]:
+            pairs = unpack(block)
+            target, targets = encode(pairs["target_item_id"])
+            trigger, triggers = encode(pairs["trigger_item_id"])
+            num_triggers, days = np.bincount(target), np.zeros(len(triggers), dtype=np.int64)
+            np.add.at(days, trigger, ints(pairs, "num_user_days"))
+            for ids, counts in ((targets, [num_triggers, 0 * num_triggers]), (triggers, [0 * days, days])):
+                yield pa.RecordBatch.from_arrays([ids, *map(pa.array, counts)], names=["item_id", "num_triggers", "num_user_days"])
+
+
+def _totals(days: pa.Table, earlier: pa.Table, rule: TotalRule) -> pa.Table:
+    """Earlier totals and rows of days, added up. An earlier total has reached the minimum, and so has its sum with more days."""
+    names = ("trigger_item_id", "target_item_id")
+    trigger, target = (encode(pa.chunked_array(days[name].chunks + earlier[name].cast(CODED).chunks, CODED)) for name in names)
+    bits = num_bits(len(target[1]))
+    pair, num_days = (trigger[0] << bits) | target[0], days.num_rows
+    day, all_users = ints(days, "day"), np.concatenate([ints(days, "num_users"), ints(earlier, "num_user_days")])
+    before = np.full(earlier.num_rows, (int(day.min()) if num_days else 0) - 1)
+    order = row_order(pair, np.concatenate([day, before]))  # sums in one order, whatever that of the rows
+    order, starts = _frequent(pair, all_users, order, rule.min_users)
+    old, users = order >= num_days, all_users[order]
+    at = np.minimum(order, max(0, num_days - 1))  # of earlier totals: any row, masked below
+    day = day[at] if num_days else before[order]
+    counts = ~old & (days["counts"].to_numpy()[at] if num_days and "counts" in days.column_names else True)
+    fit = ~old & (day < rule.holdout_from)
+    decayed = users * np.exp2((day - rule.landmark) / rule.half_life_days)
+
+    def added(of_days: NDArray[Any], counted: Mask, of_totals: str) -> NDArray[Any]:
+        values = np.where(counted, of_days, 0)
+        if earlier.num_rows:
+            values = np.where(old, earlier[of_totals].to_numpy()[np.maximum(order - num_days, 0)], values)
+        return sums(values, starts)
+
+    people = People(starts=starts, users=users, hashes=ints(days, "user_hash")[at] if num_days else before[order])
+    fit_weight = added(decayed, fit, "fit_weight")
+    old_fit = old & (earlier["fit_weight"].to_numpy()[np.maximum(order - num_days, 0)] > 0) if earlier.num_rows else old
+    enough = np.logical_or.reduceat(old, starts) | people.enough(counts, rule.min_users)
+    fit_enough = np.logical_or.reduceat(old_fit, starts) | people.enough(fit, rule.min_users)
+    kept = np.flatnonzero(enough)
+    first = pair[order[starts[kept]]]
+    columns = [
+        trigger[1].take(pa.array(first >> bits)),
+        target[1].take(pa.array(first & ((1 << bits) - 1))),
+        pa.array(added(decayed, counts, "weight")[kept]),
+        pa.array(added(users, counts, "num_user_days")[kept]),
+        pa.array(np.where(fit_enough, fit_weight, 0.0)[kept]),
+    ]
+    return pa.table(columns, schema=TOTAL_ARROW)
+
+
+def _frequent(pair: Ints, users: Ints, order: Ints, min_users: int) -> tuple[Ints, Ints]:
+    """Of ordered rows, those of pairs whose user-days could reach the minimum, and where each pair starts; most pairs are seen once."""
+    starts = run_starts(pair[order])
+    frequent = sums(users[order], starts) >= min_users
+    lengths = run_lengths(starts, len(order))
+    return order[np.repeat(frequent, lengths)], np.cumsum(lengths[frequent]) - lengths[frequent]
+
+
+def sums(values: NDArray[Any], starts: Ints) -> NDArray[Any]:
+    """Sum of each run of values that begins at one of the starts."""
+    return np.add.reduceat(values, starts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hashes:
+    """A list column, flat: row r holds values[start[r] : start[r] + length[r]]."""
+
+    values: Ints
+    start: Ints
+    length: Ints
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> "_Hashes":
+        lists = column.combine_chunks()
+        length = pc.list_value_length(lists).to_numpy().astype(np.int64)
+        return cls(values=lists.flatten().to_numpy(), start=np.cumsum(length) - length, length=length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class People:
+    """Who stands behind runs of rows: P pairs that start at `starts`; a row has `users`, and `hashes` name one user each."""
+
+    starts: Ints
+    users: Ints
+    hashes: Ints
+
+    def enough(self, counted: Mask, min_users: int) -> Mask:
+        """Per pair, whether at least `min_users` distinct users engaged it on the counted rows.
+
+        A day with that many users decides at once. On every other day all users are named, so that the union of the days is the set
+        of users; beyond two users it is only built for pairs whose user-days could reach the minimum.
+        """
+        starts, users = self.starts, np.where(counted, self.users, 0)
+        enough = np.maximum.reduceat(users, starts) >= min_users
+        if min_users <= _ENDS_SAY_ALL:
+            return enough | self._different(counted)
+        open_ = ~enough & (sums(users, starts) >= min_users)
+        if not open_.any():
+            return enough
+        pair = np.repeat(np.arange(len(starts), dtype=np.int64), run_lengths(starts, len(users)))
+        rows = np.flatnonzero(open_[pair] & counted)
+        rows = rows[np.lexsort((self.hashes[rows], pair[rows]))]
+        distinct = pair[rows][run_starts(pair[rows], self.hashes[rows])]
+        return enough | (np.bincount(distinct, minlength=len(starts)) >= min_users)
+
+    def _different(self, counted: Mask) -> Mask:
+        """Per pair, whether the counted rows name two users."""
+        bounds = np.iinfo(np.int64)
+        first, last = np.where(counted, self.hashes, bounds.max), np.where(counted, self.hashes, bounds.min)
+        different: Mask = np.minimum.reduceat(first, self.starts) < np.maximum.reduceat(last, self.starts)
+        return different
+
+
+def _strongest(totals: pa.Table, max_pairs: int) -> pa.Table:
+    trigger, _ = encode(totals["trigger_item_id"])
+    target, _ = encode(totals["target_item_id"])
+    order = np.lexsort((target, trigger))
+    totals, trigger, target = totals.take(pa.array(order)), trigger[order], target[order]
+    weight = totals["weight"].to_numpy()
+    runs = run_starts(trigger)
+    num_pairs = run_lengths(runs, len(trigger))
+    total = np.repeat(sums(weight, runs), num_pairs)
+    conditional = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
+    by_weight = np.lexsort((target, -weight, trigger))
+    rank = np.empty(len(by_weight), dtype=np.int64)
+    rank[by_weight] = ranges(np.zeros_like(num_pairs), num_pairs)
+    return totals.append_column("conditional", pa.array(conditional)).take(pa.array(np.flatnonzero(rank < max_pairs)))
