@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, timedelta
 from pathlib import Path
 
 from pyspark.ml.torch.distributor import TorchDistributor
@@ -25,12 +26,14 @@ from conf.tables import (
     RELEVANCE_EXAMPLES,
 )
 from jobs.progress import Reading
+from jobs.reader import artifacts_of
 from jobs.stage import StageRun, stage_main
 from models.data import TableRef
 from models.resume import FILE
 from models.train import TrainingSpec
 
 STAGE = "train_model"
+_NUM_ENGAGEMENTS = "num_trained_engagements"
 _INPUTS = (ENGAGEMENTS, CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ITEM_POPULARITY, ITEM_FEATURES, RELEVANCE_EXAMPLES)
 
 
@@ -46,6 +49,7 @@ def train_model(run: StageRun) -> None:
         folder=str(folder),
         model=run.settings.model,
         training=run.settings.training,
+        previous=previous_model(run),
     )
     with run.night.display.watch("training", _progress(folder)):
         distribute(spec, anew=run.force, note=run.note)
@@ -53,6 +57,26 @@ def train_model(run: StageRun) -> None:
         run.note(text)
     run.replace(ITEM_EMBEDDINGS, _embeddings(run, folder))
     run.gate(_metrics(run, folder), num_items=run.read(ITEM_FEATURES).count())
+
+
+def previous_model(run: StageRun) -> str | None:
+    """The model of the night before, to start from: of the same settings, not too old, and made of nothing that was deleted since."""
+    oldest = run.run_date - timedelta(days=run.settings.training.warm_start_days)
+    alike = run.night.ledger.records(stage=STAGE, status="succeeded", settings_fingerprint=run.settings.fingerprint())
+    earlier = [record for record in alike if oldest <= record.run_date < run.run_date]
+    if run.force or not earlier:
+        return None
+    last = max(enumerate(earlier), key=lambda found: (found[1].run_date, found[0]))[1]
+    gone = last.metrics.get(_NUM_ENGAGEMENTS, 0) - _num_engagements(run, last.run_date)
+    if gone > 0:
+        run.note(f"starts cold: {gone:,.0f} engagements up to {last.run_date} that {last.run_id} was trained on have been deleted")
+        return None
+    folder = artifacts_of(run.settings.lake, last.run_id) / "model"
+    return str(folder) if (folder / "scorer.json").is_file() else None
+
+
+def _num_engagements(run: StageRun, until: date) -> int:
+    return run.read(ENGAGEMENTS).where(F.col("event_date") <= F.lit(until)).count()
 
 
 def launch(spec_json: str, import_paths: Sequence[str]) -> None:
@@ -160,7 +184,8 @@ def _metrics(run: StageRun, folder: Path) -> Mapping[str, float]:
     written = run.read_output(ITEM_EMBEDDINGS).groupBy("head").agg(F.count("*").alias("n"), F.count_if(bad).alias("bad"))
     rows = written.collect()
     counts = {f"{row['head']}_num_vectors": float(row["n"]) for row in rows}
-    return metrics | counts | {"num_nonfinite": float(sum(row["bad"] for row in rows))}
+    nonfinite = float(sum(row["bad"] for row in rows))
+    return metrics | counts | {"num_nonfinite": nonfinite, _NUM_ENGAGEMENTS: float(_num_engagements(run, run.run_date))}
 
 
 def _not_finite(value: Column) -> Column:

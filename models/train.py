@@ -70,6 +70,7 @@ class TrainingSpec:
         folder: where the output goes; for several machines a shared one.
         model: encoder and heads.
         training: optimization.
+        previous: folder of the model of an earlier night to start from; None: start cold.
     """
 
     tables: Mapping[str, TableRef]
@@ -80,6 +81,7 @@ class TrainingSpec:
     folder: str
     model: ModelSettings
     training: TrainingSettings
+    previous: str | None = None
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -92,6 +94,7 @@ class TrainingSpec:
             "folder": self.folder,
             "model": self.model.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json"),
+            "previous": self.previous,
         }
         return json.dumps(content)
 
@@ -113,6 +116,7 @@ class TrainingSpec:
             folder=content["folder"],
             model=ModelSettings.model_validate(content["model"]),
             training=TrainingSettings.model_validate(content["training"]),
+            previous=content["previous"],
         )
 
 
@@ -323,34 +327,31 @@ class Plan:
 
 def _plan(data: TrainingData, spec: TrainingSpec, progress: Progress | None) -> tuple[Plan, Factorization]:
     """Choose weights on the holdout, fit the merge scorer there, then factorize everything known."""
-    settings, seed = spec.model, spec.training.seed
+    settings, seed, largest = spec.model, spec.training.seed, min(spec.model.dimension, data.num_items - 1)
     if progress:
         progress.show("calibration")
-    triggers = sample_triggers(data.holdout, maximum=spec.training.num_validation_triggers, seed=seed)
+    triggers = sample_triggers(data.holdout, keys=data.full.keys, maximum=spec.training.num_validation_triggers, seed=seed)
     usable = triggers if len(triggers) >= MIN_TRIGGERS else triggers[:0]
-    start = ScoreWeights(
-        user_level_weight=settings.user_level_weight,
-        dimension=min(settings.dimension, data.num_items - 1),
-        target_norm_exponent=settings.target_norm_exponent,
-        popularity_weight=settings.popularity_weight,
-        temperature=_START_TEMPERATURE,
-        prior_users=1.0,
-    )
+    before = Before.read(spec)
     calibrated = calibrate(
         data.fit,
         data.content,
         data.holdout,
         usable,
-        start=start,
-        content_share=settings.content_share,
+        start=dataclasses.replace(before.weights, dimension=min(before.weights.dimension, largest)),
+        largest=largest,
+        content_share=before.content_share,
         seed=seed,
+        stay=_STAY if before.scorer else 0.0,
         watch=partial(progress.show, "calibration") if progress else None,
     )
-    scorer, reached = Scorer.mixture(), dict[str, float]()
+    scorer, reached = before.scorer or Scorer.mixture(), dict[str, float]()
     if len(usable):
         fit_model = build_model(calibrated.fit, data.content, settings, calibrated.content_share, seed=seed)
         source = candidate_source(data, fit_model, calibrated.fit, min_users=spec.min_users)
-        scorer, reached = fit_scorer(source.propose(usable, data.holdout[usable], widths=Widths()), seed=seed)
+        candidates = source.propose(usable, data.holdout[usable], widths=Widths())
+        keys = data.full.keys[usable[np.unique(candidates.segment)]]
+        scorer, reached = fit_scorer(candidates, keys=keys, seed=seed, previous=before.scorer)
     full = factorize(data.full, data.content, weights=calibrated.weights, seed=seed)
     chosen = {name: float(value) for name, value in dataclasses.asdict(calibrated.weights).items()}
     metrics = {**chosen, "content_share": calibrated.content_share, "num_holdout_triggers": float(len(triggers)), **reached}
@@ -362,11 +363,52 @@ def _plan(data: TrainingData, spec: TrainingSpec, progress: Progress | None) -> 
         search=calibrated.log,
         scorer=scorer,
         metrics=metrics,
-        notes=_notes(calibrated, len(triggers)),
+        notes=[before.said, *_notes(calibrated, len(triggers))],
     )
     return plan, full
 
 
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    """What the calibration starts from: the settings, or an earlier night's model, which has a scorer; and a word about it."""
+
+    weights: ScoreWeights
+    content_share: float
+    scorer: Scorer | None = None
+    said: str = "starts cold"
+
+    @classmethod
+    def read(cls, spec: TrainingSpec) -> Self:
+        """From `spec.previous`; a model of other code, which cannot be read, is said and left alone."""
+        settings = spec.model
+        cold = cls(
+            weights=ScoreWeights(
+                user_level_weight=settings.user_level_weight,
+                dimension=settings.dimension,
+                target_norm_exponent=settings.target_norm_exponent,
+                popularity_weight=settings.popularity_weight,
+                temperature=_START_TEMPERATURE,
+                prior_users=1.0,
+            ),
+            content_share=settings.content_share,
+        )
+        if spec.previous is None:
+            return cold
+        folder = Path(spec.previous)
+        try:
+            chosen = json.loads((folder / "metrics.json").read_text())
+            weights = {field.name: chosen[field.name] for field in dataclasses.fields(ScoreWeights)}
+            return cls(
+                weights=ScoreWeights(**weights | {"dimension": int(weights["dimension"])}),
+                content_share=chosen["content_share"],
+                scorer=Scorer.load(folder / "scorer.json"),
+                said=f"starts from the weights and the scorer of {folder.parent.name}",
+            )
+        except (OSError, KeyError, ValueError) as error:
+            return dataclasses.replace(cold, said=f"starts cold: the model in {folder} cannot be read ({error})")
+
+
+_STAY = 2.0  # standard errors that a gain on the holdout must exceed to move a weight from last night's
 _START_TEMPERATURE = 3.0  # likelihood chose 2 to 4 on the development sets; what stands without a holdout
 
 
@@ -542,6 +584,7 @@ def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, us
         content=data.content,
         examples=data.examples,
         popularity=data.full.popularity,
+        keys=data.full.keys,
         batch_size=settings.batch_size,
         full_softmax_max_items=settings.full_softmax_max_items,
         num_sampled_items=settings.num_sampled_items,

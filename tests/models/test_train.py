@@ -75,7 +75,7 @@ def test_without_holdout_or_steps_the_factorization_stands(data: TrainingData, t
     quiet.holdout.eliminate_zeros()
     metrics = train(quiet, make_spec(tmp_path, num_steps=0), Workers())
     assert metrics["num_steps"] == 0
-    assert "not calibrated" in read(tmp_path, "notes.json")[0]
+    assert "not calibrated" in read(tmp_path, "notes.json")[1]
     assert Scorer.load(tmp_path / "scorer.json").hidden is None
     with pytest.raises(TrainingError, match="holds 1 items"):
         train(dataclasses.replace(data, item_ids=data.item_ids[:1]), make_spec(tmp_path), Workers())
