@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .NOTPARALLEL:       # the stages of set-up build on each other, and tests share the machine's cores
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo backtest explore bench-explorer bench-neighbors bench-pairs docs test test-crash test-nights check env jars lock zip clean java
+.PHONY: help demo backtest explore bench-explorer bench-neighbors bench-pairs bench-train docs test test-crash test-nights check env jars lock zip clean java
 
 unexport SPARK_HOME PYTHONHOME PYTHONPATH   # another Spark or another Python's modules would be used instead of the pinned ones
 
@@ -62,6 +62,9 @@ bench-neighbors: java env jars  ## time search, publication, lookups and a chang
 
 bench-pairs: java env jars  ## time pair counting against DuckDB, Polars, scipy and a Spark self-join; ARGS="--works clicks-64m" chooses
 	$(PY) -m jobs.bench_pairs $(ARGS)
+
+bench-train: env  ## time training and its parts beside word2vec and ALS; ARGS="--sizes 0.25 4" chooses millions of clicks
+	$(PY) -m jobs.bench_train $(ARGS)
 
 test: java env jars  ## run the tests; ARGS="-k pairs" chooses some
 	$(PY) -m pytest $(ARGS)

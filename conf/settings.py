@@ -306,6 +306,11 @@ class FeatureSettings(Section):
     """Content vector and relevance examples."""
 
     content_dimensions: int = Field(128, ge=2, le=2048, description="Length of the fitted content vector.")
+    sentence_model: str | None = Field(
+        None,
+        description="Folder of a sentence-transformers model that encodes title, text and labels instead; needs requirements-sentences.in. "
+        "Its vectors have the model's length. null: the fitted vector.",
+    )
     max_terms: int = Field(50_000, ge=10, description="Most frequent terms and labels kept in the vocabulary.")
     fit_max_items: int = Field(200_000, ge=10, description="Items the content vector is fitted on, sampled by hash above.")
     title_weight: float = Field(1.0, ge=0, description="Weight of title and text terms against labels.")
@@ -390,6 +395,16 @@ class TrainingSettings(Section):
     num_sampled_items: int = Field(4096, ge=2, description="Candidates per step above that, weighted by inverse sampling probability.")
     affinity_weight: float = Field(1.0, ge=0, description="Multiplier of every head's affinity task.")
     timeout_seconds: int = Field(300, ge=10, description="A worker that waits longer for the others fails.")
+    checkpoint_seconds: float = Field(
+        60, ge=0, description="Seconds after which the state of the training is saved again, so that a killed one goes on; 0: every step."
+    )
+    max_restarts: int = Field(1, ge=0, description="Times that a training of which a worker was killed goes on by itself; then it fails.")
+    warm_start_days: int = Field(
+        7,
+        ge=0,
+        description="Oldest model, in days before the run date, whose weights and scorer a night starts from, so that lists change little; "
+        "0: always cold. A forced night, other settings, and deleted engagements start cold, too.",
+    )
     seed: int = Field(17, ge=0, description="Seed of sampling and initialization.")
     num_validation_triggers: int = Field(1000, ge=10, description="Triggers sampled for that.")
 

@@ -1,8 +1,9 @@
 """The content vector: what an item is about, as numbers. It is fitted on what is known at the run date and has no memory of other nights.
 
-A catalog that brings embeddings is taken at its word. Otherwise an item is two blocks of TF-IDF terms (words and pairs of words of title,
-text; labels: category prefixes, tags, attributes), each of unit length and then weighted, reduced by a truncated SVD (latent semantic
-analysis, Deerwester et al. 1990) with the randomized solver of Halko et al. 2011. The same catalog gives equal bits.
+A catalog that brings embeddings is taken at its word; next comes a sentence encoder, if the settings name one (features.sentences).
+Otherwise an item is two blocks of TF-IDF terms (words and pairs of words of title, text; labels: category prefixes, tags, attributes), each
+of unit length and then weighted, reduced by a truncated SVD (latent semantic analysis, Deerwester et al. 1990) with the randomized solver
+of Halko et al. 2011. The same catalog gives equal bits.
 """
 
 import re
@@ -21,6 +22,7 @@ from pyspark.sql import functions as F
 
 from conf.settings import FeatureSettings
 from conf.tables import ITEM_ANNOTATIONS
+from features.sentences import SentenceEncoder
 
 Terms = dict[str, float]
 Floats = NDArray[np.float32]
@@ -100,7 +102,8 @@ def _place(name: str, *, seed: int) -> Column:
 def content_vectors(annotations: DataFrame, *, settings: FeatureSettings) -> DataFrame:
     """A unit vector per item; all zeros for an item without content.
 
-    Own embeddings of the most common length are used when the catalog brings any. Otherwise terms: `content_dimensions` numbers each.
+    Own embeddings of the most common length are used when the catalog brings any. Otherwise the sentence encoder, if one is named, else
+    terms: `content_dimensions` numbers each.
 
     Args:
         annotations: one row per item with the columns of item_annotations; read several times, so cache it.
@@ -114,6 +117,10 @@ def content_vectors(annotations: DataFrame, *, settings: FeatureSettings) -> Dat
     if length is not None:
         return allowed.select("item_id", _unit("embedding", length).alias("content_vector")).transform(_with_length(length))
     columns = allowed.select("item_id", *_CONTENT)
+    if settings.sentence_model is not None:
+        encoder = SentenceEncoder(settings.sentence_model)
+        encoder.check()
+        return columns.mapInArrow(partial(_encode_sentences, encoder=encoder), _SCHEMA).transform(_with_length(encoder.length))
     sampled = columns.where(_has_content()).orderBy(F.xxhash64("item_id"), "item_id").limit(settings.fit_max_items)
     model = fit_content(sampled.drop("item_id").toArrow(), settings=settings)
     shared = allowed.sparkSession.sparkContext.broadcast(model)  # tens of MB: once per worker, not once per task
@@ -176,10 +183,18 @@ def unit_rows(matrix: Any) -> Any:
 
 def _encode_batches(batches: Iterable[pa.RecordBatch], shared: Any) -> Iterator[pa.RecordBatch]:
     for batch in batches:
-        vectors = encode_content(pa.Table.from_batches([batch]), shared.value)
-        offsets = pa.array(np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1])
-        column = pa.ListArray.from_arrays(offsets, pa.array(vectors.ravel()))
-        yield pa.RecordBatch.from_arrays([batch["item_id"], column], names=["item_id", "content_vector"])
+        yield _with_vectors(batch, encode_content(pa.Table.from_batches([batch]), shared.value))
+
+
+def _encode_sentences(batches: Iterable[pa.RecordBatch], encoder: SentenceEncoder) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        yield _with_vectors(batch, encoder.encode(pa.Table.from_batches([batch])))
+
+
+def _with_vectors(batch: pa.RecordBatch, vectors: Floats) -> pa.RecordBatch:
+    offsets = pa.array(np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1])
+    column = pa.ListArray.from_arrays(offsets, pa.array(vectors.ravel()))
+    return pa.RecordBatch.from_arrays([batch["item_id"], column], names=["item_id", "content_vector"])
 
 
 def _with_length(length: int) -> Callable[[DataFrame], DataFrame]:

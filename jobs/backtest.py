@@ -11,7 +11,7 @@ chosen at the cut a tenth of the rest before it.
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -97,7 +97,12 @@ class Backtest:
         fields = self.settings.features.judge_fields
         if not fields:
             raise SettingsError(f"no judge of {self.settings.name} withholds anything: there is nothing to leak; see backtest.judges")
-        return check_leaks(self._trained(self._cuts()[0][0]), fields)
+        return check_leaks(self.trained_cold(self._cuts()[0][0]), fields)
+
+    def trained_cold(self, cut: date) -> Night:
+        """The night of a cut, trained from nothing, as one must be with which another such training is compared."""
+        training = self.settings.training.model_copy(update={"warm_start_days": 0})
+        return replace(self, settings=self.settings.model_copy(update={"training": training}))._trained(cut)
 
     def _cuts(self) -> list[tuple[date, date]]:
         """(cut, last day of its slice), the last slice last."""
@@ -134,8 +139,8 @@ class Backtest:
         return day
 
     def _judge(self, cut: date, until: date, *, stage: str, last_cut: date, tuned: Tuned | None) -> Verdict:
-        night = self._trained(cut)
         before = self._trained(cut - timedelta(days=1)) if self.settings.backtest.churn else None
+        night = self._trained(cut)
         found: list[Verdict] = []
         judge = partial(judge_cut, until=until, last_cut=last_cut, tuned=tuned, before=before, found=found)
         run_stage(night, stage, judge, force=True)

@@ -10,10 +10,8 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -21,10 +19,9 @@ from rich.table import Table as RichTable
 from conf.errors import MachineError
 from jobs.arguments import report_errors
 from jobs.bench_lists import lookups, online, policy, publication
+from jobs.bench_rows import FOLDER, Json, keep_row, kept_rows
 from jobs.bench_search import ivf, search
 
-Json = dict[str, Any]
-FOLDER = Path("var/bench")
 WORKS: Mapping[str, Callable[[Path, int], Iterator[Json]]] = {
     "search": search,
     "ivf": ivf,
@@ -51,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         for work in values.works:
             for row in _run(work, values.items):
-                _keep(row)
+                keep_row(row, _path())
         _show(Console())
 
     report_errors(run)
@@ -98,23 +95,12 @@ class _Peak(threading.Thread):
         return total / 1024
 
 
-def _rows() -> list[Json]:
-    path = FOLDER / "neighbors.json"
-    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
-
-
-def _keep(row: Json) -> None:
-    key = ("work", "size", "method")
-    rows = [old for old in _rows() if any(old[name] != row[name] for name in key)] + [row]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()  # noqa: S607
-    model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    machine = f"{len(os.sched_getaffinity(0))} cores, {model[0] if model else 'unknown'}, load {os.getloadavg()[0]:.1f}"
-    content = {"machine": machine, "commit": commit, "at": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "rows": rows}
-    (FOLDER / "neighbors.json").write_text(json.dumps(content, indent=1))
+def _path() -> Path:
+    return FOLDER / "neighbors.json"
 
 
 def _show(console: Console) -> None:
-    rows = _rows()
+    rows = kept_rows(_path())
     ours = {(row["work"], row["size"]): row["median_s"] for row in rows if row["method"] == "mtmh"}
     table = RichTable(
         "work", "items", "method", "median s", "ratio", "runs", "peak MB", "note", title="neighbor lists", title_justify="left"

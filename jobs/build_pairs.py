@@ -24,7 +24,7 @@ from pyspark.sql import functions as F
 
 from conf.errors import SettingsError, SourceError
 from conf.settings import PairSettings
-from conf.tables import ENGAGEMENTS, EXPOSURE_PAIRS, IMPRESSIONS, table_named
+from conf.tables import ENGAGEMENTS, EXPOSURE_PAIRS, IMPRESSIONS, TABLES, table_named
 from features import exposures, increments, pairs
 from features.increments import DayState
 from features.pair_kernels import check_num_items
@@ -129,10 +129,10 @@ def _forget_signals(run: StageRun, signals: Sequence[Signal]) -> None:
     """Empty the tables of signals that the last good night counted and the settings no longer name: nobody would keep them up to date."""
     record = run.night.ledger.last_success(stage=run.stage)
     counted = {table.name for signal in signals for table in (*signal.state, signal.pairs, signal.popularity)}
-    for name in sorted(set(record.output_versions if record else ()) - counted):
-        table = table_named(name)
+    of_signals = (record.output_versions.keys() - TABLES.keys()) if record else set[str]()
+    for table in map(table_named, sorted(of_signals - counted)):
         run.night.lake.replace(table, run.night.spark.createDataFrame([], table.ddl))
-        run.note(f"{name} is emptied: its signal is no longer among pairs.signals")
+        run.note(f"{table.name} is emptied: its signal is no longer among pairs.signals")
 
 
 @contextmanager

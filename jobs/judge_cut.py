@@ -20,7 +20,7 @@ from jobs.exam import ASSOCIATIONS, CutData, read_cut
 from jobs.lake import only_row
 from jobs.retrieval import counted_of, index_items
 from jobs.stage import Night, StageRun
-from jobs.verdicts import RECALL, Board
+from jobs.verdicts import DIAL, RECALL, Board
 from models import metrics
 from models.baselines import score_lists
 from models.contest import LIST_LENGTH, TRAINED, Tuned
@@ -34,7 +34,7 @@ from models.scoreboard import Scored, measure, measure_axes
 ENCODER = "encoder"
 """Head under which the engagement head alone is reported, beside the list that the scorer orders."""
 _NUM_BASELINES = 8 + 2 * len(ASSOCIATIONS)
-_BLEND, _DIAL = "mtmh_blend", "mtmh_dial"
+_BLEND = "mtmh_blend"
 
 
 def judge_cut(run: StageRun, *, until: date, last_cut: date, tuned: Tuned | None, before: Night | None, found: list[Verdict]) -> None:
@@ -148,7 +148,7 @@ def _our_lists(run: StageRun, data: CutData) -> tuple[dict[str, Ints], dict[str,
     dial = {f"{x:g}": Policy(kind="blend", value=value, popularity_exponent=x) for x in settings.backtest.popularity_exponents}
     merged = retriever.merge_under(triggers, counted, [*blends.values(), *dial.values()], settings=length)
     lists = [_matrix(neighbors, num_rows, rows) for neighbors in merged]
-    swept = {_BLEND: dict(zip(blends, lists, strict=False)), _DIAL: dict(zip(dial, lists[len(blends) :], strict=True))}
+    swept = {_BLEND: dict(zip(blends, lists, strict=False)), DIAL: dict(zip(dial, lists[len(blends) :], strict=True))}
     return heads, swept
 
 

@@ -30,7 +30,7 @@ def check_leaks(trained: Night, fields: Sequence[str]) -> Mapping[str, int]:
     """Train again on permuted fields, in a lake variant of its own, and compare.
 
     Args:
-        trained: a night whose training stages are done.
+        trained: a night whose training stages are done, without a warm start.
         fields: what judges read, as in features.judge_fields.
 
     Returns:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, timedelta
 from pathlib import Path
 
 from pyspark.ml.torch.distributor import TorchDistributor
@@ -26,11 +27,14 @@ from conf.tables import (
     RELEVANCE_EXAMPLES,
 )
 from jobs.progress import Reading
+from jobs.reader import artifacts_of
 from jobs.stage import StageRun, stage_main
 from models.data import TableRef
+from models.resume import FILE
 from models.train import TrainingSpec
 
 STAGE = "train_model"
+_NUM_ENGAGEMENTS = "num_trained_engagements"
 _INPUTS = (ENGAGEMENTS, CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ITEM_POPULARITY, ITEM_FEATURES, RELEVANCE_EXAMPLES)
 
 
@@ -53,13 +57,34 @@ def train_model(run: StageRun) -> None:
         model=run.settings.model,
         training=run.settings.training,
         signals={name: run.settings.pairs.half_life_of(name) for name in signals},
+        previous=previous_model(run),
     )
     with run.night.display.watch("training", _progress(folder)):
-        _distribute(run, spec)
+        distribute(spec, anew=run.force, note=run.note)
     for text in json.loads((folder / "notes.json").read_text()):
         run.note(text)
     run.replace(ITEM_EMBEDDINGS, _embeddings(run, folder))
     run.gate(_metrics(run, folder), num_items=run.read(ITEM_FEATURES).count())
+
+
+def previous_model(run: StageRun) -> str | None:
+    """The model of the night before, to start from: of the same settings, not too old, and made of nothing that was deleted since."""
+    oldest = run.run_date - timedelta(days=run.settings.training.warm_start_days)
+    alike = run.night.ledger.records(stage=STAGE, status="succeeded", settings_fingerprint=run.settings.fingerprint())
+    earlier = [record for record in alike if oldest <= record.run_date < run.run_date]
+    if run.force or not earlier:
+        return None
+    last = max(enumerate(earlier), key=lambda found: (found[1].run_date, found[0]))[1]
+    gone = last.metrics.get(_NUM_ENGAGEMENTS, 0) - _num_engagements(run, last.run_date)
+    if gone > 0:
+        run.note(f"starts cold: {gone:,.0f} engagements up to {last.run_date} that {last.run_id} was trained on have been deleted")
+        return None
+    folder = artifacts_of(run.settings.lake, last.run_id) / "model"
+    return str(folder) if (folder / "scorer.json").is_file() else None
+
+
+def _num_engagements(run: StageRun, until: date) -> int:
+    return run.read(ENGAGEMENTS).where(F.col("event_date") <= F.lit(until)).count()
 
 
 def launch(spec_json: str, import_paths: Sequence[str]) -> None:
@@ -76,9 +101,33 @@ def launch(spec_json: str, import_paths: Sequence[str]) -> None:
     run_rank(spec_json)
 
 
-def _distribute(run: StageRun, spec: TrainingSpec) -> None:
-    training = run.settings.training
-    folder = Path(spec.folder)
+def distribute(spec: TrainingSpec, *, anew: bool, note: Callable[[str], None]) -> None:
+    """Train on all workers; when one is killed, go on from the saved state, as often as the settings say.
+
+    Args:
+        spec: of the training.
+        anew: do not go on from what an earlier attempt has left.
+        note: told of a restart.
+
+    Raises:
+        TrainingError: a worker failed, or was killed too often.
+    """
+    folder, training = Path(spec.folder), spec.training
+    if anew:
+        (folder / FILE).unlink(missing_ok=True)
+    for restarts in range(training.max_restarts, -1, -1):
+        failure = _attempt(spec)
+        if failure is None:
+            (folder / FILE).unlink(missing_ok=True)
+            return
+        if not restarts or not _was_killed(folder, training.num_processes):
+            raise TrainingError(failure)
+        note(f"{failure.splitlines()[0]}; training goes on from its saved state")
+
+
+def _attempt(spec: TrainingSpec) -> str | None:
+    """One start of all workers; what went wrong, None for nothing."""
+    folder, training = Path(spec.folder), spec.training
     for stale in folder.glob("status/rank-*.json"):
         stale.unlink()
     distributor = TorchDistributor(num_processes=training.num_processes, local_mode=training.local_mode, use_gpu=False)
@@ -87,9 +136,15 @@ def _distribute(run: StageRun, spec: TrainingSpec) -> None:
     try:
         distributor.run(launch, spec.to_json(), paths)
     except Exception as error:
-        raise TrainingError(_failure(folder, training.num_processes) or f"training failed: {str(error)[:2000]}") from error
-    if failure := _failure(folder, training.num_processes):
-        raise TrainingError(failure)
+        return _failure(folder, training.num_processes) or f"training failed: {str(error)[:2000]}"
+    return _failure(folder, training.num_processes)
+
+
+def _was_killed(folder: Path, num_processes: int) -> bool:
+    """Whether a worker left no word, and the others said nothing but that it was gone (an error of gloo, which carries the messages)."""
+    files = [folder / "status" / f"rank-{rank}.json" for rank in range(num_processes)]
+    said = [json.loads(file.read_text()) for file in files if file.is_file()]
+    return len(said) < num_processes and all(content["ok"] or "gloo" in content["error"] for content in said)
 
 
 def _holds_models(path: str) -> bool:
@@ -134,11 +189,12 @@ def _embeddings(run: StageRun, folder: Path) -> DataFrame:
 def _metrics(run: StageRun, folder: Path) -> Mapping[str, float]:
     metrics: dict[str, float] = dict(json.loads((folder / "metrics.json").read_text()))
     bad = F.exists("trigger_vector", _not_finite) | F.exists("target_vector", _not_finite)
-    distinct = F.count_distinct("item_id").alias("items")
-    rows = run.read_output(ITEM_EMBEDDINGS).groupBy("head").agg(F.count("*").alias("n"), F.count_if(bad).alias("bad"), distinct).collect()
+    repeated = (F.count("*") - F.count_distinct("item_id")).alias("repeated")
+    rows = run.read_output(ITEM_EMBEDDINGS).groupBy("head").agg(F.count("*").alias("n"), F.count_if(bad).alias("bad"), repeated).collect()
     counts = {f"{row['head']}_num_vectors": float(row["n"]) for row in rows}
-    repeated = float(sum(row["n"] - row["items"] for row in rows))
-    return metrics | counts | {"num_nonfinite": float(sum(row["bad"] for row in rows)), "num_duplicate_keys": repeated}
+    num_repeated, num_bad = (float(sum(row[name] for row in rows)) for name in ("repeated", "bad"))
+    trained = {_NUM_ENGAGEMENTS: float(_num_engagements(run, run.run_date))}
+    return metrics | counts | trained | {"num_nonfinite": num_bad, "num_duplicate_keys": num_repeated}
 
 
 def _not_finite(value: Column) -> Column:

@@ -2,7 +2,8 @@
 
 A list can buy relevance with recall and the other way round, so lists are compared where one axis is held: `at recall kept` is the most
 relevant mix whose validation recall is not below the best engagement-only baseline's, `at relevance kept` the mix of most recall whose
-validation relevance is not below that baseline's.
+validation relevance is not below that baseline's. The popularity dial is turned as far as plain recall stays at least that of raw counts:
+`at recall of counts` is the exponent of most debiased recall among these.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,10 @@ from models.metrics import Estimate, Values
 from models.scoreboard import Exam, Key, Scored
 
 RECALL: Key = ("recall@100", "all")
+DEBIASED: Key = ("debiased_recall@100", "all")
 CONTENT: Method = ("content", "-")
+COUNTS: Method = ("counts", "-")
+DIAL = "mtmh_dial"
 _BLEND = SWEPT[0]
 
 
@@ -36,18 +40,19 @@ class Board:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What validation chose: the baseline to beat, and per family a mix for each held axis (None: no mix holds it)."""
+    """What validation chose: the baseline to beat, per family a mix for each held axis (None: no mix holds it), and an exponent."""
 
     baseline: Method
     at_recall: Mapping[str, str | None]
     at_relevance: Mapping[str, str | None]
+    exponent: str | None
 
     def described(self) -> dict[str, str]:
         """For the report."""
         chosen = {"best engagement-only baseline": name_of(self.baseline)}
         for words, mixes in (("at recall kept", self.at_recall), ("at relevance kept", self.at_relevance)):
-            chosen |= {f"{family} {words}": mix or "no mix holds it" for family, mix in mixes.items()}
-        return chosen
+            chosen |= {f"{family} {words}": mix or "no mix holds it" for family, mix in mixes.items() if family != DIAL}
+        return chosen | {f"{DIAL} at recall of counts": self.exponent or "no exponent holds it"}
 
 
 def choose(boards: Sequence[Board]) -> Choice:
@@ -65,18 +70,26 @@ def choose(boards: Sequence[Board]) -> Choice:
         holding = [mix for mix, scored in points.items() if mean(scored, kept) >= held[kept]]
         return max(holding, key=lambda mix: mean(points[mix], wanted), default=None)
 
+    def turned() -> str | None:
+        points = {exponent: [board.families[DIAL][exponent] for board in boards] for exponent in boards[0].families.get(DIAL, {})}
+        least = mean([board.methods[COUNTS] for board in boards], RECALL)
+        holding = [exponent for exponent, scored in points.items() if mean(scored, RECALL) >= least]
+        return max(holding, key=lambda exponent: mean(points[exponent], DEBIASED), default=None)
+
     families = list(boards[0].families)
     return Choice(
         baseline=baseline,
         at_recall={family: best(family, RECALL, relevance) for family in families},
         at_relevance={family: best(family, relevance, RECALL) for family in families},
+        exponent=turned(),
     )
 
 
 def compare(board: Board, choice: Choice, *, num_resamples: int, seed: int) -> list[Comparison]:
     """Every comparison that the summary speaks of, ours against theirs over the same triggers."""
     pairs = _Pairs(board=board, num_resamples=num_resamples, seed=seed)
-    return [*_against_baseline(pairs, choice), *_with_one_axis_held(pairs, choice), *_against_blends(pairs, choice)]
+    held = (_against_baseline, _with_one_axis_held, _with_popularity_discounted, _against_blends)
+    return [comparison for compared in held for comparison in compared(pairs, choice)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +142,7 @@ def _against_baseline(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
     relevance = pairs.board.exam.relevance_metric
     short = (relevance[0].replace("@100", "@10"), relevance[1])
     for head in ("engagement", "merged"):
-        for key in (RECALL, ("debiased_recall@100", "all"), ("recall@10", "all"), relevance, short):
+        for key in (RECALL, DEBIASED, ("recall@10", "all"), relevance, short):
             yield from pairs.difference(f"{head} list against the best baseline", key, (OURS, head), choice.baseline)
     for part in ("new_pairs", "cold_triggers", "cold_targets"):
         strongest = max([*pairs.board.engagement_only, CONTENT], key=lambda method: _mean(pairs.board, method, (RECALL[0], part)))
@@ -152,6 +165,15 @@ def _with_one_axis_held(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
         if (mix := mixes[_BLEND]) is not None:
             for key in keys:
                 yield from pairs.difference(name, key, (_BLEND, mix), choice.baseline)
+
+
+def _with_popularity_discounted(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
+    """Debiased recall against the baseline that has most of it, and what plain recall that costs against raw counts."""
+    if choice.exponent is None:
+        return
+    fairest = max([*pairs.board.engagement_only, CONTENT], key=lambda method: _mean(pairs.board, method, DEBIASED))
+    for key, theirs in ((DEBIASED, fairest), (RECALL, COUNTS)):
+        yield from pairs.difference("popularity discounted at recall of counts", key, (DIAL, choice.exponent), theirs)
 
 
 def _against_blends(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:

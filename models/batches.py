@@ -1,23 +1,29 @@
 """What one optimizer step reads: triggers, candidates, their co-engagement mass, sampled partners and relevance examples.
 
-Every draw comes from (seed, step) and is made for the global batch; a worker then takes its rows. So the workers' batches are
-exactly the rows of the batch that one worker would have.
+Every draw belongs to an item (models.draws), a seed and a step, and is made for the global batch; a worker then takes its rows. So the
+workers' batches are exactly the rows of the batch that one worker would have, and all know which items the whole batch is about.
 
-Shapes: `B` triggers of this worker, `M` candidates, `P` sampled partners per trigger, `L` own and `R` shared examples per trigger.
+Shapes: `B` triggers of this worker, `M` candidates, `P` sampled partners per trigger, `L` own and `R` shared examples per trigger, `I`
+distinct items of the global batch.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from models.data import Bools, Examples, Floats, Ints, Sparse
+from models.draws import Keys, choose, uniform
 from models.factorization import CoEngagement
 
 _NUM_PARTNERS = 4  # drawn per trigger when the softmax is sampled
 _NUM_EXAMPLES = 8  # graded items per trigger and step
 _NUM_RANDOM = 64  # mostly unrelated items, shared by all triggers: one product instead of a gather per trigger
+_TRIGGERS, _CANDIDATES, _RANDOM, _DROPPED, _EXAMPLES, _BY_PAIR, _POINT, _PLACE = range(8)  # what a random number is for
+_TASK_SEED = 1_000_003  # between the seeds of tasks
 _POPULAR_SHARE = 0.25  # of the sampled candidates, the most popular items, with certainty: most of the softmax mass is there
 
 
@@ -43,6 +49,7 @@ class Batch:
     """One worker's rows.
 
     Attributes:
+        items: (I,) ascending, every item that any worker's rows name.
         triggers: (B,) item indices.
         candidates: (M,) item indices shared by all triggers.
         log_inclusion: (M,) log probability of being a candidate.
@@ -57,6 +64,7 @@ class Batch:
         num_triggers: size of the global batch.
     """
 
+    items: Ints
     triggers: Ints
     candidates: Ints
     log_inclusion: Floats
@@ -79,6 +87,7 @@ class Batches:
         content: (N, C), grades random examples.
         examples: graded pairs.
         popularity: (N,) decayed user-days.
+        keys: (N,) of the items.
         exposures: (N, N) how many copies more an item counts in a trigger's normalizer; None: none.
         batch_size: triggers of the global batch.
         full_softmax_max_items: catalogs up to this size use all items as candidates.
@@ -96,6 +105,7 @@ class Batches:
         content: Floats,
         examples: Examples,
         popularity: Floats,
+        keys: Keys,
         batch_size: int,
         full_softmax_max_items: int,
         num_sampled_items: int,
@@ -105,7 +115,7 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.matrices, self.content, self.id_dropout = matrices, content, id_dropout
+        self.matrices, self.content, self.keys, self.id_dropout = matrices, content, keys, id_dropout
         self.num_items, self.exposures = int(popularity.shape[0]), exposures
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.examples = _Lists(examples, self.num_items)
@@ -120,23 +130,23 @@ class Batches:
 
     def batch(self, step: int) -> Batch:
         """The rows of a step that are this worker's."""
-        rng = np.random.default_rng([self.seed, step])
-        triggers = np.sort(rng.choice(self.triggers, self.batch_size, replace=False))
-        candidates, log_inclusion = self._candidates(rng)
-        examples, targets, present = self.examples.draw(rng, triggers, _NUM_EXAMPLES)
-        random = rng.choice(self.num_items, min(_NUM_RANDOM, self.num_items), replace=False).astype(np.int32)
-        dropped = rng.random(self.num_items) < self.id_dropout
+        draw = _Draw(self.keys, self.seed, step)
+        triggers = self.triggers[draw.choose(_TRIGGERS, self.triggers, self.batch_size)]
+        candidates, log_inclusion = self._candidates(draw)
+        partners = self._partners(draw, triggers)
+        examples, targets, present = self.examples.draw(draw, triggers, _NUM_EXAMPLES)
+        everything = np.arange(self.num_items, dtype=np.int32)
+        random = everything[draw.choose(_RANDOM, everything, _NUM_RANDOM)]
+        dropped = draw.uniform(_DROPPED, everything) < self.id_dropout
         mine = slice(self.rank, None, self.world_size)
         where = np.full(self.num_items, -1, dtype=np.int32)
         where[candidates] = np.arange(len(candidates), dtype=np.int32)
         return Batch(
+            items=np.unique(np.concatenate([triggers, candidates, examples.ravel(), random, *(of.ravel() for of in partners.values())])),
             triggers=triggers[mine],
             candidates=candidates,
             log_inclusion=log_inclusion,
-            positives={
-                task: self._positives(task, np.random.default_rng([self.seed, step, number]), triggers, candidates, where)
-                for number, task in enumerate(self.matrices, start=1)  # 0 would be the same stream as without it
-            },
+            positives={task: self._positives(task, partners[task][mine], triggers[mine], candidates, where) for task in partners},
             examples=examples[mine],
             random=random,
             targets=np.concatenate([targets[mine], np.maximum(self.content[triggers[mine]] @ self.content[random].T, 0)], axis=1),
@@ -147,15 +157,18 @@ class Batches:
             num_triggers=len(triggers),
         )
 
-    def _positives(self, task: str, rng: np.random.Generator, triggers: Ints, candidates: Ints, where: Ints) -> Positives:
-        """Of this worker's rows; `rng` is the task's own, so that another task changes no draw."""
-        mine = slice(self.rank, None, self.world_size)
-        partners = self.partners[task].draw(rng, triggers, _NUM_PARTNERS if self.is_sampled else 0)[mine]
+    def _partners(self, draw: "_Draw", triggers: Ints) -> dict[str, Ints]:
+        """By task, of the whole batch. The numbers of a task are its own, so that another task changes no draw."""
+        width = _NUM_PARTNERS if self.is_sampled else 0
+        return {task: of.draw(draw.of_task(number), triggers, width) for number, (task, of) in enumerate(self.partners.items())}
+
+    def _positives(self, task: str, partners: Ints, triggers: Ints, candidates: Ints, where: Ints) -> Positives:
+        """Of this worker's rows."""
         return Positives(
-            mass=self.matrices[task].rows(triggers[mine], candidates if self.is_sampled else None),
+            mass=self.matrices[task].rows(triggers, candidates if self.is_sampled else None),
             partners=partners,
             position=where[partners],
-            valid=self.partners[task].some[triggers[mine]],
+            valid=self.partners[task].some[triggers],
         )
 
     def _log_copies(self, triggers: Ints, candidates: Ints) -> Floats | None:
@@ -164,11 +177,11 @@ class Batches:
         rows = self.exposures[triggers]
         return np.log1p((rows[:, candidates] if self.is_sampled else rows).toarray())
 
-    def _candidates(self, rng: np.random.Generator) -> tuple[Ints, Floats]:
+    def _candidates(self, draw: "_Draw") -> tuple[Ints, Floats]:
         if not self.is_sampled:
             return np.arange(self.num_items, dtype=np.int32), np.zeros(self.num_items, dtype=np.float32)
         rest = self.by_popularity[self.num_popular :]
-        drawn = rng.choice(rest, self.num_uniform, replace=False)
+        drawn = rest[draw.choose(_CANDIDATES, rest, self.num_uniform)]
         log_inclusion = np.zeros(self.num_popular + self.num_uniform, dtype=np.float32)
         log_inclusion[self.num_popular :] = np.log(self.num_uniform / len(rest))
         return np.concatenate([self.by_popularity[: self.num_popular], drawn]), log_inclusion
@@ -177,6 +190,32 @@ class Batches:
         """(B, R) which shared examples count: not the trigger itself, and none for a trigger without examples of its own."""
         graded: Bools = (random != triggers[:, None]) & (self.examples.length[triggers] > 0)[:, None]
         return graded
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """All random numbers of a step; of an item, they are its own."""
+
+    keys: Keys
+    seed: int
+    step: int
+
+    def of_task(self, number: int) -> Self:
+        """Numbers of a further task's own; those of the first task are these."""
+        return self if number == 0 else dataclasses.replace(self, seed=self.seed + number * _TASK_SEED)
+
+    def uniform(self, purpose: int, items: Ints, number: int = 0) -> npt.NDArray[np.float64]:
+        """(...) in [0, 1) of each of (...) items."""
+        return uniform(self.keys[items], self.seed, self.step, purpose, number)
+
+    def choose(self, purpose: int, items: Ints, count: int) -> npt.NDArray[np.int64]:
+        """Ascending places of `count` of the items."""
+        return choose(self.keys[items], count, self.seed, self.step, purpose)
+
+    def several(self, purpose: int, items: Ints, width: int) -> npt.NDArray[np.float64]:
+        """(B * width,) in [0, 1): `width` of each of (B,) items, one item's next to each other."""
+        columns = [self.uniform(purpose, items, number) for number in range(width)]
+        return np.stack(columns, axis=1).ravel() if columns else np.zeros(0)
 
 
 class _Lists:
@@ -188,12 +227,12 @@ class _Lists:
         self.length = np.bincount(examples.trigger, minlength=num_items)
         self.start = np.concatenate([[0], np.cumsum(self.length)])[:-1]
 
-    def draw(self, rng: np.random.Generator, triggers: Ints, width: int) -> tuple[Ints, Floats, Bools]:
+    def draw(self, draw: _Draw, triggers: Ints, width: int) -> tuple[Ints, Floats, Bools]:
         """(B, width) items, targets and presence: the whole list where it is short, else a window that starts anywhere (cyclic)."""
         length = self.length[triggers][:, None]
         step = np.arange(width)[None, :]
         present = step < length
-        offset = rng.integers(0, 1 << 31, (len(triggers), 1))
+        offset = (draw.uniform(_EXAMPLES, triggers)[:, None] * length).astype(np.int64)
         cell = self.start[triggers][:, None] + np.where(length > 0, (offset + step) % np.maximum(length, 1), 0)
         if len(self.other) == 0:
             return np.zeros(present.shape, np.int32), np.zeros(present.shape, np.float32), present
@@ -221,23 +260,23 @@ class _Partners:
     def _row_mass(sums: npt.NDArray[np.float64], indptr: Ints) -> npt.NDArray[np.float64]:
         return sums[indptr[1:]] - sums[indptr[:-1]]
 
-    def draw(self, rng: np.random.Generator, triggers: Ints, width: int) -> Ints:
+    def draw(self, draw: _Draw, triggers: Ints, width: int) -> Ints:
         """(B, width) partners; a trigger without any gets item 0, which `some` masks."""
         flat = np.repeat(triggers, width)
         total = np.maximum(self.counted[flat] + self.walked[flat], 1e-300)
-        by_pair = rng.random(len(flat)) < self.counted[flat] / total
-        point = rng.random(len(flat))
+        by_pair = draw.several(_BY_PAIR, triggers, width) < self.counted[flat] / total
+        point = draw.several(_POINT, triggers, width)
         out = np.zeros(len(flat), dtype=np.int32)
         pair = by_pair & (self.counted[flat] > 0)
         walk = ~pair & (self.walked[flat] > 0)
         out[pair] = self.pairs.indices[_pick(self.pair_sums, self.pairs.indptr, flat[pair], point[pair])]
-        out[walk] = self._walk(rng, flat[walk], point[walk])
+        out[walk] = self._walk(flat[walk], point[walk], draw.several(_PLACE, triggers, width)[walk])
         return out.reshape(len(triggers), width)
 
-    def _walk(self, rng: np.random.Generator, triggers: Ints, point: npt.NDArray[np.float64]) -> Ints:
+    def _walk(self, triggers: Ints, point: npt.NDArray[np.float64], share: npt.NDArray[np.float64]) -> Ints:
         user = self.items_users.indices[_pick(self.user_sums, self.items_users.indptr, triggers, point)]
         start, count = self.users.indptr[user], self.num_items_of_user[user]
-        place = rng.integers(0, np.maximum(count - 1, 1))
+        place = (share * np.maximum(count - 1, 1)).astype(np.int64)
         item = self.users.indices[start + place]
         last = self.users.indices[start + count - 1]
         return np.where(item == triggers, last, item).astype(np.int32)  # the user's last item stands in for the trigger itself

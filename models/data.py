@@ -24,6 +24,7 @@ from scipy.sparse import coo_array, csr_array
 
 from conf.errors import TableError
 from conf.tables import CO_ENGAGEMENT_PAIRS
+from models.draws import Keys, item_keys
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -56,12 +57,14 @@ class History:
         user_items: (U, N) 1 where the user ever engaged the item.
         popularity: (N,) decayed user-days.
         trends: (N, S) of `item_trends`.
+        keys: (N,) of models.draws, by which what is drawn for an item stays its own.
     """
 
     pairs: Sparse
     user_items: Sparse
     popularity: Floats
     trends: Floats
+    keys: Keys
 
     @property
     def num_items(self) -> int:
@@ -202,7 +205,7 @@ def load_training_data(
                              (("weight", run_date), ("fit_weight", holdout_from)))  # fmt: skip
     popularity = _read_popularity(refs["item_popularity"], index, len(ids))
     engaged = _Engaged.read(refs["engagements"], index, run_date)
-    earlier = engaged.before(holdout_from)
+    earlier, keys = engaged.before(holdout_from), item_keys(ids.to_pylist())
     return TrainingData(
         item_ids=np.asarray(ids.to_pylist(), dtype=np.str_),
         content=_content(features),
@@ -211,12 +214,14 @@ def load_training_data(
             user_items=engaged.user_items(len(ids)),
             popularity=popularity[0] * _factor(landmark, run_date, half_life_days),
             trends=engaged.trends(len(ids), run_date),
+            keys=keys,
         ),
         fit=History(
             pairs=fit_pairs,
             user_items=earlier.user_items(len(ids)),
             popularity=popularity[1] * _factor(landmark, holdout_from, half_life_days),
             trends=earlier.trends(len(ids), holdout_from - timedelta(days=1)),
+            keys=keys,
         ),
         holdout=_read_holdout(refs["co_engagement_daily"], index, len(ids), (holdout_from, run_date), symmetric=symmetric),
         eligible=features["eligible"].to_numpy(),

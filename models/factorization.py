@@ -9,7 +9,7 @@ Shapes: `N` items, `U` users, `K` dimensions, `C` content dimensions, `T` trigge
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,7 +19,9 @@ from scipy.linalg import lu, qr, svd
 from scipy.sparse import diags_array
 
 from models.data import Floats, History, Ints, Sparse
+from models.draws import Keys, choose, normal
 
+Values = npt.NDArray[np.float64]
 _OVERSAMPLING = 16  # extra columns of the range finder
 _NUM_POWER_STEPS = 3  # each a multiplication by M and one by M': the spectrum of counts falls slowly
 _MAX_NORM_RATIO = 4.0  # longest target row against the median
@@ -134,8 +136,15 @@ class CoEngagement:
         return out
 
 
-def spectrum(matrix: CoEngagement, *, dimension: int, seed: int) -> tuple[Floats, Floats, Floats]:
+def spectrum(matrix: CoEngagement, *, dimension: int, keys: Keys, seed: int) -> tuple[Floats, Floats, Floats]:
     """Leading singular triplets of D_row^-1/2 M D_column^-1/2.
+
+    Args:
+        matrix: M.
+        dimension: K, cut at N - 1.
+        keys: (N,) of the items. The range finder starts from rows that are drawn by them: with three power steps a tenth of the nearest
+            items depends on where it starts, and an item that is new must not change that for all others.
+        seed: of these rows.
 
     Returns:
         (N, K) left vectors, (K,) singular values descending, (N, K) right vectors; K is `dimension` cut at N - 1.
@@ -145,7 +154,7 @@ def spectrum(matrix: CoEngagement, *, dimension: int, seed: int) -> tuple[Floats
     row, column = _damping(matrix.dot(ones)), _damping(matrix.dot_transposed(ones))
     rank = max(1, min(dimension, num_items - 1))
     width = min(num_items, rank + _OVERSAMPLING)
-    block = np.random.default_rng(seed).standard_normal((num_items, width), dtype=np.float32)
+    block: Floats = normal(keys, width, seed=seed)
     for _ in range(_NUM_POWER_STEPS):
         block = _orthonormal(row * matrix.dot(column * block))
         block = _orthonormal(column * matrix.dot_transposed(row * block))
@@ -174,7 +183,7 @@ class Spectral:
         self.content = content
         self.user_level_weight = user_level_weight
         matrix = CoEngagement(pairs=history.pairs, user_items=history.user_items, user_level_weight=user_level_weight)
-        left, values, right = spectrum(matrix, dimension=dimension, seed=seed)
+        left, values, right = spectrum(matrix, dimension=dimension, keys=history.keys, seed=seed)
         self.left: Floats = np.asarray(left * values, dtype=np.float32)
         self.right: Floats = np.asarray(right, dtype=np.float32)
         self.num_users = history.num_users
@@ -246,7 +255,12 @@ def _mix(rows: Floats, predicted: Floats, num_users: Floats, prior_users: float)
 
 
 def recall(scores: Floats, triggers: Ints, truth: Sparse, cutoff: int) -> float:
-    """Macro recall@cutoff: mean over triggers of the weighted share of their holdout partners in the list.
+    """Macro recall@cutoff: the mean of `recalls`, which says what is given."""
+    return float(recalls(scores, triggers, truth, cutoff).mean())
+
+
+def recalls(scores: Floats, triggers: Ints, truth: Sparse, cutoff: int) -> Values:
+    """(T,) recall@cutoff: the weighted share of each trigger's holdout partners in its list.
 
     Args:
         scores: (T, N) of all targets, overwritten at the trigger itself.
@@ -260,7 +274,7 @@ def recall(scores: Floats, triggers: Ints, truth: Sparse, cutoff: int) -> float:
     rows = _rows(truth)
     found = scores[rows, truth.indices] >= threshold[rows]
     hits = np.bincount(rows, weights=truth.data * found, minlength=len(triggers))
-    return float((hits / np.asarray(truth.sum(axis=1)).ravel()).mean())
+    return np.asarray(hits / np.asarray(truth.sum(axis=1)).ravel(), dtype=np.float64)
 
 
 def _rows(matrix: Sparse) -> npt.NDArray[np.int64]:
@@ -268,22 +282,27 @@ def _rows(matrix: Sparse) -> npt.NDArray[np.int64]:
     return np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
 
 
-def log_likelihood(scores: Floats, triggers: Ints, truth: Sparse) -> float:
-    """Mean over triggers of the expected log softmax score of a holdout partner."""
+def log_likelihoods(scores: Floats, triggers: Ints, truth: Sparse) -> Values:
+    """(T,) expected log softmax score of a holdout partner."""
     scores[np.arange(len(triggers)), triggers] = -np.inf
     top = scores.max(axis=1)
     normalizer = np.log(np.exp(scores - top[:, None]).sum(axis=1)) + top
     share: Floats = np.asarray(truth.sum(axis=1), dtype=np.float32).ravel()
     rows = _rows(truth)
     gained = np.bincount(rows, weights=truth.data * scores[rows, truth.indices], minlength=len(triggers))
-    return float((gained / share - normalizer).mean())
+    return np.asarray(gained / share - normalizer, dtype=np.float64)
 
 
-def sample_triggers(holdout: Sparse, *, maximum: int, seed: int) -> Ints:
-    """(T,) ascending triggers with partners in the holdout, at most `maximum` of them, drawn by seed."""
+def is_better(trial: Values, present: Values, *, stay: float) -> bool:
+    """Whether the mean of (T,) paired values is higher, by more than `stay` standard errors of the difference."""
+    gain = trial - present
+    return bool(gain.mean() > stay * gain.std() / len(gain) ** 0.5)
+
+
+def sample_triggers(holdout: Sparse, *, keys: Keys, maximum: int, seed: int) -> Ints:
+    """(T,) ascending triggers with partners in the holdout, at most `maximum` of them, drawn by the items' keys and seed."""
     some = np.flatnonzero(np.diff(holdout.indptr) > 0)
-    drawn = np.random.default_rng(seed).permutation(some)[:maximum]
-    return np.sort(drawn).astype(np.int32)
+    return some[choose(keys[some], maximum, seed)].astype(np.int32)
 
 
 _GRID: dict[str, Sequence[float]] = {
@@ -300,52 +319,65 @@ _BLOCK = 250  # triggers scored at once: 68 MB of scores at 68 k items
 
 
 class Calibration:
-    """Coordinate search of ScoreWeights against holdout recall; each setting is evaluated once."""
+    """Coordinate search of ScoreWeights against holdout recall; each setting is evaluated once.
 
-    def __init__(self, *, holdout: Sparse, triggers: Ints, watch: Callable[[int], None] | None = None) -> None:
-        self.triggers = triggers
+    Args:
+        holdout: (N, N) what followed.
+        triggers: (T,) the rows of it to look at.
+        stay: standard errors that a gain must exceed for a weight to change.
+        watch: told the number of settings tried, after each.
+    """
+
+    def __init__(self, *, holdout: Sparse, triggers: Ints, stay: float = 0.0, watch: Callable[[int], None] | None = None) -> None:
+        self.triggers, self.stay = triggers, stay
         self._watch = watch
         self.truth: Sparse = holdout[triggers]
         self.log: list[dict[str, float]] = []
 
-    def mean(self, factorization: Factorization, measure: Callable[[Floats, Ints, Sparse], float]) -> float:
-        """A measure over the sampled triggers, in blocks."""
-        total = 0.0
+    def values(self, factorization: Factorization, measure: Callable[[Floats, Ints, Sparse], Values]) -> Values:
+        """(T,) a measure of the sampled triggers, computed in blocks."""
+        parts = []
         for start in range(0, len(self.triggers), _BLOCK):
             part = self.triggers[start : start + _BLOCK]
-            total += len(part) * measure(factorization.scores(part), part, self.truth[start : start + _BLOCK])
-        return total / len(self.triggers)
+            parts.append(measure(factorization.scores(part), part, self.truth[start : start + _BLOCK]))
+        return np.concatenate(parts)
 
-    def recall(self, spectral: Spectral, weights: ScoreWeights) -> float:
-        """Recall@100 of one setting, logged."""
-        value = self.mean(spectral.factorization(weights), lambda s, t, truth: recall(s, t, truth, _CUTOFF))
-        self.log.append({**dataclasses.asdict(weights), "recall": value})
+    def recall(self, spectral: Spectral, weights: ScoreWeights) -> Values:
+        """(T,) recall@100 of one setting; its mean is logged."""
+        values = self.values(spectral.factorization(weights), lambda s, t, truth: recalls(s, t, truth, _CUTOFF))
+        self.log.append({**dataclasses.asdict(weights), "recall": float(values.mean())})
         if self._watch is not None:
             self._watch(len(self.log))
-        return value
+        return values
 
     def improve(self, spectral: Spectral, weights: ScoreWeights, dimensions: Sequence[int]) -> tuple[ScoreWeights, float]:
-        """Sweeps over the coordinates until none moves, two at most; a coordinate moves only where recall gains."""
+        """Sweeps over the coordinates until none moves, two at most; a coordinate moves only where recall gains enough."""
         best = self.recall(spectral, weights)
         for _ in range(_NUM_SWEEPS):
             before = weights
             for name, values in {**_GRID, "dimension": dimensions}.items():
                 for value in values:
                     trial = weights.changed(name, value)
-                    if value != getattr(weights, name) and (gained := self.recall(spectral, trial)) > best:
+                    if value != getattr(weights, name) and is_better(gained := self.recall(spectral, trial), best, stay=self.stay):
                         weights, best = trial, gained
             if weights == before:
                 break
-        return weights, best
+        return weights, float(best.mean())
 
     def temperature(self, spectral: Spectral, weights: ScoreWeights) -> float:
-        """T of the largest likelihood."""
+        """T of the largest likelihood, if it gains enough against the present one."""
 
-        def likelihood(temperature: float) -> float:
+        def likelihood(temperature: float) -> Values:
             trial = dataclasses.replace(weights, temperature=temperature)
-            return self.mean(spectral.factorization(trial), log_likelihood)
+            return self.values(spectral.factorization(trial), log_likelihoods)
 
-        return max(_TEMPERATURES, key=likelihood)
+        return _choose({value: likelihood(value) for value in (weights.temperature, *_TEMPERATURES)}, weights.temperature, self.stay)
+
+
+def _choose(values: Mapping[float, Values], present: float, stay: float) -> float:
+    """The setting with the highest mean, or the present one unless that gains more than `stay` standard errors."""
+    best = max(values, key=lambda setting: float(values[setting].mean()))
+    return best if is_better(values[best], values[present], stay=stay) else present
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,45 +406,56 @@ def calibrate(
     triggers: Ints,
     *,
     start: ScoreWeights,
+    largest: int,
     content_share: float,
     seed: int,
+    stay: float = 0.0,
     watch: Callable[[int], None] | None = None,
 ) -> Calibrated:
     """Choose the weights on the holdout by coordinate search; without triggers the given ones stand.
+
+    Recall on some hundred triggers has several settings within its noise of the best. Who takes the best one every night jumps between
+    them, and the lists with it: against rho = .35, a rho of .5 changes a fifth of the first twenty on ifdb_games. So a night that starts
+    from the weights of the night before moves only for a gain that is clearly more than chance.
 
     Args:
         history: before the holdout.
         content: (N, C).
         holdout: (N, N) what followed.
         triggers: (T,) the rows of it to look at.
-        start: weights to start from; its dimension is the largest one tried.
-        content_share: likewise, of the relevance head.
+        start: weights to start from.
+        largest: K of the largest factorization tried; the other one has half of it.
+        content_share: share to start from, of the relevance head.
         seed: of the range finder.
+        stay: standard errors that a gain must exceed for a weight to change.
         watch: told the number of settings tried, after each.
     """
 
     def spectral(user_level_weight: float) -> Spectral:
-        return Spectral(history, content, user_level_weight=user_level_weight, dimension=start.dimension, seed=seed)
+        return Spectral(history, content, user_level_weight=user_level_weight, dimension=largest, seed=seed)
 
     if not len(triggers):
         fit = spectral(start.user_level_weight).factorization(start)
         return Calibrated(weights=start, content_share=content_share, fit=fit, recall=float("nan"), log=[])
-    search = Calibration(holdout=holdout, triggers=triggers, watch=watch)
+    search = Calibration(holdout=holdout, triggers=triggers, stay=stay, watch=watch)
     tried = {b: spectral(b) for b in sorted({*_USER_LEVEL_WEIGHTS, start.user_level_weight})}
     trials = {b: search.recall(tried[b], dataclasses.replace(start, user_level_weight=b)) for b in tried}
-    chosen = max(trials, key=trials.__getitem__)
+    chosen = _choose(trials, start.user_level_weight, stay)
     best = tried[chosen]
-    weights, reached = search.improve(best, dataclasses.replace(start, user_level_weight=chosen), (start.dimension // 2,))
+    weights, reached = search.improve(best, dataclasses.replace(start, user_level_weight=chosen), (largest, largest // 2))
     weights = dataclasses.replace(weights, temperature=search.temperature(best, weights))
     fit = best.factorization(weights)
-    share = choose_content_share(fit, content, history, holdout, triggers, default=content_share)
+    share = choose_content_share(fit, content, history, holdout, triggers, default=content_share, stay=stay)
     return Calibrated(weights=weights, content_share=share, fit=fit, recall=reached, log=search.log)
 
 
 def choose_content_share(
-    fit: Factorization, content: Floats, history: History, holdout: Sparse, triggers: Ints, *, default: float
+    fit: Factorization, content: Floats, history: History, holdout: Sparse, triggers: Ints, *, default: float, stay: float = 0.0
 ) -> float:
-    """The share of content cosine with the best recall on *new* pairs, which no count can know; never by a judge of relevance."""
+    """The share of content cosine with the best recall on *new* pairs, which no count can know; never by a judge of relevance.
+
+    The default stands unless another share gains more than `stay` standard errors.
+    """
     known = history.pairs[triggers] + history.pairs.T.tocsr()[triggers]
     new = holdout[triggers]
     new = (new - new.multiply(known > 0)).tocsr()
@@ -420,12 +463,12 @@ def choose_content_share(
     some = np.flatnonzero(np.diff(new.indptr) > 0)
     if len(some) < 2:
         return default
-    total = dict.fromkeys(_CONTENT_SHARES, 0.0)
+    found: dict[float, list[Values]] = {share: [] for share in (default, *_CONTENT_SHARES)}
     for start in range(0, len(some), _BLOCK):
         part = some[start : start + _BLOCK]
         rows = triggers[part]
         by_content, spectral = content[rows] @ content.T, fit.trigger[rows] @ fit.trigger.T
-        for share in _CONTENT_SHARES:
+        for share in found:
             scores = np.float32(share) * by_content + np.float32(1 - share) * spectral
-            total[share] += len(part) * recall(scores, rows, new[part], _CUTOFF)
-    return max(total, key=total.__getitem__)
+            found[share].append(recalls(scores, rows, new[part], _CUTOFF))
+    return _choose({share: np.concatenate(parts) for share, parts in found.items()}, default, stay)

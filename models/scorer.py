@@ -13,7 +13,7 @@ Shapes: `N` items, `T` triggers, `M` candidates of all triggers together, `F` fe
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.data import TRENDS, Floats, History, Ints, Sparse
+from models.draws import Keys, uniform
 from models.user_level import UserLevel
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ USER_LEVEL_PRIOR_WEIGHT = 3.0  # the same of user-level co-engagement, whose wei
 _PRIOR_WEIGHTS = [PRIOR_WEIGHT, USER_LEVEL_PRIOR_WEIGHT]
 _HEAD_SHARE = 0.9  # of the fallback mixture: the counts' tenth adds what the factorization does not memorize
 _PATIENCE = 8  # passes without a better held-out loss
+_COLD = (0.02, 0.0)  # learning rate, and standard errors by which a held-out loss must be lower than at the start
+_WARM = (0.005, 2.0)  # from last night's weights: what gains less is noise of the slice, and would change every list
 _BATCH = 40  # triggers per step
 MIN_TRIGGERS = 50  # fewer cannot be told from noise with F * 17 weights
 
@@ -122,10 +125,27 @@ class Scorer:
         """(M,) log p(j given i) over each trigger's candidates; `segment` ascends."""
         return log_softmax(self.logits(features), segment)
 
+    def to_content(self) -> dict[str, Any]:
+        """As JSON, floats as they are."""
+        weights = {name: None if value is None else value.tolist() for name, value in self.__dict__.items()}
+        return {"features": list(FEATURES), "prior_weights": _PRIOR_WEIGHTS, **weights}
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any], *, where: str) -> Self:
+        """What `to_content` gave.
+
+        Raises:
+            ValueError: the features are not this code's; `where` they were read is said.
+        """
+        if tuple(content["features"]) != FEATURES or content.get("prior_weights") != _PRIOR_WEIGHTS:
+            raise ValueError(f"{where} was fitted on features {content['features']}; this code computes {FEATURES}: train again")
+        names = ("mean", "scale", "linear", "hidden", "hidden_bias", "output")
+        arrays: dict[str, Any] = {name: None if content[name] is None else np.asarray(content[name], dtype=np.float32) for name in names}
+        return cls(**arrays)
+
     def save(self, path: Path) -> None:
-        """Write as JSON, floats as they are."""
-        content = {name: None if value is None else value.tolist() for name, value in self.__dict__.items()}
-        path.write_text(json.dumps({"features": FEATURES, "prior_weights": _PRIOR_WEIGHTS, **content}))
+        """Write `to_content` as a file."""
+        path.write_text(json.dumps(self.to_content()))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -134,12 +154,7 @@ class Scorer:
         Raises:
             ValueError: the file's features are not this code's.
         """
-        content = json.loads(Path(path).read_text())
-        if tuple(content["features"]) != FEATURES or content.get("prior_weights") != _PRIOR_WEIGHTS:
-            raise ValueError(f"{path} was fitted on features {content['features']}; this code computes {FEATURES}: train again")
-        names = ("mean", "scale", "linear", "hidden", "hidden_bias", "output")
-        arrays: dict[str, Any] = {name: None if content[name] is None else np.asarray(content[name], dtype=np.float32) for name in names}
-        return cls(**arrays)
+        return cls.from_content(json.loads(Path(path).read_text()), where=str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,41 +276,60 @@ def _choose(chosen: npt.NDArray[np.bool_], scores: Floats, width: int, *, above:
 
 
 def fit_scorer(
-    candidates: Candidates, *, num_units: int = 12, num_folds: int = 4, num_passes: int = 60, seed: int
+    candidates: Candidates,
+    *,
+    keys: Keys,
+    num_units: int = 12,
+    num_folds: int = 4,
+    num_passes: int = 60,
+    seed: int,
+    previous: Scorer | None = None,
 ) -> tuple[Scorer, dict[str, float]]:
     """Fit listwise: softmax over each trigger's candidates against its future partners.
 
     The triggers are dealt into folds; each fold stops a scorer early that is fitted on the others, and the mean of their logits, one
-    scorer of `num_folds * num_units` units, is kept: a single split of some hundred triggers is decided by chance.
+    scorer of `num_folds * num_units` units, is kept: a single split of some hundred triggers is decided by chance. From the scorer of the
+    night before every fold starts with all of it, leaves it only for a loss that is clearly lower, and the mean of their weights is kept.
 
     Args:
         candidates: with features of the past and gains of the future.
+        keys: (T,) of the triggers that have candidates, by which they are dealt out.
         num_units: tanh units per fold.
         num_folds: at least 2, and no more than there are triggers.
         num_passes: most passes over the triggers.
         seed: of initialization, folds and order.
+        previous: to go on from, on its own scale of features; a mixture has nothing to go on from.
 
     Returns:
         The scorer and what was reached, means over the folds: passes, held-out loss, loss of the fixed mixture there.
     """
-    import torch
-
-    mean, scale = candidates.features.mean(axis=0), candidates.features.std(axis=0) + np.float32(1e-6)
-    generator = torch.Generator().manual_seed(seed)
-    lists = _Lists(candidates, mean, scale)
-    folds = torch.chunk(torch.randperm(lists.num_triggers, generator=generator), num_folds)
-    fits = [_fit_fold(lists, folds, number, num_units, num_passes, generator) for number in range(len(folds))]
-    linear, hidden, hidden_bias, output = zip(*(fit.weights for fit in fits), strict=True)
-    scorer = Scorer(
-        mean=mean,
-        scale=scale,
-        linear=np.mean(linear, axis=0),
-        hidden=np.concatenate(hidden, axis=1),
-        hidden_bias=np.concatenate(hidden_bias),
-        output=(np.concatenate(output) / len(fits)).astype(np.float32),
-    )
+    if previous is None or previous.hidden is None:
+        mean, scale = candidates.features.mean(axis=0), candidates.features.std(axis=0) + np.float32(1e-6)
+        starts = [_cold_start(scale, num_units, seed + number) for number in range(num_folds)]
+        options, together = _COLD, _side_by_side
+    else:
+        mean, scale = previous.mean, previous.scale
+        starts = [[previous.linear, previous.hidden, previous.hidden_bias, previous.output]] * num_folds
+        options, together = _WARM, _mean
+    lists = _Lists(candidates, mean, scale, keys)
+    folds = np.array_split(np.argsort(uniform(keys, seed), kind="stable"), num_folds)
+    fits = [_fit_fold(lists, folds, number, start, num_passes, options, seed) for number, start in enumerate(starts)]
+    linear, hidden, hidden_bias, output = together([fit.weights for fit in fits])
+    scorer = Scorer(mean=mean, scale=scale, linear=linear, hidden=hidden, hidden_bias=hidden_bias, output=output)
     names = ("scorer_passes", "scorer_loss", "mixture_loss")
     return scorer, {name: float(np.mean([fit.reached[name] for fit in fits])) for name in names}
+
+
+def _side_by_side(fits: Sequence[Sequence[Floats]]) -> list[Floats]:
+    """The mean of the folds' logits as one scorer: their units beside each other."""
+    linear, hidden, hidden_bias, output = zip(*fits, strict=True)
+    outputs = (np.concatenate(output) / len(fits)).astype(np.float32)
+    return [np.mean(linear, axis=0), np.concatenate(hidden, axis=1), np.concatenate(hidden_bias), outputs]
+
+
+def _mean(fits: Sequence[Sequence[Floats]]) -> list[Floats]:
+    """The mean of the folds' weights, which all went a small way from the same ones."""
+    return [np.mean(weights, axis=0) for weights in zip(*fits, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -306,38 +340,47 @@ class _Fit:
     reached: dict[str, float]
 
 
+def _cold_start(scale: Floats, num_units: int, seed: int) -> list[Floats]:
+    """A geometric mixture of head and smoothed count."""
+    linear = np.zeros(len(scale), dtype=np.float32)
+    linear[0], linear[1] = _HEAD_SHARE * scale[0], (1 - _HEAD_SHARE) * scale[1]
+    hidden = np.random.default_rng(seed).standard_normal((len(scale), num_units), dtype=np.float32) * np.float32(0.3)
+    return [linear, hidden, np.zeros(num_units, dtype=np.float32), np.zeros(num_units, dtype=np.float32)]
+
+
 def _fit_fold(
-    lists: "_Lists", folds: "Sequence[torch.Tensor]", number: int, num_units: int, num_passes: int, generator: "torch.Generator"
+    lists: "_Lists",
+    folds: Sequence[npt.NDArray[np.int64]],
+    number: int,
+    start: Sequence[Floats],
+    num_passes: int,
+    options: tuple[float, float],
+    seed: int,
 ) -> _Fit:
-    """Starts as a geometric mixture of head and smoothed count."""
+    """Fitted on the other folds, stopped early by this one."""
     import torch
 
-    num_features = len(lists.scale)
-    linear = torch.zeros(num_features)
-    linear[0], linear[1] = float(_HEAD_SHARE * lists.scale[0]), float((1 - _HEAD_SHARE) * lists.scale[1])
-    hidden = torch.randn(num_features, num_units, generator=generator) * 0.3
-    weights = [linear, hidden, torch.zeros(num_units), torch.zeros(num_units)]
-    fitted = torch.cat([fold for other, fold in enumerate(folds) if other != number])
-    loss, passes = _descend(weights, lists, fitted, folds[number], num_passes, generator)
-    mixture = lists.loss(folds[number], lambda z: torch.from_numpy(Scorer.mixture().logits(z.numpy() * lists.scale + lists.mean)))
-    reached = {"scorer_passes": float(passes), "scorer_loss": loss, "mixture_loss": float(mixture)}
+    weights = [torch.tensor(weight) for weight in start]
+    fitted = np.sort(np.concatenate([fold for other, fold in enumerate(folds) if other != number]))
+    loss, passes = _descend(weights, lists, fitted, folds[number], num_passes, options, (seed, number))
+    mixture = lists.losses(folds[number], lambda z: torch.from_numpy(Scorer.mixture().logits(z.numpy() * lists.scale + lists.mean)))
+    reached = {"scorer_passes": float(passes), "scorer_loss": loss, "mixture_loss": float(mixture.mean())}
     return _Fit([weight.detach().numpy().copy() for weight in weights], reached)
 
 
 class _Lists:
     """Candidates as lists by trigger: standardized features and gains."""
 
-    def __init__(self, candidates: Candidates, mean: Floats, scale: Floats) -> None:
+    def __init__(self, candidates: Candidates, mean: Floats, scale: Floats, keys: Keys) -> None:
         import torch
 
-        self.mean, self.scale = mean, scale
+        self.mean, self.scale, self.keys = mean, scale, keys
         lengths = np.unique(candidates.segment, return_counts=True)[1].tolist()
         self.features = torch.split(torch.from_numpy((candidates.features - mean) / scale), lengths)
         self.gains = torch.split(torch.from_numpy(candidates.gain), lengths)
-        self.num_triggers = len(lengths)
 
-    def loss(self, triggers: "torch.Tensor", logits: "Callable[[torch.Tensor], torch.Tensor]") -> "torch.Tensor":
-        """Mean over triggers of the gain-weighted negative log softmax."""
+    def losses(self, triggers: npt.NDArray[np.int64], logits: "Callable[[torch.Tensor], torch.Tensor]") -> "torch.Tensor":
+        """(T,) gain-weighted negative log softmax of each trigger."""
         import torch
 
         chosen = triggers.tolist()
@@ -345,36 +388,47 @@ class _Lists:
         parts = torch.split(logits(z), [len(g) for g in gain])
         rows = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_value=-1e9)  # (T, longest)
         weight = torch.nn.utils.rnn.pad_sequence(gain, batch_first=True)
-        return -(weight * rows.log_softmax(dim=1)).sum(dim=1).mean()
+        return -(weight * rows.log_softmax(dim=1)).sum(dim=1)
 
 
 def _descend(
     weights: "list[torch.Tensor]",
     lists: _Lists,
-    fitted: "torch.Tensor",
-    held_out: "torch.Tensor",
+    fitted: npt.NDArray[np.int64],
+    held_out: npt.NDArray[np.int64],
     num_passes: int,
-    generator: "torch.Generator",
+    options: tuple[float, float],
+    purpose: tuple[int, int],
 ) -> tuple[float, int]:
-    """Adam over small groups of triggers; leaves the weights of the best held-out loss, returns that loss and its pass."""
+    """Adam over small groups of triggers; leaves the weights of the best held-out loss, returns that loss and its pass.
+
+    Where it began stands unless the gain exceeds so many standard errors as `options` says.
+    """
     import torch
 
     def logits(z: torch.Tensor) -> torch.Tensor:
         return z @ weights[0] + torch.tanh(z @ weights[1] + weights[2]) @ weights[3]
 
-    optimizer = torch.optim.Adam([weight.requires_grad_() for weight in weights], lr=0.02)
-    best, lowest, at = [weight.detach().clone() for weight in weights], float("inf"), 0
+    learning_rate, stay = options
+    optimizer = torch.optim.Adam([weight.requires_grad_() for weight in weights], lr=learning_rate)
+    first = lists.losses(held_out, logits).detach()
+    best, lowest, at, gain = [weight.detach().clone() for weight in weights], float(first.mean()), 0, torch.zeros_like(first)
+    start = best
     for number in range(num_passes):
         with torch.no_grad():
-            checked = float(lists.loss(held_out, logits))
+            losses = lists.losses(held_out, logits)
+        checked = float(losses.mean())
         if checked < lowest - 1e-5:
-            best, lowest, at = [weight.detach().clone() for weight in weights], checked, number
+            best, lowest, at, gain = [weight.detach().clone() for weight in weights], checked, number, first - losses
         if number - at > _PATIENCE:
             break
-        for triggers in torch.split(fitted[torch.randperm(len(fitted), generator=generator)], _BATCH):
+        order = fitted[np.argsort(uniform(lists.keys[fitted], *purpose, number), kind="stable")]
+        for begin in range(0, len(order), _BATCH):
             optimizer.zero_grad()
-            torch.autograd.backward(lists.loss(triggers, logits))
+            torch.autograd.backward(lists.losses(order[begin : begin + _BATCH], logits).mean())
             optimizer.step()
+    if at and float(gain.mean()) <= stay * float(gain.std()) / len(gain) ** 0.5:
+        best, lowest, at = start, float(first.mean()), 0
     for weight, value in zip(weights, best, strict=True):
         weight.detach().copy_(value)
     return lowest, at

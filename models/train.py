@@ -11,6 +11,8 @@
     scorer.json          models.scorer
     signals/             what else the scorer reads: trends.npy (N, S), and models.user_level
 
+and, until the job has taken these over, models.resume: a training that was killed goes on from there.
+
 Deterministic for a seed and a thread count. Several workers take the rows of one global batch and add up gradients: the result is one
 worker's to rounding. Shapes as in models.batches.
 """
@@ -46,10 +48,12 @@ from models.data import Floats, TableRef, TrainingData, load_training_data
 from models.factorization import Calibrated, CoEngagement, Factorization, ScoreWeights, calibrate, factorize, sample_triggers
 from models.losses import Loss
 from models.mtmh import COSINE_TASKS, Head, Mtmh, SignalStart, Start
+from models.resume import Keeper, Optimization, Saved, training_key
 from models.scorer import MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
 from models.user_level import UserLevel
 
 _CONFLICT_EVERY = 10  # steps between looks at the gradients' cosine
+_COSINE = "cosine "  # how entries of the history about gradients begin
 _PART_ITEMS = 50_000  # rows of an embeddings file
 
 
@@ -67,6 +71,7 @@ class TrainingSpec:
         model: encoder and heads.
         training: optimization.
         signals: half-life in days of the signals that heads train on, by name.
+        previous: folder of the model of an earlier night to start from; None: start cold.
     """
 
     tables: Mapping[str, TableRef]
@@ -78,6 +83,7 @@ class TrainingSpec:
     model: ModelSettings
     training: TrainingSettings
     signals: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    previous: str | None = None
 
     def to_json(self) -> str:
         """What `from_json` reads."""
@@ -91,8 +97,14 @@ class TrainingSpec:
             "model": self.model.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json"),
             "signals": dict(self.signals),
+            "previous": self.previous,
         }
         return json.dumps(content)
+
+    @property
+    def key(self) -> str:
+        """Hash of what decides the numbers that come out, and not where they go."""
+        return training_key(dataclasses.replace(self, folder="").to_json())
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -108,6 +120,7 @@ class TrainingSpec:
             model=ModelSettings.model_validate(content["model"]),
             training=TrainingSettings.model_validate(content["training"]),
             signals=content["signals"],
+            previous=content["previous"],
         )
 
 
@@ -137,15 +150,31 @@ class Workers:
         """Share the machine's cores; torchrun alone would give each worker one thread."""
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
 
-    def add_up(self, model: torch.nn.Module) -> None:
-        """Sum the gradients of all workers in one message."""
+    def add_up(self, model: torch.nn.Module, entry: dict[str, float]) -> dict[str, float]:
+        """Sum the gradients of all workers, in place, and what they say of the step, in one message; of cosines the mean is taken."""
         if self.world_size == 1:
-            return
+            return entry
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        said = torch.tensor(list(entry.values()))
+        flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), said])
         dist.all_reduce(flat)
-        for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        *parts, said = torch.split(flat, [*(g.numel() for g in gradients), len(said)])
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+        sums = dict(zip(entry, said.tolist(), strict=True))
+        return {name: value / self.world_size if name.startswith(_COSINE) else value for name, value in sums.items()}
+
+    def part(self, num_rows: int) -> slice:
+        """The rows that are this worker's share; shares differ by one row at most."""
+        bounds = [num_rows * rank // self.world_size for rank in range(self.world_size + 1)]
+        return slice(bounds[self.rank], bounds[self.rank + 1])
+
+    def gather(self, mine: Tensor, num_rows: int) -> Tensor:
+        """(num_rows, D) rows of all workers, each of which has computed its `part`; gradients go back to whoever computed the row."""
+        if self.world_size == 1:
+            return mine
+        gathered: Tensor = _Gather.apply(mine, self, num_rows)  # type: ignore[no-untyped-call]  # torch does not type it
+        return gathered
 
     def share(self, tensor: Tensor) -> Tensor:
         """Rank 0's numbers for everybody, in place."""
@@ -157,6 +186,26 @@ class Workers:
         """Until everybody is here."""
         if self.world_size > 1:
             dist.barrier()
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather of unequal shares, as a sum of rows that are 0 where they are another worker's; backward is the transposed of it."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, workers: Workers, num_rows: int) -> Tensor:
+        """(share, D) -> (num_rows, D)."""
+        ctx.workers, ctx.share = workers, workers.part(num_rows)
+        out = mine.new_zeros(num_rows, mine.shape[1])
+        out[ctx.share] = mine
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """(num_rows, D) gradients of this worker's loss -> (share, D) of everybody's."""
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total[ctx.share], None, None
 
 
 class Progress:
@@ -217,26 +266,26 @@ def train(data: TrainingData, spec: TrainingSpec, workers: Workers) -> dict[str,
     folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(folder, total=spec.training.num_steps) if workers.rank == 0 else None
     clock = _Stopwatch()
-    plan = _plan(data, spec, progress) if workers.rank == 0 else None
+    saved = _saved(folder, spec, workers)
+    plan, model = _resumed(data, spec, saved) if saved else _started(data, spec, progress, workers)
     clock.stop("calibration_seconds")
-    model = _shared_model(data, spec, plan, workers)
-    workers.wait()
-    history = fine_tune(model, data, spec, workers, user_level_weight=_user_level_weight(plan, workers), progress=progress)
+    workers.wait()  # nobody saves before all have read
+    keeper = _keeper(folder, spec, plan) if plan and progress else None
+    weight = _user_level_weight(plan, workers)
+    history = fine_tune(model, data, spec, workers, user_level_weight=weight, progress=progress, saved=saved, keeper=keeper)
     clock.stop("training_seconds")
     if plan is None or progress is None:
         return clock.seconds
     progress.show("writing", spec.training.num_steps)
     metrics = {**plan.metrics, **_final(history), **_describe(model)}
-    version = save_checkpoint(
-        folder / "checkpoint", model, vocabulary=data.vocabulary, run={"metrics": metrics, "search": plan.calibrated.log}
-    )
+    version = save_checkpoint(folder / "checkpoint", model, vocabulary=data.vocabulary, run={"metrics": metrics, "search": plan.search})
     write_embeddings(folder / "embeddings", model, data)
     plan.scorer.save(folder / "scorer.json")
     write_signals(folder / "signals", data, min_users=spec.min_users)
     clock.stop("writing_seconds")
     _write(folder / "history.json", {"model_version": version, "steps": history})
     _write(folder / "metrics.json", metrics | clock.seconds)
-    _write(folder / "notes.json", plan.notes)
+    _write(folder / "notes.json", [*plan.notes, *_resumption(saved, spec)])
     return metrics | clock.seconds
 
 
@@ -260,58 +309,114 @@ def _write(path: Path, content: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What rank 0 found out before training."""
+    """What rank 0 found out before training: weights, the settings tried for them, the merge scorer, and what to say about it."""
 
-    calibrated: Calibrated
-    full: Factorization
-    signals: Mapping[str, Factorization]
+    weights: ScoreWeights
+    content_share: float
+    search: list[dict[str, float]]
     scorer: Scorer
     metrics: dict[str, float]
     notes: list[str]
 
+    def to_content(self) -> dict[str, Any]:
+        """As JSON."""
+        rest = {name: getattr(self, name) for name in ("content_share", "search", "metrics", "notes")}
+        return {"weights": dataclasses.asdict(self.weights), "scorer": self.scorer.to_content(), **rest}
 
-def _plan(data: TrainingData, spec: TrainingSpec, progress: Progress | None) -> Plan:
-    """Choose weights on the holdout, fit the merge scorer there, then factorize everything known."""
-    settings, seed = spec.model, spec.training.seed
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any]) -> Self:
+        """What `to_content` wrote."""
+        scorer = Scorer.from_content(content["scorer"], where="the saved training")
+        return cls(**{**content, "weights": ScoreWeights(**content["weights"]), "scorer": scorer})
+
+
+def _plan(data: TrainingData, spec: TrainingSpec, progress: Progress | None) -> tuple[Plan, list[Factorization]]:
+    """Choose weights on the holdout, fit the merge scorer there, then factorize everything known, and each signal."""
+    settings, seed, largest = spec.model, spec.training.seed, min(spec.model.dimension, data.num_items - 1)
     if progress:
         progress.show("calibration")
-    triggers = sample_triggers(data.holdout, maximum=spec.training.num_validation_triggers, seed=seed)
+    triggers = sample_triggers(data.holdout, keys=data.full.keys, maximum=spec.training.num_validation_triggers, seed=seed)
     usable = triggers if len(triggers) >= MIN_TRIGGERS else triggers[:0]
-    start = ScoreWeights(
-        user_level_weight=settings.user_level_weight,
-        dimension=min(settings.dimension, data.num_items - 1),
-        target_norm_exponent=settings.target_norm_exponent,
-        popularity_weight=settings.popularity_weight,
-        temperature=_START_TEMPERATURE,
-        prior_users=1.0,
-    )
+    before = Before.read(spec)
     calibrated = calibrate(
         data.fit,
         data.content,
         data.holdout,
         usable,
-        start=start,
-        content_share=settings.content_share,
+        start=dataclasses.replace(before.weights, dimension=min(before.weights.dimension, largest)),
+        largest=largest,
+        content_share=before.content_share,
         seed=seed,
+        stay=_STAY if before.scorer else 0.0,
         watch=partial(progress.show, "calibration") if progress else None,
     )
-    scorer, reached = Scorer.mixture(), dict[str, float]()
+    scorer, reached = before.scorer or Scorer.mixture(), dict[str, float]()
     if len(usable):
         blank = dict.fromkeys(data.signals, _blank(data, calibrated.fit.trigger.shape[1]))  # heads of signals propose nothing here
         fit_model = build_model(calibrated.fit, data.content, settings, calibrated.content_share, seed=seed, signals=blank)
         source = candidate_source(data, fit_model, calibrated.fit, min_users=spec.min_users)
-        scorer, reached = fit_scorer(source.propose(usable, data.holdout[usable], widths=Widths()), seed=seed)
+        candidates = source.propose(usable, data.holdout[usable], widths=Widths())
+        keys = data.full.keys[usable[np.unique(candidates.segment)]]
+        scorer, reached = fit_scorer(candidates, keys=keys, seed=seed, previous=before.scorer)
     full = factorize(data.full, data.content, weights=calibrated.weights, seed=seed)
     alone = calibrated.weights.changed("prior_users", 0.0)
-    signals = {name: factorize(data.history_of(name), data.content, weights=alone, seed=seed) for name in data.signals}
+    signals = [factorize(data.history_of(name), data.content, weights=alone, seed=seed) for name in data.signals]
     chosen = {name: float(value) for name, value in dataclasses.asdict(calibrated.weights).items()}
     metrics = {**chosen, "content_share": calibrated.content_share, "num_holdout_triggers": float(len(triggers)), **reached}
     if len(usable):
         metrics["holdout_recall_at_100"] = calibrated.recall
-    notes = _notes(calibrated, len(triggers))
-    return Plan(calibrated=calibrated, full=full, signals=signals, scorer=scorer, metrics=metrics, notes=notes)
+    plan = Plan(
+        weights=calibrated.weights,
+        content_share=calibrated.content_share,
+        search=calibrated.log,
+        scorer=scorer,
+        metrics=metrics,
+        notes=[before.said, *_notes(calibrated, len(triggers))],
+    )
+    return plan, [full, *signals]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    """What the calibration starts from: the settings, or an earlier night's model, which has a scorer; and a word about it."""
+
+    weights: ScoreWeights
+    content_share: float
+    scorer: Scorer | None = None
+    said: str = "starts cold"
+
+    @classmethod
+    def read(cls, spec: TrainingSpec) -> Self:
+        """From `spec.previous`; a model of other code, which cannot be read, is said and left alone."""
+        settings = spec.model
+        cold = cls(
+            weights=ScoreWeights(
+                user_level_weight=settings.user_level_weight,
+                dimension=settings.dimension,
+                target_norm_exponent=settings.target_norm_exponent,
+                popularity_weight=settings.popularity_weight,
+                temperature=_START_TEMPERATURE,
+                prior_users=1.0,
+            ),
+            content_share=settings.content_share,
+        )
+        if spec.previous is None:
+            return cold
+        folder = Path(spec.previous)
+        try:
+            chosen = json.loads((folder / "metrics.json").read_text())
+            weights = {field.name: chosen[field.name] for field in dataclasses.fields(ScoreWeights)}
+            return cls(
+                weights=ScoreWeights(**weights | {"dimension": int(weights["dimension"])}),
+                content_share=chosen["content_share"],
+                scorer=Scorer.load(folder / "scorer.json"),
+                said=f"starts from the weights and the scorer of {folder.parent.name}",
+            )
+        except (OSError, KeyError, ValueError) as error:
+            return dataclasses.replace(cold, said=f"starts cold: the model in {folder} cannot be read ({error})")
+
+
+_STAY = 2.0  # standard errors that a gain on the holdout must exceed to move a weight from last night's
 _START_TEMPERATURE = 3.0  # likelihood chose 2 to 4 on the development sets; what stands without a holdout
 
 
@@ -372,21 +477,21 @@ def candidate_source(data: TrainingData, model: Mtmh, start: Factorization, *, m
 
 
 def _user_level_weight(plan: Plan | None, workers: Workers) -> float:
-    value = torch.tensor([plan.calibrated.weights.user_level_weight if plan else 0.0], dtype=torch.float64)
+    value = torch.tensor([plan.weights.user_level_weight if plan else 0.0], dtype=torch.float64)
     return float(workers.share(value))
 
 
-def _shared_model(data: TrainingData, spec: TrainingSpec, plan: Plan | None, workers: Workers) -> Mtmh:
-    """Rank 0's starting point on every worker."""
-    shape = torch.tensor([plan.full.trigger.shape[1] if plan else 0])
+def _started(data: TrainingData, spec: TrainingSpec, progress: Progress | None, workers: Workers) -> tuple[Plan | None, Mtmh]:
+    """Rank 0's plan (None elsewhere), and its starting point on every worker."""
+    plan, starts = _plan(data, spec, progress) if workers.rank == 0 else (None, [])
+    shape = torch.tensor([starts[0].trigger.shape[1] if starts else 0])
     dimension = int(workers.share(shape))
-    full = plan.full if plan else _blank(data, dimension)
-    signals = plan.signals if plan else dict.fromkeys(data.signals, full)
-    share = plan.calibrated.content_share if plan else 0.5
-    model = build_model(full, data.content, spec.model, share, seed=spec.training.seed, signals=signals)
+    full, *of_signals = starts or [_blank(data, dimension)] * (1 + len(data.signals))
+    signals = dict(zip(data.signals, of_signals, strict=True))
+    model = build_model(full, data.content, spec.model, plan.content_share if plan else 0.5, seed=spec.training.seed, signals=signals)
     for tensor in model.state_dict().values():
         workers.share(tensor)
-    return model
+    return plan, model
 
 
 def _blank(data: TrainingData, dimension: int) -> Factorization:
@@ -406,13 +511,63 @@ def _blank(data: TrainingData, dimension: int) -> Factorization:
     )
 
 
+# --- a training that was killed ---
+
+
+def _saved(folder: Path, spec: TrainingSpec, workers: Workers) -> Saved | None:
+    """What an earlier attempt at this training has left, for all workers or for none."""
+    saved = Saved.find(folder, key=spec.key) if workers.rank == 0 else None
+    if not int(workers.share(torch.tensor([saved is not None], dtype=torch.int64))):
+        return None
+    saved = saved or Saved.find(folder, key=spec.key)
+    if saved is None:
+        raise TrainingError(f"rank {workers.rank} does not find the saved training in {folder}, which rank 0 reads; all workers must share "
+                            "this folder: set lake.artifacts to one that they do")  # fmt: skip
+    return saved
+
+
+def _resumed(data: TrainingData, spec: TrainingSpec, saved: Saved) -> tuple[Plan, Mtmh]:
+    """Plan and encoder as they were saved."""
+    plan = Plan.from_content(saved.plan)
+    blank = _blank(data, min(plan.weights.dimension, data.num_items - 1))
+    model = build_model(blank, data.content, spec.model, plan.content_share, seed=spec.training.seed)
+    saved.restore_model(model)
+    return plan, model
+
+
+def _keeper(folder: Path, spec: TrainingSpec, plan: Plan) -> Keeper:
+    return Keeper(folder, key=spec.key, plan=plan.to_content(), every_seconds=spec.training.checkpoint_seconds)
+
+
+def _resumption(saved: Saved | None, spec: TrainingSpec) -> list[str]:
+    return [f"training was interrupted, and went on from step {saved.num_steps} of {spec.training.num_steps}"] if saved else []
+
+
 # --- fine-tuning ---
 
 
 def fine_tune(
-    model: Mtmh, data: TrainingData, spec: TrainingSpec, workers: Workers, *, user_level_weight: float, progress: Progress | None = None
+    model: Mtmh,
+    data: TrainingData,
+    spec: TrainingSpec,
+    workers: Workers,
+    *,
+    user_level_weight: float,
+    progress: Progress | None = None,
+    saved: Saved | None = None,
+    keeper: Keeper | None = None,
 ) -> list[dict[str, float]]:
     """Adam with a one-cycle learning rate on all heads' tasks; returns the history, one entry a step.
+
+    Args:
+        model: at its starting point, or where `saved` left it.
+        data: of the night.
+        spec: of the training.
+        workers: all that take part.
+        user_level_weight: b of the co-engagement to learn.
+        progress: told of every step.
+        saved: an earlier attempt, to go on from.
+        keeper: saves the state after a step when it is time, and before the first one.
 
     Raises:
         TrainingError: the loss is not a number.
@@ -421,23 +576,24 @@ def fine_tune(
     batches = make_batches(data, spec, workers, user_level_weight=user_level_weight)
     if settings.num_steps == 0 or batches.batch_size == 0:
         return []
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=settings.learning_rate, total_steps=settings.num_steps + 1)
-    history: list[dict[str, float]] = []
-    for step in range(settings.num_steps):
-        if step == settings.num_steps // 2:
+    work = Optimization(model, learning_rate=settings.learning_rate, num_steps=settings.num_steps)
+    if saved:
+        saved.restore(work)
+    first = len(work.history)
+    for step in range(first, settings.num_steps):
+        if keeper:
+            keeper.look(work)
+        if step == settings.num_steps // 2 > first:
             reach("train_model.rank.training")
-        optimizer.zero_grad(set_to_none=True)
-        entry = backward(model, batches.batch(step), affinity_weight=settings.affinity_weight, compare=step % _CONFLICT_EVERY == 0)
+        work.optimizer.zero_grad(set_to_none=True)
+        compare = step % _CONFLICT_EVERY == 0
+        entry = backward(model, batches.batch(step), workers, affinity_weight=settings.affinity_weight, compare=compare)
         if not math.isfinite(entry["loss"]):
             raise TrainingError(f"loss is {entry['loss']} at step {step} of rank {workers.rank}: {entry}; lower training.learning_rate")
-        workers.add_up(model)
-        optimizer.step()
-        schedule.step()
-        history.append(entry)
+        work.step(workers.add_up(model, entry))
         if progress:
-            progress.show("training", step + 1, entry["loss"], batches.batch_size, now=step + 1 == settings.num_steps)
-    return history
+            progress.show("training", step + 1, work.history[-1]["loss"], batches.batch_size, now=step + 1 == settings.num_steps)
+    return work.history
 
 
 def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, user_level_weight: float) -> Batches:
@@ -451,6 +607,7 @@ def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, us
         content=data.content,
         examples=data.examples,
         popularity=data.full.popularity,
+        keys=data.full.keys,
         batch_size=settings.batch_size,
         full_softmax_max_items=settings.full_softmax_max_items,
         num_sampled_items=settings.num_sampled_items,
@@ -465,18 +622,19 @@ def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, us
 Term = tuple[str, float, Loss]
 
 
-def backward(model: Mtmh, batch: Batch, *, affinity_weight: float, compare: bool) -> dict[str, float]:
-    """Add the batch's gradient to every parameter; returns the losses.
+def backward(model: Mtmh, batch: Batch, workers: Workers, *, affinity_weight: float, compare: bool) -> dict[str, float]:
+    """Add the gradient of this worker's rows to every parameter; returns their losses.
 
-    The trunk is computed once per distinct item. Each task is sent back to the trunk's output by itself, which costs the same as all at
-    once and leaves each task's gradient on the shared representation to `compare`: a cosine below 0 means that two tasks pull apart.
+    The trunk is computed once per distinct item of the global batch, by one of the workers, and gathered. Each task is sent back to the
+    trunk's output by itself, which costs the same as all at once and leaves each task's gradient on the shared representation to
+    `compare`: a cosine below 0 means that two tasks pull apart.
     """
-    partners = {task: positives.partners.ravel() for task, positives in batch.positives.items()}
-    parts = [batch.triggers, batch.candidates, batch.examples.ravel(), batch.random, *partners.values()]
-    items, place = np.unique(np.concatenate(parts), return_inverse=True)
-    index = torch.from_numpy(items).long()
-    trunk = model.trunk(index, torch.from_numpy(batch.dropped[items]))  # (I, D), I distinct items
-    places = [torch.from_numpy(part).long() for part in np.split(place, np.cumsum([part.size for part in parts])[:-1])]
+    index, mine = torch.from_numpy(batch.items).long(), workers.part(len(batch.items))
+    share = model.trunk(index[mine], torch.from_numpy(batch.dropped[batch.items[mine]]))
+    trunk = workers.gather(share, len(index))  # (I, D)
+    partners = {task: positives.partners for task, positives in batch.positives.items()}
+    wanted = (batch.triggers, batch.candidates, batch.examples, batch.random, *partners.values())
+    places = [torch.from_numpy(np.searchsorted(batch.items, part.ravel())) for part in wanted]
     rows = _Rows(dict(zip(partners, places[4:], strict=True)), *places[:4])
     shared = trunk.detach().requires_grad_()
     entry, gradients = {"loss": 0.0}, {}
@@ -495,7 +653,7 @@ def backward(model: Mtmh, batch: Batch, *, affinity_weight: float, compare: bool
 def _cosines(gradients: dict[str, Tensor]) -> dict[str, float]:
     names = list(gradients)
     pairs = ((a, b) for i, a in enumerate(names) for b in names[i + 1 :])
-    return {f"cosine {a} {b}": float(torch.nn.functional.cosine_similarity(gradients[a], gradients[b], dim=0)) for a, b in pairs}
+    return {f"{_COSINE}{a} {b}": float(torch.nn.functional.cosine_similarity(gradients[a], gradients[b], dim=0)) for a, b in pairs}
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def test_lists_of_trained_baselines_are_kept_for_the_explorer(done: Done) -> Non
 
 
 def test_a_model_that_is_shown_the_judges_field_is_caught(done: Done) -> None:
-    trained = done.backtest.night(done.final.cut)
+    trained = done.backtest.trained_cold(done.final.cut)
     compared = check_leaks(trained, ["categories"])  # withheld: permuting it changes nothing
     assert compared["item_embeddings"] == 2 * len(WORLD.items())
     with pytest.raises(GateError, match=r"permuting \['text'\].*content_vector.*trigger_vector"):

@@ -4,18 +4,15 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
-from jobs import bench_neighbors
+from jobs.bench_rows import keep_row
 from jobs.bench_search import _ivf_of, learned_vectors
 
 
-def test_rows_are_kept_in_the_common_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_neighbors, "FOLDER", tmp_path)
+def test_rows_are_kept_in_the_common_form(tmp_path: Path) -> None:
     seconds, rows = _ivf_of(tmp_path, 6_000)
     assert seconds > 0
     for row in [*rows, rows[0]]:  # the second of a kind replaces the first
-        bench_neighbors._keep({"peak_rss_mb": 1.0, **row})
+        keep_row({"peak_rss_mb": 1.0, **row}, tmp_path / "neighbors.json")
     content = json.loads((tmp_path / "neighbors.json").read_text())
     assert {"machine", "commit"} <= content.keys()
     assert [row["method"] for row in content["rows"]] == ["exact", "mtmh"]

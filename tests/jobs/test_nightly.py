@@ -45,8 +45,9 @@ from jobs.reader import neighbors_of, open_table
 from jobs.remerge import remerge
 from jobs.rollback import roll_back
 from jobs.show import side_by_side
-from jobs.stage import Night, finished, make_night, run_stage
+from jobs.stage import Night, StageRun, finished, make_night, run_stage
 from jobs.status import last_nights
+from jobs.train_model import previous_model
 from jobs.write_docs import duckdb_sql, example
 from tests.browser import needs_chromium, open_browser, served, sticking_out, watched
 from tests.conftest import ROOT
@@ -477,6 +478,7 @@ def test_an_item_that_left_has_no_lists_and_an_older_night_goes_to_history_only(
     assert 'Night 2024-03-30: <span class="not">not published' in older.report_path.read_text()
     assert older.lake.read(ITEM_NEIGHBORS_HISTORY).where(f"run_id = '{older.run_id}'").count() > 0
     _the_current_night_follows_a_changed_policy_and_is_rolled_back(done, later)
+    _training_starts_from_the_night_before_unless_somebody_was_deleted(done, later)
 
 
 def _the_current_night_follows_a_changed_policy_and_is_rolled_back(done: Done, later: Night) -> None:
@@ -500,3 +502,19 @@ def _the_current_night_follows_a_changed_policy_and_is_rolled_back(done: Done, l
     assert publications[-2:] == [again.run_id, done.night.run_id]
     entities = spark.createDataFrame([(item_id, datetime.now(UTC))], "item_id string, event_timestamp timestamp")
     assert lists_served_at(later, entities).collect()[0]["run_id"] == done.night.run_id
+
+
+def _training_starts_from_the_night_before_unless_somebody_was_deleted(done: Done, later: Night) -> None:
+    trained = later.ledger.last_success(stage="train_model", run_id=later.run_id)
+    assert trained is not None
+    assert f"starts from the weights and the scorer of {done.night.run_id}" in trained.notes
+    events = done.folder / "events" / "part-0.parquet"
+    for deleted, wanted in ((False, f"{later.run_id}/model"), (True, "None")):
+        if deleted:
+            known = pd.read_parquet(events)
+            known[known["who"] != "u003"].to_parquet(events, index=False)
+        following = _night(done.night.spark, done.config, later.run_date + timedelta(days=1))
+        run_stage(following, "ingest", STAGES["ingest"])
+        probe = StageRun(night=following, stage="train_model")
+        assert str(previous_model(probe)).endswith(wanted)
+    assert re.search(r"starts cold: \d+ engagements up to 2024-04-01 that .* was trained on have been deleted", probe.notes[0])

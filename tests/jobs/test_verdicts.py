@@ -6,7 +6,7 @@ import pytest
 from jobs.verdicts import Board, choose, compare
 from models.scoreboard import Scored
 
-RECALL, RELEVANCE = ("recall@100", "all"), ("relevance@100", "all")
+RECALL, RELEVANCE, DEBIASED = ("recall@100", "all"), ("relevance@100", "all"), ("debiased_recall@100", "all")
 
 
 class AnExam:
@@ -15,11 +15,11 @@ class AnExam:
     relevance_metric = RELEVANCE
 
 
-def scored(recall, relevance):
+def scored(recall, relevance, debiased=0.1):
     """Three triggers around the given means."""
     around = np.array([-0.01, 0.0, 0.01])
     parts = {("recall@100", part): recall + around for part in ("new_pairs", "cold_triggers", "cold_targets")}
-    return Scored(values={RECALL: recall + around, RELEVANCE: relevance + around, **parts})
+    return Scored(values={RECALL: recall + around, RELEVANCE: relevance + around, DEBIASED: debiased + around, **parts})
 
 
 def board():
@@ -36,6 +36,7 @@ def board():
             "mtmh_blend": {"0": scored(0.6, 0.1), "0.1": scored(0.55, 0.5), "1": scored(0.3, 0.9)},
             "late_blend": {"0": scored(0.5, 0.2), "0.1": scored(0.45, 0.4)},
             "quota": {"0.5": scored(0.2, 0.1)},
+            "mtmh_dial": {"0": scored(0.55, 0.5, 0.2), "0.3": scored(0.45, 0.5, 0.3), "0.5": scored(0.35, 0.5, 0.4)},
         },
     )
 
@@ -43,9 +44,21 @@ def board():
 def test_mixes_are_chosen_with_one_axis_held():
     choice = choose([board()])
     assert choice.baseline == ("smooth", "-")
-    assert choice.at_recall == {"mtmh_blend": "0.1", "late_blend": "0", "quota": None}
-    assert choice.at_relevance == {"mtmh_blend": "0.1", "late_blend": "0", "quota": None}
+    held = [{family: mix for family, mix in mixes.items() if family != "mtmh_dial"} for mixes in (choice.at_recall, choice.at_relevance)]
+    assert held == [{"mtmh_blend": "0.1", "late_blend": "0", "quota": None}] * 2
     assert choice.described()["quota at recall kept"] == "no mix holds it"
+
+
+def test_popularity_is_discounted_as_far_as_recall_stays_that_of_counts():
+    choice = choose([board()])
+    assert choice.exponent == "0.3"  # 0.5 has more debiased recall, and less recall than counts
+    assert choice.described()["mtmh_dial at recall of counts"] == "0.3"
+    found = {c.what: c for c in compare(board(), choice, num_resamples=50, seed=0) if c.name == "popularity discounted at recall of counts"}
+    assert found["debiased_recall@100"].value == pytest.approx(0.2)
+    assert (found["recall@100"].theirs, found["recall@100"].value) == ("counts", pytest.approx(0.05))
+    without = board()
+    del without.families["mtmh_dial"]
+    assert choose([without]).described()["mtmh_dial at recall of counts"] == "no exponent holds it"
 
 
 def test_several_validation_slices_decide_by_their_mean():

@@ -13,6 +13,7 @@ from deltalake import write_deltalake
 
 from conf.settings import HeadSettings, ModelSettings, TrainingSettings
 from models.data import TRENDS, Examples, Floats, History, Sparse, TableRef, TrainingData, load_training_data, sparse_rows
+from models.draws import item_keys
 from models.train import TrainingSpec
 
 RUN_DATE = date(2024, 4, 9)
@@ -29,6 +30,8 @@ class SmallWorld:
     num_categories: int = 5
     num_users: int = 60
     seed: int = 5
+    num_missing: int = 0  # of the last baskets, which have not happened yet
+    num_stray: int = 0  # items of other bundles in every basket, so that counts and lists have noise
 
     @property
     def num_known(self) -> int:
@@ -61,10 +64,10 @@ class SmallWorld:
             for _ in range(6):
                 bundle = int(rng.choice(self.num_bundles, p=share / share.sum()))
                 items = rng.choice(self.num_categories, int(rng.integers(3, self.num_categories + 1)), replace=False)
-                out.append(
-                    (user, LANDMARK + timedelta(days=int(rng.integers(40))), sorted((bundle * self.num_categories + items).tolist()))
-                )
-        return out
+                day = LANDMARK + timedelta(days=int(rng.integers(40)))
+                strays = rng.choice(self.num_known, self.num_stray) if self.num_stray else items[:0]
+                out.append((user, day, sorted({*(bundle * self.num_categories + items).tolist(), *strays.tolist()})))
+        return sorted(out, key=lambda basket: basket[1])[: len(out) - self.num_missing]
 
     def tables(self) -> dict[str, pa.Table]:
         """The columns that training reads, by table name."""
@@ -144,7 +147,8 @@ def empty_history(num_items: int, num_users: int = 2) -> History:
 def make_history(pairs: Sparse, user_items: Sparse, popularity: Floats) -> History:
     """A history of which nobody knows the days."""
     trends = np.zeros((len(popularity), len(TRENDS)), np.float32)
-    return History(pairs=pairs, user_items=user_items, popularity=popularity, trends=trends)
+    keys = item_keys(map(str, range(len(popularity))))
+    return History(pairs=pairs, user_items=user_items, popularity=popularity, trends=trends, keys=keys)
 
 
 def no_examples() -> Examples:

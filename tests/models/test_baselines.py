@@ -288,7 +288,7 @@ def test_top_columns_is_best_per_row(values, k):
 
 def drawn_truth(data):
     """What followed in the last days, and for which triggers."""
-    triggers = sample_triggers(data.holdout, maximum=60, seed=1)
+    triggers = sample_triggers(data.holdout, keys=data.full.keys, maximum=60, seed=1)
     return csr_array(data.holdout[triggers]), triggers
 
 

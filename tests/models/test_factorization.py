@@ -11,7 +11,7 @@ from models.factorization import (
     ScoreWeights,
     calibrate,
     factorize,
-    log_likelihood,
+    log_likelihoods,
     log_popularity,
     recall,
     sample_triggers,
@@ -48,10 +48,10 @@ def test_spectrum_is_the_singular_value_decomposition(data: TrainingData) -> Non
     plain = dense(data.full, 0.5)
     row, column = (1 / np.sqrt(s + np.median(s[s > 0]) + 1) for s in (plain.sum(1), plain.sum(0)))
     normalized = row[:, None] * plain * column
-    left, values, right = spectrum(matrix, dimension=10, seed=0)
+    left, values, right = spectrum(matrix, dimension=10, keys=data.full.keys, seed=0)
     np.testing.assert_allclose(values, np.linalg.svd(normalized, compute_uv=False)[:10], rtol=1e-3)
     np.testing.assert_allclose(normalized @ right, left * values, atol=1e-3)
-    again = spectrum(matrix, dimension=10, seed=0)
+    again = spectrum(matrix, dimension=10, keys=data.full.keys, seed=0)
     assert all(np.array_equal(a, b) for a, b in zip((left, values, right), again, strict=True))
 
 
@@ -110,14 +110,21 @@ def test_recall_and_likelihood_against_plain_loops() -> None:
     cells = np.nonzero(truth)
     sparse = sparse_rows(*cells, truth[cells], (4, 9))
     assert recall(scores.copy(), triggers, sparse, 3) == pytest.approx(np.mean(wanted_recall))
-    assert log_likelihood(scores.copy(), triggers, sparse) == pytest.approx(np.mean(wanted_likelihood), rel=1e-5)
+    assert log_likelihoods(scores.copy(), triggers, sparse).mean() == pytest.approx(np.mean(wanted_likelihood), rel=1e-5)
 
 
 def test_calibration_never_loses_recall_and_needs_a_holdout(data: TrainingData) -> None:
-    triggers = sample_triggers(data.holdout, maximum=60, seed=1)
+    triggers = sample_triggers(data.holdout, keys=data.full.keys, maximum=60, seed=1)
     assert len(triggers) >= 20
-    found = calibrate(data.fit, data.content, data.holdout, triggers, start=WEIGHTS, content_share=0.5, seed=0)
+    given = (data.fit, data.content, data.holdout)
+    options = {"largest": WEIGHTS.dimension, "content_share": 0.5, "seed": 0}
+    found = calibrate(*given, triggers, start=WEIGHTS, **options)
     assert found.recall == max(entry["recall"] for entry in found.log)
     assert 0 < found.content_share <= 1
-    without = calibrate(data.fit, data.content, data.holdout, triggers[:0], start=WEIGHTS, content_share=0.5, seed=0)
+    stayed = calibrate(*given, triggers, start=found.weights, **options | {"content_share": found.content_share}, stay=0.01)
+    assert (stayed.weights, stayed.content_share) == (found.weights, found.content_share)
+    poor = replace(WEIGHTS, popularity_weight=1.0, target_norm_exponent=0.0)
+    assert calibrate(*given, triggers, start=poor, **options, stay=0.01).recall > (1 - 0.02) * found.recall
+    assert calibrate(*given, triggers, start=poor, **options, stay=9.0).weights == poor
+    without = calibrate(*given, triggers[:0], start=WEIGHTS, **options)
     assert (without.weights, without.content_share, without.log) == (WEIGHTS, 0.5, [])

@@ -50,7 +50,7 @@ def test_one_step_gives_every_parameter_a_gradient(model: Mtmh, data: TrainingDa
     with torch.no_grad():
         model.outer.weight.normal_(std=0.01)  # at exactly zero it keeps the first layer's gradient at zero for one step
     batch = make_batches(data, make_spec(tmp_path), Workers(), user_level_weight=0.5).batch(0)
-    backward(model, batch, affinity_weight=1.0, compare=False)
+    backward(model, batch, Workers(), affinity_weight=1.0, compare=False)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name

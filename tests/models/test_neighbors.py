@@ -174,7 +174,7 @@ def plain_lists(world, trigger, scorer, policy, settings):
     lists, ordered_by = {}, scores | {"engagement": probability}
     for name, own in found.items():
         own = own | ({item for item in pool if counts[item] > 0} if name != "relevance" else set())
-        own = own | (known if name == "engagement" else set())
+        own = set(pool.tolist()) if name == "engagement" else own
         order = best(ordered_by[name], np.isin(np.arange(world.num_items), list(own)), settings.list_length)
         lists[name] = (order, ordered_by[name][order])
     p = probability[pool] / np.exp(log_p[pool]) ** policy["popularity_exponent"]

@@ -1,11 +1,13 @@
 """The merge scorer: features, candidates, fit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from models.data import TRENDS, TrainingData
+from models.draws import item_keys
 from models.factorization import factorize
 from models.scorer import (
     FEATURES,
@@ -34,6 +36,9 @@ def planted(num_triggers: int = 150, length: int = 40) -> Candidates:
     return Candidates(segment=segment, target=np.zeros(len(segment), np.int32), features=features, gain=gain)
 
 
+KEYS = item_keys(map(str, range(150)))
+
+
 def test_features_and_softmax_against_plain_formulas() -> None:
     count, popularity = np.array([0.0, 4.0], np.float32), np.array([0.1, 0.3], np.float32)
     head, trends = np.array([0.5, -1.0], np.float32), np.arange(2 * len(TRENDS), dtype=np.float32).reshape(2, -1)
@@ -54,16 +59,34 @@ def test_features_and_softmax_against_plain_formulas() -> None:
 
 def test_the_fit_finds_a_planted_rule_and_repeats(tmp_path: Path) -> None:
     candidates = planted()
-    scorer, reached = fit_scorer(candidates, num_folds=2, seed=3)
+    scorer, reached = fit_scorer(candidates, keys=KEYS, num_folds=2, seed=3)
     best = -(candidates.gain * np.log(np.maximum(candidates.gain, 1e-30))).sum() / 150  # entropy of the truth
     assert reached["scorer_loss"] < best + 0.35 * (reached["mixture_loss"] - best)
-    again, _ = fit_scorer(candidates, num_folds=2, seed=3)
+    again, _ = fit_scorer(candidates, keys=KEYS, num_folds=2, seed=3)
     np.testing.assert_array_equal(scorer.logits(candidates.features), again.logits(candidates.features))
     scorer.save(tmp_path / "scorer.json")
     loaded = Scorer.load(tmp_path / "scorer.json")
     np.testing.assert_array_equal(scorer.logits(candidates.features), loaded.logits(candidates.features))
     total = np.bincount(candidates.segment, weights=np.exp(loaded.log_probability(candidates.features, candidates.segment)))
     np.testing.assert_allclose(total, 1, rtol=1e-5)
+
+
+def test_a_fit_goes_on_from_an_earlier_one_and_leaves_it_only_for_a_gain() -> None:
+    candidates = planted()
+    before, cold = fit_scorer(candidates, keys=KEYS, num_folds=2, seed=3)
+    again, warm = fit_scorer(candidates, keys=KEYS, num_folds=2, seed=4, previous=before)
+    anew, _ = fit_scorer(candidates, keys=KEYS, num_folds=2, seed=4)
+    assert warm["scorer_loss"] <= cold["scorer_loss"] + 0.01
+    known, gone_on, made_anew = (scorer.log_probability(candidates.features, candidates.segment) for scorer in (before, again, anew))
+    assert np.abs(gone_on - known).mean() < np.abs(made_anew - known).mean() / 2
+    assert again.hidden is not None
+    assert again.hidden.shape == (len(FEATURES), 24)  # it does not grow from night to night
+    flipped = candidates.features * np.where(np.arange(len(FEATURES)) == 3, -1, 1).astype(np.float32)  # the rule has turned round
+    _, found = fit_scorer(replace(candidates, features=flipped), keys=KEYS, num_folds=2, seed=4, previous=before)
+    untouched = -(candidates.gain * before.log_probability(flipped, candidates.segment)).sum() / 150
+    assert found["scorer_loss"] < untouched - 1
+    mixture, _ = fit_scorer(candidates, keys=KEYS, num_folds=2, seed=3, previous=Scorer.mixture())
+    np.testing.assert_array_equal(mixture.linear, before.linear)
 
 
 def test_the_mixture_stands_in_and_strange_files_are_refused(tmp_path: Path) -> None:

@@ -124,10 +124,16 @@ def test_without_holdout_or_steps_the_factorization_stands(data: TrainingData, t
     quiet.holdout.eliminate_zeros()
     metrics = train(quiet, make_spec(tmp_path, num_steps=0), Workers())
     assert metrics["num_steps"] == 0
-    assert "not calibrated" in read(tmp_path, "notes.json")[0]
+    assert "not calibrated" in read(tmp_path, "notes.json")[1]
     assert Scorer.load(tmp_path / "scorer.json").hidden is None
     with pytest.raises(TrainingError, match="holds 1 items"):
         train(dataclasses.replace(data, item_ids=data.item_ids[:1]), make_spec(tmp_path), Workers())
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _worker(rank: int, spec_json: str, port: int) -> None:
@@ -140,14 +146,35 @@ def test_two_workers_match_one(world: SmallWorld, tmp_path: Path) -> None:
     sampled = {"full_softmax_max_items": 10, "num_sampled_items": 24, "num_steps": 6}  # sampled candidates and partners too
     one, two = (make_spec(tmp_path / name, tables, **sampled) for name in ("one", "two"))
     run_rank(one.to_json())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_worker, args=(two.to_json(), port), nprocs=2)
+    mp.spawn(_worker, args=(two.to_json(), free_port()), nprocs=2)
     assert all(read(Path(two.folder), f"status/rank-{rank}.json")["ok"] for rank in (0, 1))
     weights = [load_file(Path(spec.folder) / "checkpoint" / "model.safetensors") for spec in (one, two)]
     for name, value in weights[0].items():
         np.testing.assert_allclose(weights[1][name], value, atol=1e-4, err_msg=name)
+    said = [read(Path(spec.folder), "history.json")["steps"] for spec in (one, two)]
+    for alone, together in zip(*said, strict=True):
+        losses = {name: value for name, value in alone.items() if not name.startswith("cosine")}
+        assert {name: together[name] for name in losses} == pytest.approx(losses, rel=1e-4, abs=1e-5)
+
+
+def _gather(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with Workers.join(timeout_seconds=60) as workers:
+        rows = torch.arange(10.0).reshape(5, 2)  # five rows for two workers: shares of two and three
+        mine = rows[workers.part(5)].clone().requires_grad_()
+        gathered = workers.gather(mine, 5)
+        weights = torch.full((5, 2), 1.0 + rank)
+        torch.autograd.backward((gathered * weights).sum())
+        torch.save((gathered.detach(), mine.grad), f"{folder}/{rank}.pt")
+
+
+def test_gathered_rows_send_their_gradient_to_whoever_computed_them(tmp_path: Path) -> None:
+    mp.spawn(_gather, args=(str(tmp_path), free_port()), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for gathered, gradient in found:
+        torch.testing.assert_close(gathered, torch.arange(10.0).reshape(5, 2))
+        torch.testing.assert_close(gradient, torch.full_like(gradient, 1.0 + 2.0))  # of both workers' losses
+    assert [len(gradient) for _, gradient in found] == [2, 3]
 
 
 def test_a_failure_is_written_and_raised(tmp_path: Path) -> None:

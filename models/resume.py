@@ -1,0 +1,120 @@
+"""The state of a training on disk, so that one that was killed goes on where it was: equal steps from there to the same final loss.
+
+One file, replaced whole: safetensors holds the encoder's numbers and the optimizer's moments, its header as JSON everything else. It counts
+only for the training that wrote it: the key is a hash of the inputs, their versions and the settings.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FILE = "resume.safetensors"
+_CONTENT = "content"  # of the header
+_MODEL, _OPTIMIZER = "model.", "optimizer."
+
+
+def training_key(described: str) -> str:
+    """Of everything that decides what a training computes."""
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+class Optimization:
+    """An optimizer with its schedule, and the history so far."""
+
+    def __init__(self, model: torch.nn.Module, *, learning_rate: float, num_steps: int) -> None:
+        self.model = model
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=learning_rate, total_steps=num_steps + 1)
+        self.history: list[dict[str, float]] = []
+
+    def step(self, entry: dict[str, float]) -> None:
+        """Apply the gradients; one more line of history."""
+        self.optimizer.step()
+        self.schedule.step()
+        self.history.append(entry)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What a killed training has left.
+
+    Attributes:
+        plan: whatever its calibration had chosen, as JSON.
+        content: step, history, groups of the optimizer, schedule.
+        tensors: of the model and of the optimizer, by name.
+    """
+
+    plan: Mapping[str, Any]
+    content: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def find(cls, folder: Path, *, key: str) -> Self | None:
+        """The state of the training with this key; None if there is none, or what is there cannot be read."""
+        try:
+            with safe_open(folder / FILE, framework="pt") as file:
+                content = json.loads((file.metadata() or {}).get(_CONTENT, "{}"))
+                if content.get("key") != key:
+                    return None
+                return cls(plan=content["plan"], content=content, tensors={name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps done."""
+        return len(self.content["history"])
+
+    def restore_model(self, model: torch.nn.Module) -> None:
+        """The encoder as it was."""
+        model.load_state_dict(self._part(_MODEL), strict=True)
+
+    def restore(self, optimization: Optimization) -> None:
+        """Moments, schedule and history as they were; the model is restored by itself."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self._part(_OPTIMIZER).items():
+            number, _, part = name.partition(".")
+            state.setdefault(int(number), {})[part] = tensor
+        optimization.optimizer.load_state_dict({"state": state, "param_groups": self.content["groups"]})
+        optimization.schedule.load_state_dict(self.content["schedule"])
+        optimization.history = [dict(entry) for entry in self.content["history"]]
+
+    def _part(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+
+class Keeper:
+    """Writes the state now and then; the first time at once, as calibration has just ended."""
+
+    def __init__(self, folder: Path, *, key: str, plan: Mapping[str, Any], every_seconds: float) -> None:
+        self.folder, self.key, self.plan, self.every_seconds = folder, key, plan, every_seconds
+        self._last = -float("inf")
+
+    def look(self, optimization: Optimization) -> None:
+        """Save if it is time."""
+        if time.monotonic() - self._last < self.every_seconds:
+            return
+        state = optimization.optimizer.state_dict()
+        tensors = {_MODEL + name: value.detach().contiguous() for name, value in optimization.model.state_dict().items()}
+        for number, parts in state["state"].items():
+            tensors |= {f"{_OPTIMIZER}{number}.{part}": value.contiguous() for part, value in parts.items()}
+        content = {
+            "key": self.key,
+            "plan": self.plan,
+            "history": optimization.history,
+            "groups": state["param_groups"],
+            "schedule": optimization.schedule.state_dict(),
+        }
+        beside = self.folder / f"{FILE}.new"
+        save_file(tensors, beside, metadata={_CONTENT: json.dumps(content)})
+        beside.replace(self.folder / FILE)
+        self._last = time.monotonic()

@@ -1,0 +1,103 @@
+"""A training killed in the middle and started again ends where one that nobody disturbed ends: real processes, one and two, and SIGKILL."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from conf.errors import TrainingError
+from conf.faults import VARIABLE
+from jobs.train_model import distribute
+from models.data import TableRef
+from models.resume import FILE, Saved
+from models.train import TrainingSpec
+from tests.conftest import ROOT
+from tests.models.small_world import SmallWorld, make_spec
+from tests.models.test_train import free_port
+
+KILL = "train_model.rank.training=kill"
+WENT_ON = "training was interrupted, and went on from step 6 of 12"
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TableRef]:
+    return SmallWorld().write(tmp_path_factory.mktemp("lake"))
+
+
+def run_ranks(spec: TrainingSpec, *, num_processes: int, fault: str | None = None, of_rank: int = 0) -> list[int]:
+    """Exit codes of the workers, one of which reads the fault."""
+    count, port = str(num_processes), str(free_port())
+    world = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    for rank in range(num_processes):
+        environment = os.environ | world | {"RANK": str(rank)} | ({VARIABLE: fault} if fault and rank == of_rank else {})
+        command = [sys.executable, "-c", "import sys; from models.train import run_rank; run_rank(sys.argv[1])", spec.to_json()]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL))
+    return [process.wait(timeout=120) for process in started]
+
+
+def outcome(spec: TrainingSpec) -> tuple[list[float], str, list[str]]:
+    """Losses of all steps, model version, notes."""
+    folder = Path(spec.folder)
+    history = json.loads((folder / "history.json").read_text())
+    return [step["loss"] for step in history["steps"]], history["model_version"], json.loads((folder / "notes.json").read_text())
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_killed_training_goes_on_to_the_same_loss(tables: dict[str, TableRef], tmp_path: Path, num_processes: int) -> None:
+    calm, disturbed = (make_spec(tmp_path / name, tables, checkpoint_seconds=0) for name in ("calm", "disturbed"))
+    assert run_ranks(calm, num_processes=num_processes) == [0] * num_processes
+    killed = num_processes - 1
+    codes = run_ranks(disturbed, num_processes=num_processes, fault=KILL, of_rank=killed)
+    assert codes[killed] == -signal.SIGKILL
+    if num_processes == 2:  # by this word the job knows that a worker is gone, and not that the training is wrong
+        assert "gloo" in json.loads((tmp_path / "disturbed" / "status" / "rank-0.json").read_text())["error"]
+    assert not (tmp_path / "disturbed" / "history.json").exists()
+    assert run_ranks(disturbed, num_processes=num_processes) == [0] * num_processes
+    losses, version, notes = outcome(disturbed)
+    wanted = outcome(calm)
+    assert (losses, version) == wanted[:2]
+    assert notes == [*wanted[2], WENT_ON]
+
+
+def test_only_the_same_training_goes_on(tables: dict[str, TableRef], tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, tables, checkpoint_seconds=0)
+    run_ranks(spec, num_processes=1, fault=KILL)
+    saved = Saved.find(tmp_path, key=spec.key)
+    assert saved is not None
+    assert saved.num_steps == 6
+    other = replace(spec, training=spec.training.model_copy(update={"learning_rate": 0.5}))
+    newer = replace(spec, tables=tables | {"engagements": TableRef(uri=tables["engagements"].uri, version=1)})
+    assert [Saved.find(tmp_path, key=changed.key) for changed in (other, newer)] == [None, None]
+    assert replace(spec, folder="elsewhere").key == spec.key
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:1000])
+    assert Saved.find(tmp_path, key=spec.key) is None
+
+
+def test_workers_that_were_killed_are_started_again(
+    spark: SparkSession, tables: dict[str, TableRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, KILL)
+    notes: list[str] = []
+    never = make_spec(tmp_path / "never", tables, checkpoint_seconds=0, num_processes=2, max_restarts=0)
+    with pytest.raises(TrainingError, match="ended without a status: killed"):
+        distribute(never, anew=False, note=notes.append)
+    assert not notes
+    assert Saved.find(tmp_path / "never", key=never.key)
+    once = make_spec(tmp_path / "once", tables, checkpoint_seconds=0, num_processes=2, max_restarts=1)
+    distribute(once, anew=False, note=notes.append)
+    assert len(notes) == 1
+    assert "training goes on from its saved state" in notes[0]
+    assert not (tmp_path / "once" / FILE).exists()
+    losses, version, said = outcome(once)
+    assert said[-1] == WENT_ON
+    monkeypatch.delenv(VARIABLE)
+    calm = make_spec(tmp_path / "calm", tables)
+    run_ranks(calm, num_processes=2)
+    assert outcome(calm)[:2] == (losses, version)
