@@ -16,7 +16,6 @@ METRICS: Mapping[str, str] = {
     "num_source_impressions": "rows of the impressions source on the days that count",
     "num_rejected_impressions": "impressions that were refused; table rejected_rows has them with the reason",
     "num_exposure_pairs": "pairs of trigger and shown item seen by enough users",
-    "seconds_exposures": "seconds of counting impressions",
     "num_rejected_items": "catalog rows that were refused; table rejected_rows has them with the reason",
     "num_capped_groups": "sessions or user-days with more items than pairs.max_items_per_user_day",
     "num_cut_items": "items in them that took no part in pairs",
