@@ -263,6 +263,7 @@ class Neighbors:
         score: (R,) the head's score; in the merged list the policy's.
         sources: (R,) bit mask, bit n for `NeighborLists.source_names[n]`.
         num_user_days: (R,) of counted co-engagement, 0 where none is above the privacy minimum.
+        num_users: (R,) distinct users who engaged with both at any time, 0 below the privacy minimum and where the list is only filled up.
         relevance: (R,) score of the relevance head, in [-1, 1].
         filled: (R,) offered only to fill up the merged list.
         shared_depth: (R,) category levels that trigger and neighbor share, from the coarsest.
@@ -273,6 +274,7 @@ class Neighbors:
     score: npt.NDArray[np.float64]
     sources: Ints
     num_user_days: Longs
+    num_users: Ints
     relevance: npt.NDArray[np.float64]
     filled: Bools
     shared_depth: npt.NDArray[np.int8]
@@ -298,12 +300,13 @@ class _Pool:
     item: Ints  # (M,)
     sources: Ints  # (M,)
     num_user_days: Longs  # (M,)
+    num_users: Ints  # (M,)
     scores: Mapping[str, Floats]  # (M,) per head
     log_p: Floats  # (M,) the scorer's log p(j given i) over the trigger's candidates
 
     def only(self, kept: Bools) -> "_Pool":
         """Some of the (M,) candidates."""
-        parts = {name: getattr(self, name)[kept] for name in ("segment", "item", "sources", "num_user_days", "log_p")}
+        parts = {name: getattr(self, name)[kept] for name in ("segment", "item", "sources", "num_user_days", "num_users", "log_p")}
         scores = {head: score[kept] for head, score in self.scores.items()}
         offsets = ends(np.bincount(parts["segment"], minlength=len(self.trigger)))
         return replace(self, offsets=offsets, scores=scores, **parts)
@@ -317,6 +320,7 @@ class _Pool:
             score=score.astype(np.float64),
             sources=self.sources[position],
             num_user_days=self.num_user_days[position],
+            num_users=self.num_users[position],
             relevance=_reported(self.scores[RELEVANCE][position]),
             filled=filled,
             shared_depth=_shared_depth(categories, self.trigger[segments(offsets)], item),
@@ -437,6 +441,7 @@ class Retriever:
             item=kept.item,
             sources=kept.sources,
             num_user_days=num_user_days,
+            num_users=kept.num_users,
             scores={RELEVANCE: kept.relevance},
             log_p=kept.log_p,
         )
@@ -477,6 +482,7 @@ class Retriever:
             sources=mergeable.sources,
             log_p=candidates.log_p,
             relevance=candidates.relevance,
+            num_users=mergeable.num_users,
             counted_offsets=counted.indptr,
             target=counted.target,
             num_user_days=counted.num_user_days,
@@ -534,7 +540,8 @@ class Retriever:
 
     def _scored(self, trigger: Ints, counted: Counted, settings: RetrievalSettings, rules: Rules) -> _Pool:
         """Candidates with their counts and every score; a counted pair says so even if another source proposed it."""
-        users = self.user_level.rows(trigger)
+        users, num_users = self.user_level.rows_and_users(trigger)
+        known = segments(users.indptr.astype(np.int64)) * len(self.eligible) + users.indices
         keys, sources = self._candidates(trigger, counted, users, settings, rules)
         segment, item = np.divmod(keys, len(self.eligible))
         offsets = ends(np.bincount(segment, minlength=len(trigger)))
@@ -548,8 +555,15 @@ class Retriever:
             item=item.astype(np.int32),
             sources=sources | (num_user_days > 0).astype(np.int32) << self._bit(COUNTS),
             num_user_days=num_user_days,
+            num_users=_looked_up(keys, known, num_users),
             scores=scores,
-            log_p=self._log_p(row, item, scores[ENGAGEMENT], weight, _row_sums(counted.weight, counted.indptr)[row], users, keys),
+            log_p=self._log_p(
+                row,
+                item,
+                scores[ENGAGEMENT],
+                counts=(weight, _row_sums(counted.weight, counted.indptr)[row]),
+                users=(_looked_up(keys, known, users.data), _row_sums(users.data, users.indptr)[row]),
+            ),
         )
 
     def _counts_of(self, keys: Longs, counted: Counted) -> tuple[Floats, Longs]:
@@ -596,19 +610,16 @@ class Retriever:
         lists = pool.narrow(merged.position, merged.offsets, merged.score, merged.filled, self.categories)
         return self._filled_up(lists, pool.trigger, counted, k, rules)
 
-    def _log_p(
-        self, row: Ints, item: Longs, head_score: Floats, weight: Floats, weight_row_sum: Floats, users: Sparse, keys: Longs
-    ) -> Floats:
-        """(M,) from the features that the scorer was fitted on."""
+    def _log_p(self, row: Ints, item: Longs, head_score: Floats, *, counts: tuple[Floats, Floats], users: tuple[Floats, Floats]) -> Floats:
+        """(M,) from the features that the scorer was fitted on; counts and users: (M,) values and sums over all of the trigger's."""
         if not len(item):
             return np.zeros(0, dtype=np.float32)
-        known = segments(users.indptr.astype(np.int64)) * len(self.eligible) + users.indices
         features = candidate_features(
             head_log_p=log_softmax(head_score, row),
-            count=weight,
-            count_row_sum=weight_row_sum,
-            user_level=_looked_up(keys, known, users.data),
-            user_level_row_sum=_row_sums(users.data, users.indptr)[row],
+            count=counts[0],
+            count_row_sum=counts[1],
+            user_level=users[0],
+            user_level_row_sum=users[1],
             popularity_p=np.exp(self.log_popularity)[item],
             trends=self.trends[item],
         )
@@ -641,6 +652,7 @@ class Retriever:
             score=np.zeros(len(item)),
             sources=np.concatenate(sources),
             num_user_days=self._counts_of(keys, counted)[1],
+            num_users=np.zeros(len(item), dtype=np.int32),
             relevance=_reported(_dots(head.trigger[trigger], head.target, item, offsets)),
             filled=np.ones(len(item), dtype=np.bool_),
             shared_depth=_shared_depth(self.categories, trigger[segment], item),
@@ -676,7 +688,7 @@ def _dots(queries: Floats, vectors: Floats, item: npt.NDArray[np.integer], offse
     return out
 
 
-_PARTS = ("neighbor", "score", "sources", "num_user_days", "relevance", "filled", "shared_depth")
+_PARTS = ("neighbor", "score", "sources", "num_user_days", "num_users", "relevance", "filled", "shared_depth")
 
 
 def _concatenate(parts: Sequence[Neighbors]) -> Neighbors:

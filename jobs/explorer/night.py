@@ -109,7 +109,7 @@ class PublishedNight:
         """Every list of an item by head, the merged one first; `since` a kept night's run id marks what has changed."""
         found = {head: neighbors for (_, head), neighbors in neighbors_of(self.root, [item_id]).items()}
         order = sorted(found, key=lambda head: self._list_names.index(head) if head in self._list_names else len(found))
-        lists = {head: self._described(item_id, found[head]) for head in order}
+        lists = {head: self.described(found[head]) for head in order}
         if since is None:
             return lists
         before = self.ids_of(item_id, since)
@@ -119,7 +119,8 @@ class PublishedNight:
     def _list_names(self) -> list[str]:
         return ["merged", *self.settings.model.heads]
 
-    def _described(self, item_id: str, neighbors: Sequence[Mapping[str, Any]]) -> list[Neighbor]:
+    def described(self, neighbors: Sequence[Mapping[str, Any]]) -> list[Neighbor]:
+        """Neighbors as item_neighbors holds them, with what the catalog knows of each."""
         items = self.catalog.known([neighbor["neighbor_id"] for neighbor in neighbors])
         return [
             Neighbor(
