@@ -20,6 +20,7 @@ from rich.table import Table as RichTable
 
 from conf.errors import MachineError
 from jobs.arguments import report_errors
+from jobs.bench_filters import filters
 from jobs.bench_lists import lookups, online, policy, publication
 from jobs.bench_search import ivf, search
 
@@ -28,6 +29,7 @@ FOLDER = Path("var/bench")
 WORKS: Mapping[str, Callable[[Path, int], Iterator[Json]]] = {
     "search": search,
     "ivf": ivf,
+    "filters": filters,
     "publication": publication,
     "lookups": lookups,
     "online": online,

@@ -17,7 +17,7 @@ Shapes: `N` items (row = item_index, ascending by item_id), `B` triggers, `M` ca
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ import pyarrow as pa
 from conf.errors import TrainingError
 from conf.settings import RetrievalSettings
 from models.data import Bools, Floats, Ints, Sparse
-from models.eligibility import CATEGORY, FilterColumn, FilterColumns, Rules
+from models.eligibility import CATEGORY, FilterColumn, FilterColumns, Pool, Rules
 from models.factorization import log_popularity
 from models.kept import KeptCandidates
 from models.list_rows import list_rows
@@ -215,24 +215,34 @@ def _load_texts(folder: Path, stem: str) -> pa.StringArray:
         return pa.ipc.open_file(source).get_batch(0).column(0)
 
 
-def _nearest(flat: ItemIndex, queries: Floats, trigger: Ints, k: int, rules: Rules, names: Sequence[str]) -> Ints:
+def _nearest(flat: ItemIndex, vectors: Floats, queries: Floats, trigger: Ints, k: int, rules: Rules, names: Sequence[str]) -> Ints:
     """(B, w) nearest items, -1 for none: at least k that each of the named lists may hold, as far as there are so many."""
-    if not rules.restrict(names):
-        return flat.search(queries, k + 1)  # one more: the trigger may be its own nearest
+    first = flat.search(queries, k + 1)  # one more: the trigger may be its own nearest
+    parts = []
+    for name in rules.apart(names, by_limit=True):
+        if not rules.restrict([name]):
+            parts.append(first)
+            continue
 
-    def chosen(places: Longs, ranked: Ints, k: int) -> tuple[Bools, Bools]:
-        mine = trigger[places]
-        row, column = np.nonzero((ranked >= 0) & (ranked != mine[:, None]))
-        held, enough = np.zeros(ranked.shape, np.bool_), np.ones(len(places), np.bool_)
-        for name in names:
-            kept = np.flatnonzero(rules.offered(name, mine[row], row, ranked[row, column]))
-            length = np.bincount(row[kept], minlength=len(places))
-            kept = kept[np.arange(len(kept)) - ends(length)[row[kept]] < k]
-            held[row[kept], column[kept]] = True
-            enough &= length >= k
-        return held, enough
+        def pool(place: int, name: str = name) -> Pool | None:
+            return rules.pool(name, int(trigger[place]))
 
-    return flat.search_until(queries, k, chosen)
+        limit = None if name in rules.filters else rules.limits.get(name)
+        chosen = partial(_held, rules, name, trigger)
+        parts.append(flat.search_until(queries, k, chosen, first=first, vectors=vectors, pool=pool, limit=limit))
+    return np.hstack(parts)
+
+
+def _held(rules: Rules, name: str, trigger: Ints, places: Longs, ranked: Ints, k: int) -> tuple[Bools, Bools]:
+    """Of (b, w) ranked items of the triggers at (b,) places those that a list of k would hold, and whether it is full."""
+    mine = trigger[places]
+    row, column = np.nonzero((ranked >= 0) & (ranked != mine[:, None]))
+    kept = np.flatnonzero(rules.offered(name, mine[row], row, ranked[row, column]))
+    length = np.bincount(row[kept], minlength=len(places))
+    kept = kept[np.arange(len(kept)) - ends(length)[row[kept]] < k]
+    held = np.zeros(ranked.shape, np.bool_)
+    held[row[kept], column[kept]] = True
+    return held, length >= k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -514,10 +524,10 @@ class Retriever:
         found = []
         for name, head in self.heads.items():
             queries = np.where(head.blank[trigger][:, None], np.float32(0), head.trigger[trigger])  # which find nothing
-            found.append((name, _nearest(head.flat, queries, trigger, near, rules, (name, MERGED))))
+            found.append((name, _nearest(head.flat, head.target, queries, trigger, near, rules, (name, MERGED))))
         if settings.num_candidates_content:
             near = settings.num_candidates_content
-            found.append((CONTENT, _nearest(self.content_flat, self.content[trigger], trigger, near, rules, (MERGED,))))
+            found.append((CONTENT, _nearest(self.content_flat, self.content, self.content[trigger], trigger, near, rules, (MERGED,))))
         popular = self.fill_order.popular[: settings.num_candidates_popular]
         return [*found, (POPULARITY, np.broadcast_to(popular, (len(trigger), len(popular))))]
 
@@ -631,15 +641,31 @@ class Retriever:
         empty = np.zeros(0, dtype=np.int32)
         items, sources = [empty] * len(trigger), [empty] * len(trigger)
         coarsest = self.categories[:, 0] if self.categories.shape[1] else None
+        orders: dict[Hashable, FillOrder] = {}
         for row in short.tolist():
             listed, item = lists.neighbor[lists.offsets[row] : lists.offsets[row + 1]], int(trigger[row])
             category = -1 if coarsest is None else int(coarsest[item])
             admit = partial(rules.admit, MERGED, item) if rules.restrict([MERGED]) else None
-            items[row], num_category = self.fill_order.fill(listed, trigger=item, coarsest=category, k=k, admit=admit)
+            order = self._fill_order_of(item, k, rules, orders)
+            items[row], num_category = order.fill(listed, trigger=item, coarsest=category, k=k, admit=admit)
             where = np.arange(len(items[row])) < num_category
             sources[row] = np.where(where, 1 << self._bit(CATEGORY), 1 << self._bit(POPULARITY)).astype(np.int32)
         extra = self._extra(trigger, counted, items, sources) if len(short) else None
         return lists if extra is None or not len(extra.neighbor) else _interleave(lists, extra)
+
+    def _fill_order_of(self, trigger: int, k: int, rules: Rules, known: dict[Hashable, FillOrder]) -> FillOrder:
+        """What may fill a trigger's merged list up, as far as its filters or its limit say so at once."""
+        pool = rules.pool(MERGED, trigger)
+        name = pool.name if pool else None
+        if name not in known:
+            whole = self.fill_order
+            if pool is not None:
+                known[name] = whole.narrowed(pool.items())
+            elif MERGED in rules.limits and MERGED not in rules.filters:  # of k listed items and the trigger none comes a second time
+                known[name] = whole.narrowed(rules.first_of_kind(MERGED, whole.popular, whole.category_of(whole.popular), 2 * k + 1))
+            else:
+                known[name] = whole
+        return known[name]
 
     def _extra(self, trigger: Ints, counted: Counted, items: list[Ints], sources: list[Ints]) -> Neighbors:
         """(B,) items to append to each list, described like any neighbor."""
