@@ -345,8 +345,9 @@ _LIST_COLUMNS = (
         "neighbors",
         f"array<{NEIGHBOR_STRUCT}>",
         "Best first. score: of a head its own; in the merged list the policy's calibrated probability p(j|i), of a blend with its bonus, "
-        "so that it can be compared across triggers. reason in words; sources that found it; num_user_days of counted co-engagement "
-        "(0: none above the privacy minimum); relevance in [-1,1]; filled: offered only to fill up the merged list.",
+        "so that it can be compared across triggers. reason in words: how many distinct users engaged with both at any time, on how many "
+        "user-days within the window of pairs, what both share; sources that found it; num_user_days of counted co-engagement (0: none "
+        "above the privacy minimum of distinct users); relevance in [-1,1]; filled: offered only to fill up the merged list.",
     ),
     _key("model_version", "string", "Checkpoint behind the scores."),
     _key("list_hash", "string", "Hash of the neighbor ids in order: unchanged lists keep it."),

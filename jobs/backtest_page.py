@@ -42,6 +42,7 @@ $tables
 $more
 </details>
 </main>
+<script>$script</script>
 </body>
 </html>
 """)
@@ -67,6 +68,7 @@ def _page(report: Report) -> str:
     return _PAGE.substitute(
         title=escape(report.title),
         style=pages.text("page.css"),
+        script=pages.text("definitions.js"),
         subtitle=escape(_subtitle(report)),
         tally=_tally(report),
         words="\n".join(_paragraph(words) for words in summary_words(report)),
@@ -125,7 +127,7 @@ def _class(grid: Grid, index: int, tone: str = "") -> str:
 
 
 def _title(grid: Grid, index: int) -> str:
-    """What the numbers of the column mean, one hover away."""
+    """What the numbers of the column mean: shown when pointed at, tapped or focused (definitions.js)."""
     return f' title="{escape(grid.meanings[index])}"' if grid.meanings[index] else ""
 
 

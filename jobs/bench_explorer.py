@@ -38,7 +38,7 @@ _HEADS = ("engagement", "merged", "relevance")
 _PORT = 8764
 _NUM_WORDS = 60_000
 _LISTS_PER_GROUP = 300  # of a row group, which a lookup reads whole
-_REASONS = pa.array([f"engaged together on {days} user-days; found by counts" for days in range(60)])
+_REASONS = pa.array([f"{days} users engaged with both, together on {days} user-days; found by counts" for days in range(60)])
 
 
 def lay_lake(folder: Path, *, num_items: int, list_length: int) -> Path:

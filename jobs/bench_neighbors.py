@@ -18,6 +18,7 @@ from rich.table import Table as RichTable
 
 from conf.errors import MachineError
 from jobs.arguments import report_errors
+from jobs.bench_filters import filters
 from jobs.bench_lists import lookups, online, policy, publication
 from jobs.bench_rows import FOLDER, Json, keep_row, kept_rows
 from jobs.bench_search import ivf, search
@@ -25,6 +26,7 @@ from jobs.bench_search import ivf, search
 WORKS: Mapping[str, Callable[[Path, int], Iterator[Json]]] = {
     "search": search,
     "ivf": ivf,
+    "filters": filters,
     "publication": publication,
     "lookups": lookups,
     "online": online,

@@ -5,7 +5,6 @@ dimension of the targets, as a head with the engagement task has.
 """
 
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -50,14 +49,15 @@ def learned_vectors(num_items: int, *, seed: int = 0) -> tuple[Floats, Floats]:
     )
 
 
-def times(work: Callable[[], object], runs: int) -> Json:
-    """Seconds of some runs after one to warm up."""
+def times(work: Callable[[], object], runs: int, *, warm: bool = True) -> Json:
+    """Seconds of some runs, after one to warm up unless the caller has done so."""
     seconds = []
-    for _ in range(1 + runs):
+    for number in range(runs + warm):
         begin = time.perf_counter()
         work()
-        seconds.append(time.perf_counter() - begin)
-    return {"median_s": statistics.median(seconds[1:]), "min_s": min(seconds[1:]), "max_s": max(seconds[1:]), "runs": runs}
+        if number >= warm:
+            seconds.append(time.perf_counter() - begin)
+    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds), "runs": runs}
 
 
 def search(folder: Path, num_items: int) -> Iterator[Json]:
@@ -124,7 +124,7 @@ def _ivf_of(folder: Path, num_items: int) -> tuple[float, list[Json]]:
     """Seconds to build and to search all, and the rows of one size; memory is measured before the exact index is there, too."""
     trigger, target = _mapped_vectors(folder, num_items)
     sample, queries = (trigger[np.random.default_rng(seed).choice(num_items, n, replace=False)] for seed, n in ((1, 256), (2, _SAMPLED)))
-    stem, cores, bare_mb = f"ivf-{num_items}", len(os.sched_getaffinity(0)), _peak_mb()
+    stem, cores, bare_mb = f"ivf-{num_items}", len(os.sched_getaffinity(0)), _peak_mb(from_now=True)
     begin = time.perf_counter()
     report = write_index(
         folder, stem, target, np.arange(num_items, dtype=np.int32), queries=sample, settings=RetrievalSettings(search="ivf")
@@ -133,13 +133,13 @@ def _ivf_of(folder: Path, num_items: int) -> tuple[float, list[Json]]:
     faiss.omp_set_num_threads(cores)
     opened = ItemIndex.open(folder, stem)
     ours, found = _all_of(num_items, times(lambda: opened.search(queries, _K), 2)), opened.search(queries, _K)
-    peak, size = _peak_mb(), target.nbytes / 1e6
+    peak, size = _peak_mb(), target.nbytes / 2**20
     index = faiss.IndexFlatIP(target.shape[1])
     index.add(np.ascontiguousarray(target))
     exact, wanted = _all_of(num_items, times(lambda: index.search(queries, _K), 1)), index.search(queries, _K)[1]
     row = {"work": f"IVF against exact search, K = {_K}, 128-d", "size": num_items}
     note = f"{report}; recall on {_SAMPLED:,} other queries {_recall(found, wanted):.4f}; built in {built:.0f} s; "
-    note += f"vectors {size:,.0f} MB, at most {(peak - bare_mb) / size:.2f} x that above the {bare_mb:,.0f} MB of the bare process"
+    note += f"vectors {size:,.0f} MiB, at most {(peak - bare_mb) / size:.2f} x that above the {bare_mb:,.0f} MiB of the process before"
     estimate = estimate_search(num_items, num_items, target.shape[1], num_cores=cores, settings=RetrievalSettings())
     said = f"reckoned from {_SAMPLED:,} queries; the estimate said: {estimate}"
     mine = row | ours | {"method": "mtmh", "note": note, "peak_rss_mb": peak}
@@ -160,9 +160,12 @@ def _save_vectors(folder: Path, num_items: int) -> None:
         np.save(folder / f"{side}-{num_items}.npy", vectors)
 
 
-def _peak_mb() -> float:
-    """The most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _peak_mb(*, from_now: bool = False) -> float:
+    """The most memory in MiB that this process has had; from now: what it has, from which on the most is counted."""
+    if from_now:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
 
 
 def _all_of(num_items: int, measured: Json) -> Json:

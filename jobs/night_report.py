@@ -256,6 +256,7 @@ def write_report(night: Night, stages: Sequence[str]) -> Path:
     content = {
         "report": report,
         "style": Markup(pages.text("page.css") + pages.text("night.css")),  # noqa: S704 - files of this project
+        "script": Markup(pages.text("definitions.js")),  # noqa: S704 - likewise
         "changes": lists.changes(before.run_id) if lists and before else None,
         "before": before,
         "slices": lists.slices() if lists else [],

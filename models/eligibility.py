@@ -3,15 +3,19 @@
 A filter admits or refuses a neighbor, a limit admits the first n of a kind in the order of the list. Values are codes, so that a task
 maps them like the rest of the index. A scope is a coarsest category (`toys`), a value of a column (`market=de`), or `default`.
 
+No trigger costs a look at every item: a filter names the items that it leaves to a trigger by the holders of the trigger's values
+(`Rules.pool`), and a limit those that come first of their kind (`Rules.first_of_kind`).
+
 Shapes: `N` items, `M` (trigger, neighbor) pairs, `W` values of the item that has most in a column.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -57,6 +61,30 @@ class FilterColumn:
     def has(self, values: Iterable[str]) -> Bools:
         """(N,) the item has one of the values."""
         return np.asarray(np.isin(self.codes, [number for number, value in enumerate(self.values) if value in set(values)]).any(axis=1))
+
+    @cached_property
+    def _by_value(self) -> tuple[Longs, Ints]:
+        """Offsets per value, and the items that have it, ascending."""
+        item, place = np.nonzero(self.codes >= 0)
+        code = self.codes[item, place]
+        order = np.argsort(code, kind="stable")
+        return ends(np.bincount(code, minlength=len(self.values))), item[order].astype(np.int32)
+
+    @cached_property
+    def without(self) -> Ints:
+        """Items that have no value, ascending."""
+        return np.flatnonzero(~self.known).astype(np.int32)
+
+    def num_holders(self, codes: Sequence[int]) -> int:
+        """How many items have one of some values, at most."""
+        offsets, _ = self._by_value
+        return int(sum(offsets[code + 1] - offsets[code] for code in codes))
+
+    def holders(self, codes: Sequence[int]) -> Ints:
+        """Items that have one of some values, ascending."""
+        offsets, items = self._by_value
+        parts = [items[offsets[code] : offsets[code + 1]] for code in codes]
+        return parts[0] if len(parts) == 1 else np.unique(np.concatenate([*parts, items[:0]]))
 
     def shared(self, left: Ints, right: Ints) -> Bools:
         """(M,) items left and right have a value in common."""
@@ -162,6 +190,23 @@ class _Filter:
     passing: Bools
     ruled: Bools | None  # (N,) triggers; None: all
 
+    @cached_property
+    def _passing_items(self) -> Ints:
+        return np.flatnonzero(self.passing).astype(np.int32)
+
+    def pool(self, trigger: int) -> tuple[int, Hashable, Callable[[], Ints]] | None:
+        """How many items a trigger is left with at most, a name for them, and the items; None: it may be nearly all."""
+        if self.ruled is not None and not self.ruled[trigger]:
+            return None
+        if self.column is None:
+            return len(self._passing_items), (), lambda: self._passing_items
+        codes = [code for code in self.column.codes[trigger].tolist() if code >= 0]
+        if self.rule.rule == "different" or (self.rule.missing and not codes):
+            return None
+        others = self.column.without if self.rule.missing else self.column.without[:0]
+        column = self.column
+        return column.num_holders(codes) + len(others), tuple(codes), lambda: np.union1d(column.holders(codes), others).astype(np.int32)
+
     def allowed(self, trigger: Ints, item: Ints) -> Bools:
         """(M,) neighbors of (M,) triggers that pass."""
         passes = self.passing[item] if self.column is None else self._compared(self.column, trigger, item)
@@ -173,6 +218,15 @@ class _Filter:
             return ~shared
         unknown = ~(self.passing[trigger] & self.passing[item])
         return shared | unknown if self.rule.missing else shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Items among which all are that a trigger's list may hold: their number at most, and a name that equal pools share."""
+
+    size: int
+    name: Hashable
+    items: Callable[[], Ints]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +254,25 @@ class Rules:
             kind = _finest(categories) if limit.by == CATEGORY else _first(columns.columns[limit.by].codes)
             limits |= {head: (kind, limit.at_most) for head in heads if not limit.heads or head in limit.heads}
         return cls(filters={head: some for head, some in filters.items() if some}, limits=limits)
+
+    def pool(self, head: str, trigger: int) -> Pool | None:
+        """The fewest items that one of a list's filters leaves to a trigger; None: no filter says which."""
+        pools = [(found, number) for number, filter_ in enumerate(self.filters.get(head, ())) if (found := filter_.pool(trigger))]
+        if not pools:
+            return None
+        (size, name, items), number = min(pools, key=lambda found: found[0][0])
+        return Pool(size=size, name=(head, number, name), items=items)
+
+    def first_of_kind(self, head: str, order: Ints, group: Ints, most: int) -> Ints:
+        """Of (R,) items in an order those that come first of their kind in their group: the list's limit, and `most` more."""
+        kinds, at_most = self.limits[head]
+        kind = kinds[order]
+        by_kind = np.lexsort((kind, group))
+        new = (np.diff(group[by_kind], prepend=-2) != 0) | (np.diff(kind[by_kind], prepend=-2) != 0)
+        place = np.arange(len(order))
+        number = np.empty(len(order), np.int64)
+        number[by_kind] = place - np.maximum.accumulate(np.where(new, place, 0))
+        return order[number < at_most + most]
 
     def restrict(self, heads: Iterable[str]) -> bool:
         """Whether any of the lists has a filter or a limit."""
@@ -233,9 +306,10 @@ class Rules:
         out[passes[self.within_limit(head, segment[passes], item[passes])]] = True
         return out
 
-    def apart(self, heads: Iterable[str]) -> list[str]:
-        """One of the lists for each set of filters."""
-        return list({tuple(map(id, self.filters.get(head, ()))): head for head in heads}.values())
+    def apart(self, heads: Iterable[str], *, by_limit: bool = False) -> list[str]:
+        """One of the lists for each set of filters, or of filters and limit."""
+        limits = {head: (id(kind), at_most) for head, (kind, at_most) in self.limits.items()} if by_limit else {}
+        return list({(*map(id, self.filters.get(head, ())), limits.get(head)): head for head in heads}.values())
 
     def depth(self, head: str, k: int, offsets: Longs) -> int:
         """How many candidates of a list to rank, so that k remain after `cut`: k, or with a limit all."""
@@ -258,8 +332,10 @@ class Rules:
         return passing[self.within_limit(head, np.zeros(len(whole), np.int64), whole)[len(listed) :]]
 
     def num_possible(self, head: str, trigger: int, eligible: Ints) -> int:
-        """How many of some eligible items a trigger's list could hold."""
-        return len(self.admit(head, trigger, eligible[:0], eligible[eligible != trigger]))
+        """How many of some (ascending) eligible items a trigger's list could hold."""
+        pool = self.pool(head, trigger)
+        some = eligible if pool is None else np.intersect1d(pool.items(), eligible, assume_unique=True)
+        return len(self.admit(head, trigger, eligible[:0], some[some != trigger]))
 
 
 def _filter(rule: FilterSettings, columns: FilterColumns) -> _Filter:

@@ -10,10 +10,11 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 
+from conf.errors import TableError
 from models.data import Floats, Ints
 from models.ranking import Longs
 
-_CANDIDATES = {"item": np.int32, "sources": np.uint16, "log_p": np.float32, "relevance": np.float32}
+_CANDIDATES = {"item": np.int32, "sources": np.uint16, "log_p": np.float32, "relevance": np.float32, "num_users": np.int32}
 _COUNTED = {"target": np.int32, "num_user_days": np.int64}
 
 
@@ -28,6 +29,7 @@ class KeptCandidates:
         sources: (M,) bit mask, as in `models.neighbors.Neighbors`.
         log_p: (M,) log p(j|i) of the scorer.
         relevance: (M,) score of the relevance head.
+        num_users: (M,) distinct users who engaged with both, as in `models.neighbors.Neighbors`.
         counted_offsets: (B + 1,) of the counted pairs.
         target: (P,) item indices.
         num_user_days: (P,) undecayed count.
@@ -39,6 +41,7 @@ class KeptCandidates:
     sources: Ints
     log_p: Floats
     relevance: Floats
+    num_users: Ints
     counted_offsets: Longs
     target: Ints
     num_user_days: Longs
@@ -59,10 +62,16 @@ class KeptCandidates:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Map a file that `save` wrote."""
+        """Map a file that `save` wrote.
+
+        Raises:
+            TableError: another version of the code wrote it.
+        """
         with pa.memory_map(str(path)) as source:
             batch = pa.ipc.open_file(source).get_batch(0)
         candidates, counted = batch.column("candidates"), batch.column("counted")
+        if missing := set(_CANDIDATES) - {field.name for field in candidates.type.value_type}:
+            raise TableError(f"kept candidates in {path} lack {sorted(missing)}: older code wrote them; run the night again to merge anew")
         flat = {name: candidates.values.field(name).to_numpy(zero_copy_only=False) for name in _CANDIDATES}
         flat |= {name: counted.values.field(name).to_numpy(zero_copy_only=False) for name in _COUNTED}
         return cls(

@@ -1,8 +1,9 @@
 """Lists as rows of a table: ids, a hash that unchanged lists keep, and for every neighbor the reason in words.
 
-    engaged together on 12 user-days; same CONDENSED SOUP; both vegan, organic; found by counts, content
+    9 users engaged with both, together on 12 user-days; same CONDENSED SOUP; both vegan, organic; found by counts, content
 
-User-days are those of pairs above the privacy minimum; a pair below it is not counted anywhere, and leaves no trace here.
+Users are distinct people who engaged with both items at any time, user-days those on which they did so inside the window that pairs are
+counted in. Pairs of fewer users than the privacy minimum are counted in neither, and leave no trace here.
 Shapes: `B` triggers, `R` neighbors of a head's lists, `N` items, `L` category levels.
 """
 
@@ -105,9 +106,11 @@ def _list_array(lists: "Neighbors", item_ids: pa.Array, alike: tuple[pa.Array, p
 
 
 def _reasons(lists: "Neighbors", same: pa.Array, tags: pa.Array, found: pa.Array) -> pa.Array:
-    """(R,) how often engaged together, the finest category in common, tags in common, which source found it."""
-    days = pa.array(lists.num_user_days)
-    together = pc.binary_join_element_wise("engaged together on ", days.cast(pa.string()), " user-days", "")
-    together = pc.if_else(pc.greater(days, 0), together, pa.scalar(None, pa.string()))
+    """(R,) by how many and how often engaged with, the finest category in common, tags in common, which source found it."""
+    days, users = pa.array(lists.num_user_days), pa.array(lists.num_users)
+    counted, known = pc.greater(days, 0), pc.greater(users, 0)
+    who = pc.if_else(known, pc.binary_join_element_wise(users.cast(pa.string()), " users engaged with both", ""), "engaged with both")
+    often = pc.if_else(counted, pc.binary_join_element_wise(", together on ", days.cast(pa.string()), " user-days", ""), "")
+    together = pc.if_else(pc.or_(counted, known), pc.binary_join_element_wise(who, often, ""), pa.scalar(None, pa.string()))
     alike = (pc.binary_join_element_wise("same ", same, ""), pc.binary_join_element_wise("both ", tags, ""))
     return pc.binary_join_element_wise(together, *alike, found, "; ", null_handling="skip")

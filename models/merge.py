@@ -13,6 +13,7 @@ Shapes: `B` triggers, `M` candidates of all of them in one flat list (see models
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -24,6 +25,7 @@ from models.ranking import Longs, best_per_row, best_per_segment, pad, segments
 from models.scorer import log_softmax
 
 DEFAULT_SCOPE = "default"
+_FIRST_PART = 4  # times what is missing, of a source that fills a list up: most of it is admitted usually
 _RANK_OFFSET = 60  # of the paper; it keeps the first ranks from ruling alone
 
 
@@ -248,6 +250,31 @@ class FillOrder:
         by_category = some[np.argsort(coarsest[some], kind="stable")]
         return cls(popular=popular, by_category=by_category, category=coarsest[by_category].astype(np.int32))
 
+    @cached_property
+    def _ranks(self) -> Ints:
+        """Place of each item in `popular`, -1 of one that is not eligible."""
+        ranks = np.full(int(self.popular.max(initial=-1)) + 1, -1, np.int32)
+        ranks[self.popular] = np.arange(len(self.popular), dtype=np.int32)
+        return ranks
+
+    @cached_property
+    def _categories(self) -> Ints:
+        categories = np.full(len(self._ranks), -1, np.int32)
+        categories[self.by_category] = self.category
+        return categories
+
+    def category_of(self, items: Ints) -> Ints:
+        """Coarsest category codes of some eligible items, -1 for none."""
+        return self._categories[items]
+
+    def narrowed(self, items: Ints) -> Self:
+        """The same order of some items alone, each once."""
+        known = items[items < len(self._ranks)]
+        popular = self.popular[np.sort(self._ranks[known][self._ranks[known] >= 0])]
+        some = popular[self._categories[popular] >= 0]
+        by_category = some[np.argsort(self._categories[some], kind="stable")]
+        return type(self)(popular=popular, by_category=by_category, category=self._categories[by_category])
+
     def fill(
         self, listed: Ints, *, trigger: int, coarsest: int, k: int, admit: Callable[[Ints, Ints], Ints] | None = None
     ) -> tuple[Ints, int]:
@@ -263,16 +290,22 @@ class FillOrder:
         Returns:
             The items, and how many of them come from the category.
         """
-        missing, most = k - len(listed), k + 1  # that many of a source suffice: k - 1 may be listed, one may be the trigger
         start, stop = np.searchsorted(self.category, (coarsest, coarsest + 1)) if coarsest >= 0 else (0, 0)
-        of_category, popular = self.by_category[start:stop], self.popular
-        if admit is None:
-            of_category, popular, admit = of_category[:most], popular[:most], lambda _, items: items
         taken = np.append(listed, np.int32(trigger))
-        first = admit(listed, _without(of_category, taken))[:missing]
-        rest = _without(popular, np.concatenate([taken, first])) if len(first) < missing else popular[:0]
-        then = admit(np.concatenate([listed, first]), rest)[: missing - len(first)]
+        first = _admitted(self.by_category[start:stop], listed, taken, k - len(listed), admit)
+        listed, taken = np.concatenate([listed, first]), np.concatenate([taken, first])
+        then = _admitted(self.popular, listed, taken, k - len(listed), admit)
         return np.concatenate([first, then]), len(first)
+
+
+def _admitted(source: Ints, listed: Ints, taken: Ints, missing: int, admit: Callable[[Ints, Ints], Ints] | None) -> Ints:
+    """The first items of a source that a list may hold, `missing` at most; looks at ever larger parts of the source."""
+    found, start, size = listed[:0], 0, _FIRST_PART * (len(taken) + missing)
+    while len(found) < missing and start < len(source):
+        some = _without(source[start : start + size], taken)
+        more = some if admit is None else admit(np.concatenate([listed, found]), some)
+        found, start, size = np.concatenate([found, more])[:missing], start + size, _FIRST_PART * size
+    return found
 
 
 def _without(items: Ints, taken: Ints) -> Ints:

@@ -18,7 +18,7 @@ Shapes: `N` items (row = item_index, ascending by item_id), `B` triggers, `M` ca
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ import pyarrow as pa
 from conf.errors import TrainingError
 from conf.settings import RetrievalSettings
 from models.data import Bools, Floats, Ints, Sparse
-from models.eligibility import CATEGORY, FilterColumn, FilterColumns, Rules
+from models.eligibility import CATEGORY, FilterColumn, FilterColumns, Pool, Rules
 from models.factorization import log_popularity
 from models.kept import KeptCandidates
 from models.list_rows import list_rows
@@ -216,24 +216,34 @@ def _load_texts(folder: Path, stem: str) -> pa.StringArray:
         return pa.ipc.open_file(source).get_batch(0).column(0)
 
 
-def _nearest(flat: ItemIndex, queries: Floats, trigger: Ints, k: int, rules: Rules, names: Sequence[str]) -> Ints:
+def _nearest(flat: ItemIndex, vectors: Floats, queries: Floats, trigger: Ints, k: int, rules: Rules, names: Sequence[str]) -> Ints:
     """(B, w) nearest items, -1 for none: at least k that each of the named lists may hold, as far as there are so many."""
-    if not rules.restrict(names):
-        return flat.search(queries, k + 1)  # one more: the trigger may be its own nearest
+    first = flat.search(queries, k + 1)  # one more: the trigger may be its own nearest
+    parts = []
+    for name in rules.apart(names, by_limit=True):
+        if not rules.restrict([name]):
+            parts.append(first)
+            continue
 
-    def chosen(places: Longs, ranked: Ints, k: int) -> tuple[Bools, Bools]:
-        mine = trigger[places]
-        row, column = np.nonzero((ranked >= 0) & (ranked != mine[:, None]))
-        held, enough = np.zeros(ranked.shape, np.bool_), np.ones(len(places), np.bool_)
-        for name in names:
-            kept = np.flatnonzero(rules.offered(name, mine[row], row, ranked[row, column]))
-            length = np.bincount(row[kept], minlength=len(places))
-            kept = kept[np.arange(len(kept)) - ends(length)[row[kept]] < k]
-            held[row[kept], column[kept]] = True
-            enough &= length >= k
-        return held, enough
+        def pool(place: int, name: str = name) -> Pool | None:
+            return rules.pool(name, int(trigger[place]))
 
-    return flat.search_until(queries, k, chosen)
+        limit = None if name in rules.filters else rules.limits.get(name)
+        chosen = partial(_held, rules, name, trigger)
+        parts.append(flat.search_until(queries, k, chosen, first=first, vectors=vectors, pool=pool, limit=limit))
+    return np.hstack(parts)
+
+
+def _held(rules: Rules, name: str, trigger: Ints, places: Longs, ranked: Ints, k: int) -> tuple[Bools, Bools]:
+    """Of (b, w) ranked items of the triggers at (b,) places those that a list of k would hold, and whether it is full."""
+    mine = trigger[places]
+    row, column = np.nonzero((ranked >= 0) & (ranked != mine[:, None]))
+    kept = np.flatnonzero(rules.offered(name, mine[row], row, ranked[row, column]))
+    length = np.bincount(row[kept], minlength=len(places))
+    kept = kept[np.arange(len(kept)) - ends(length)[row[kept]] < k]
+    held = np.zeros(ranked.shape, np.bool_)
+    held[row[kept], column[kept]] = True
+    return held, length >= k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +274,7 @@ class Neighbors:
         score: (R,) the head's score; in the merged list the policy's.
         sources: (R,) bit mask, bit n for `NeighborLists.source_names[n]`.
         num_user_days: (R,) of counted co-engagement, 0 where none is above the privacy minimum.
+        num_users: (R,) distinct users who engaged with both at any time, 0 below the privacy minimum and where the list is only filled up.
         relevance: (R,) score of the relevance head, in [-1, 1].
         filled: (R,) offered only to fill up the merged list.
         shared_depth: (R,) category levels that trigger and neighbor share, from the coarsest.
@@ -274,6 +285,7 @@ class Neighbors:
     score: npt.NDArray[np.float64]
     sources: Ints
     num_user_days: Longs
+    num_users: Ints
     relevance: npt.NDArray[np.float64]
     filled: Bools
     shared_depth: npt.NDArray[np.int8]
@@ -299,12 +311,13 @@ class _Pool:
     item: Ints  # (M,)
     sources: Ints  # (M,)
     num_user_days: Longs  # (M,)
+    num_users: Ints  # (M,)
     scores: Mapping[str, Floats]  # (M,) per head
     log_p: Floats  # (M,) the scorer's log p(j given i) over the trigger's candidates
 
     def only(self, kept: Bools) -> "_Pool":
         """Some of the (M,) candidates."""
-        parts = {name: getattr(self, name)[kept] for name in ("segment", "item", "sources", "num_user_days", "log_p")}
+        parts = {name: getattr(self, name)[kept] for name in ("segment", "item", "sources", "num_user_days", "num_users", "log_p")}
         scores = {head: score[kept] for head, score in self.scores.items()}
         offsets = ends(np.bincount(parts["segment"], minlength=len(self.trigger)))
         return replace(self, offsets=offsets, scores=scores, **parts)
@@ -318,6 +331,7 @@ class _Pool:
             score=score.astype(np.float64),
             sources=self.sources[position],
             num_user_days=self.num_user_days[position],
+            num_users=self.num_users[position],
             relevance=_reported(self.scores[RELEVANCE][position]),
             filled=filled,
             shared_depth=_shared_depth(categories, self.trigger[segments(offsets)], item),
@@ -438,6 +452,7 @@ class Retriever:
             item=kept.item,
             sources=kept.sources,
             num_user_days=num_user_days,
+            num_users=kept.num_users,
             scores={RELEVANCE: kept.relevance},
             log_p=kept.log_p,
         )
@@ -478,6 +493,7 @@ class Retriever:
             sources=mergeable.sources,
             log_p=candidates.log_p,
             relevance=candidates.relevance,
+            num_users=mergeable.num_users,
             counted_offsets=counted.indptr,
             target=counted.target,
             num_user_days=counted.num_user_days,
@@ -509,10 +525,10 @@ class Retriever:
         found = []
         for name, head in self.heads.items():
             queries = np.where(head.blank[trigger][:, None], np.float32(0), head.trigger[trigger])  # which find nothing
-            found.append((name, _nearest(head.flat, queries, trigger, near, rules, (name, MERGED))))
+            found.append((name, _nearest(head.flat, head.target, queries, trigger, near, rules, (name, MERGED))))
         if settings.num_candidates_content:
             near = settings.num_candidates_content
-            found.append((CONTENT, _nearest(self.content_flat, self.content[trigger], trigger, near, rules, (MERGED,))))
+            found.append((CONTENT, _nearest(self.content_flat, self.content, self.content[trigger], trigger, near, rules, (MERGED,))))
         popular = self.fill_order.popular[: settings.num_candidates_popular]
         return [*found, (POPULARITY, np.broadcast_to(popular, (len(trigger), len(popular))))]
 
@@ -535,7 +551,8 @@ class Retriever:
 
     def _scored(self, trigger: Ints, counted: Counted, settings: RetrievalSettings, rules: Rules) -> _Pool:
         """Candidates with their counts and every score; a counted pair says so even if another source proposed it."""
-        users = self.user_level.rows(trigger)
+        users, num_users = self.user_level.rows_and_users(trigger)
+        known = segments(users.indptr.astype(np.int64)) * len(self.eligible) + users.indices
         keys, sources = self._candidates(trigger, counted, users, settings, rules)
         segment, item = np.divmod(keys, len(self.eligible))
         offsets = ends(np.bincount(segment, minlength=len(trigger)))
@@ -549,8 +566,15 @@ class Retriever:
             item=item.astype(np.int32),
             sources=sources | (num_user_days > 0).astype(np.int32) << self._bit(COUNTS),
             num_user_days=num_user_days,
+            num_users=_looked_up(keys, known, num_users),
             scores=scores,
-            log_p=self._log_p(row, item, scores[ENGAGEMENT], weight, _row_sums(counted.weight, counted.indptr)[row], users, keys),
+            log_p=self._log_p(
+                row,
+                item,
+                scores[ENGAGEMENT],
+                counts=(weight, _row_sums(counted.weight, counted.indptr)[row]),
+                users=(_looked_up(keys, known, users.data), _row_sums(users.data, users.indptr)[row]),
+            ),
         )
 
     def _counts_of(self, keys: Longs, counted: Counted) -> tuple[Floats, Longs]:
@@ -598,19 +622,16 @@ class Retriever:
         lists = pool.narrow(merged.position, merged.offsets, merged.score, merged.filled, self.categories)
         return self._filled_up(lists, pool.trigger, counted, k, rules)
 
-    def _log_p(
-        self, row: Ints, item: Longs, head_score: Floats, weight: Floats, weight_row_sum: Floats, users: Sparse, keys: Longs
-    ) -> Floats:
-        """(M,) from the features that the scorer was fitted on."""
+    def _log_p(self, row: Ints, item: Longs, head_score: Floats, *, counts: tuple[Floats, Floats], users: tuple[Floats, Floats]) -> Floats:
+        """(M,) from the features that the scorer was fitted on; counts and users: (M,) values and sums over all of the trigger's."""
         if not len(item):
             return np.zeros(0, dtype=np.float32)
-        known = segments(users.indptr.astype(np.int64)) * len(self.eligible) + users.indices
         features = candidate_features(
             head_log_p=log_softmax(head_score, row),
-            count=weight,
-            count_row_sum=weight_row_sum,
-            user_level=_looked_up(keys, known, users.data),
-            user_level_row_sum=_row_sums(users.data, users.indptr)[row],
+            count=counts[0],
+            count_row_sum=counts[1],
+            user_level=users[0],
+            user_level_row_sum=users[1],
             popularity_p=np.exp(self.log_popularity)[item],
             trends=self.trends[item],
         )
@@ -622,15 +643,31 @@ class Retriever:
         empty = np.zeros(0, dtype=np.int32)
         items, sources = [empty] * len(trigger), [empty] * len(trigger)
         coarsest = self.categories[:, 0] if self.categories.shape[1] else None
+        orders: dict[Hashable, FillOrder] = {}
         for row in short.tolist():
             listed, item = lists.neighbor[lists.offsets[row] : lists.offsets[row + 1]], int(trigger[row])
             category = -1 if coarsest is None else int(coarsest[item])
             admit = partial(rules.admit, MERGED, item) if rules.restrict([MERGED]) else None
-            items[row], num_category = self.fill_order.fill(listed, trigger=item, coarsest=category, k=k, admit=admit)
+            order = self._fill_order_of(item, k, rules, orders)
+            items[row], num_category = order.fill(listed, trigger=item, coarsest=category, k=k, admit=admit)
             where = np.arange(len(items[row])) < num_category
             sources[row] = np.where(where, 1 << self._bit(CATEGORY), 1 << self._bit(POPULARITY)).astype(np.int32)
         extra = self._extra(trigger, counted, items, sources) if len(short) else None
         return lists if extra is None or not len(extra.neighbor) else _interleave(lists, extra)
+
+    def _fill_order_of(self, trigger: int, k: int, rules: Rules, known: dict[Hashable, FillOrder]) -> FillOrder:
+        """What may fill a trigger's merged list up, as far as its filters or its limit say so at once."""
+        pool = rules.pool(MERGED, trigger)
+        name = pool.name if pool else None
+        if name not in known:
+            whole = self.fill_order
+            if pool is not None:
+                known[name] = whole.narrowed(pool.items())
+            elif MERGED in rules.limits and MERGED not in rules.filters:  # of k listed items and the trigger none comes a second time
+                known[name] = whole.narrowed(rules.first_of_kind(MERGED, whole.popular, whole.category_of(whole.popular), 2 * k + 1))
+            else:
+                known[name] = whole
+        return known[name]
 
     def _extra(self, trigger: Ints, counted: Counted, items: list[Ints], sources: list[Ints]) -> Neighbors:
         """(B,) items to append to each list, described like any neighbor."""
@@ -643,6 +680,7 @@ class Retriever:
             score=np.zeros(len(item)),
             sources=np.concatenate(sources),
             num_user_days=self._counts_of(keys, counted)[1],
+            num_users=np.zeros(len(item), dtype=np.int32),
             relevance=_reported(_dots(head.trigger[trigger], head.target, item, offsets)),
             filled=np.ones(len(item), dtype=np.bool_),
             shared_depth=_shared_depth(self.categories, trigger[segment], item),
@@ -678,7 +716,7 @@ def _dots(queries: Floats, vectors: Floats, item: npt.NDArray[np.integer], offse
     return out
 
 
-_PARTS = ("neighbor", "score", "sources", "num_user_days", "relevance", "filled", "shared_depth")
+_PARTS = ("neighbor", "score", "sources", "num_user_days", "num_users", "relevance", "filled", "shared_depth")
 
 
 def _concatenate(parts: Sequence[Neighbors]) -> Neighbors:

@@ -3,13 +3,14 @@
 An IVF index groups the items around `nlist` centers and looks only into the `nprobe` groups nearest to a query. Which of the two a catalog
 gets is decided by counting operations, not by timing, so that equal inputs give equal lists: see `estimate_search`. The recall of an IVF
 index is then measured against the exact search on a sample of triggers; while it is too low the effort `nprobe` doubles, and where even a
-fourth of the groups is not enough the exact search is used after all.
+fourth of the groups is not enough the exact search is used after all. Its vectors are halved to 16 bits, which proposes the same items
+in half of the memory and time; no score that is published comes from it.
 
 Shapes: `N` items, `B` queries, `V` vector length.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +20,7 @@ import numpy as np
 
 from conf.settings import RetrievalSettings
 from models.data import Bools, Floats, Ints
+from models.eligibility import Pool
 from models.ranking import Longs
 
 _WIDER = 4  # times as many items are asked for where filters and limits left too few
@@ -79,7 +81,7 @@ def estimate_search(num_items: int, num_triggers: int, dimension: int, *, num_co
         exact_seconds=exact / rate,
         ivf_seconds=ivf / rate,
         exact_mb=num_items * dimension * 4 / 1e6,
-        ivf_mb=(num_items + groups) * dimension * 4 / 1e6 + num_items * 8 / 1e6,
+        ivf_mb=(num_items * 2 + groups * 4) * dimension / 1e6 + num_items * 8 / 1e6,
         chosen=worthwhile if settings.search == "auto" else settings.search,
     )
 
@@ -136,12 +138,12 @@ def _ivf(vectors: Floats, items: Ints, queries: Floats, settings: RetrievalSetti
     """Train, fill, and raise the effort until the recall is reached; the report says exact where it is not."""
     groups, dimension = num_lists(len(items)), vectors.shape[1]
     faiss.omp_set_num_threads(os.cpu_count() or 1)
-    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dimension), dimension, groups, faiss.METRIC_INNER_PRODUCT)
+    half, product = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dimension), dimension, groups, half, product, False)
     index.cp.niter, index.cp.seed, index.cp.min_points_per_centroid = _TRAINING_ROUNDS, _SEED, 1
     sample = np.random.default_rng(_SEED).permutation(len(items))[: _TRAINING_PER_LIST * groups]
     index.train(np.ascontiguousarray(vectors[items[np.sort(sample)]], dtype=np.float32))
-    for part in _parts(vectors, items):
-        index.add(part)
+    _fill(index, vectors, items)
     k = min(settings.list_length, len(items))
     wanted = _exact(vectors, items, queries, k)
     effort, recall = _FIRST_EFFORT, 0.0
@@ -153,6 +155,18 @@ def _ivf(vectors: Floats, items: Ints, queries: Floats, settings: RetrievalSetti
     if recall < settings.min_search_recall:
         return None, SearchReport(method="exact", recall=recall, effort=0)
     return index, SearchReport(method="ivf", recall=recall, effort=index.nprobe)
+
+
+def _fill(index: Any, vectors: Floats, items: Ints) -> None:
+    """Add all vectors to groups that have exactly the room: ever doubled ones would take up to twice the memory."""
+    groups = np.concatenate([index.quantizer.search(part, 1)[1].ravel() for part in _parts(vectors, items)])
+    lists = faiss.downcast_InvertedLists(index.invlists)
+    for group, size in enumerate(np.bincount(groups, minlength=index.nlist).tolist()):
+        lists.resize(group, size)
+        lists.resize(group, 0)  # which keeps the room
+    for start, part in enumerate(_parts(vectors, items)):
+        mine = np.ascontiguousarray(groups[start * _ITEMS_PER_PART :][: len(part)])
+        index.add_core(len(part), faiss.swig_ptr(part), None, faiss.swig_ptr(mine))
 
 
 def _exact(vectors: Floats, items: Ints, queries: Floats, k: int) -> Longs:
@@ -168,7 +182,7 @@ def _exact(vectors: Floats, items: Ints, queries: Floats, k: int) -> Longs:
 
 
 Chosen = Callable[[Longs, Ints, int], tuple[Bools, Bools]]
-"""Places of b queries, their (b, w) items best first, k -> (b, w) what some list would hold, (b,) whether each list has k."""
+"""Places of b queries, their (b, w) items best first, k -> (b, w) what the list would hold, (b,) whether it has k."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,24 +220,119 @@ class ItemIndex:
             return self.index.search(queries, k, params=effort)
         return self.index.search(queries, k)
 
-    def search_until(self, queries: Floats, k: int, chosen: Chosen) -> Ints:
-        """(B, V) -> (B, w) chosen items, best first, -1 behind the end: at least k of each list, or all that there are.
+    def search_until(
+        self,
+        queries: Floats,
+        k: int,
+        chosen: Chosen,
+        *,
+        first: Ints,
+        vectors: Floats,
+        pool: Callable[[int], Pool | None],
+        limit: tuple[Ints, int] | None,
+    ) -> Ints:
+        """(B, V) -> (B, w) chosen items, -1 for none: at least k, or all that there are.
 
-        First a usual search, then a wider one for the queries that found too few, then a ranking of everything.
+        After a usual search comes a wider one for the queries that found too few. What then is short has little to choose from: where a
+        filter names it, the few are ranked alone, those of queries with the same few together; where a limit alone leaves few of each
+        of few kinds, the best of each kind; else the search widens on.
+
+        Args:
+            queries: (B, V).
+            k: chosen items wanted.
+            chosen: which of a ranking's items the list would hold.
+            first: (B, k + 1) of `search`.
+            vectors: (A, V) of all items, mapped: those of a pool are read from it.
+            pool: place of a query -> what it is left with.
+            limit: (A,) kind of each item and how many of a kind may be chosen, where nothing else decides.
         """
-        found, rows = [np.zeros(0, np.int32)] * len(queries), np.arange(len(queries))
-        for width in (k + 1, _WIDER * k, len(self.items)):
-            short = []
-            for part in np.array_split(rows, -(-len(rows) * width // _MOST_RESULTS) or 1):
-                ranked = self.search(queries[part], width)
-                held, enough = chosen(part, ranked, k)
-                for place, items, mine in zip(part.tolist(), ranked, held, strict=True):
-                    found[place] = items[mine]
-                short.append(part[~enough])
-            rows = np.concatenate(short)
-            if width >= len(self.items):
+        found = _Found(lists=[np.zeros(0, np.int32)] * len(queries), k=k, chosen=chosen)
+        asked = np.flatnonzero(np.any(queries, axis=1))
+        short = self._widened(queries, found.take(asked, first[asked]), found, widths=(_WIDER * k,))
+        by_pool: dict[Hashable, tuple[Pool, list[int]]] = {}
+        rest = []
+        for place in short.tolist():
+            mine = pool(place)
+            if mine is None or mine.size > len(self.items) // _WIDER:
+                rest.append(place)
+            else:
+                by_pool.setdefault(mine.name, (mine, []))[1].append(place)
+        for mine, places in by_pool.values():
+            self._within(queries, np.array(places), found, vectors, mine)
+        left = np.array(rest, np.int64)
+        if limit is not None and len(left):
+            left = self._by_kind(queries, left, found, vectors, limit)
+        self._widened(queries, left, found, widths=self._widths(_WIDER**2 * k, len(self.items)))
+        return _padded(found.lists)
+
+    def _by_kind(self, queries: Floats, places: Longs, found: "_Found", vectors: Floats, limit: tuple[Ints, int]) -> Longs:
+        """The best of each kind, if there are few kinds; returns the queries that are left to do."""
+        kind, at_most = limit[0][self.items], limit[1]
+        kinds, sizes = np.unique(kind, return_counts=True)
+        widths = np.minimum(sizes, np.where(kinds < 0, found.k, at_most) + 1)  # one more: the trigger
+        if widths.sum() > _WIDER**2 * found.k:
+            return places
+        best, scores = [], []
+        for one, width in zip(kinds.tolist(), widths.tolist(), strict=True):
+            mine, tops, values = self.items[kind == one], [], []
+            for start in range(0, len(mine), _ITEMS_PER_PART):
+                part = mine[start : start + _ITEMS_PER_PART]
+                score, rows = _nearest_rows(queries[places], np.ascontiguousarray(vectors[part], dtype=np.float32), min(width, len(part)))
+                tops.append(part[rows])
+                values.append(score)
+            best.append(np.hstack(tops))
+            scores.append(np.hstack(values))
+        order = np.argsort(-np.hstack(scores), axis=1, kind="stable")
+        found.take(places, np.take_along_axis(np.hstack(best), order, axis=1))
+        return places[:0]
+
+    @staticmethod
+    def _widths(start: int, end: int) -> Iterator[int]:
+        while start < end:
+            yield start
+            start *= _WIDER
+        yield end
+
+    def _widened(self, queries: Floats, short: Longs, found: "_Found", *, widths: Iterable[int]) -> Longs:
+        """Ever wider searches for queries whose lists are short; returns those that still are."""
+        for width in widths:
+            if not len(short):
                 break
-        return _padded(found)
+            parts = np.array_split(short, -(-len(short) * width // _MOST_RESULTS) or 1)
+            short = np.concatenate([found.take(part, self.search(queries[part], width)) for part in parts])
+        return short
+
+    def _within(self, queries: Floats, places: Longs, found: "_Found", vectors: Floats, pool: Pool) -> None:
+        """Exact search among a pool's items."""
+        items = np.intersect1d(pool.items(), self.items, assume_unique=True)
+        some = np.ascontiguousarray(vectors[items], dtype=np.float32)
+        for width in self._widths(_WIDER * found.k, len(items)):
+            parts = np.array_split(places, -(-len(places) * width // _MOST_RESULTS) or 1)
+            places = np.concatenate([found.take(part, items[_nearest_rows(queries[part], some, width)[1]]) for part in parts])
+
+
+def _nearest_rows(queries: Floats, vectors: Floats, k: int) -> tuple[Floats, Longs]:
+    """(B, k) scores and rows of the nearest vectors, best first."""
+    if not len(queries) or not k:
+        return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+    score, row = faiss.knn(np.ascontiguousarray(queries), vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+    return score, np.asarray(row, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What B queries have chosen so far: of a wider ranking, which begins with the narrower one, always the whole."""
+
+    lists: list[Ints]
+    k: int
+    chosen: Chosen
+
+    def take(self, places: Longs, ranked: Ints) -> Longs:
+        """Choose from (b, w) ranked items of the queries at (b,) places; returns the places that are short of k."""
+        held, enough = self.chosen(places, ranked, self.k)
+        for place, items, mine in zip(places.tolist(), ranked, held, strict=True):
+            self.lists[place] = items[mine]
+        return places[~enough]
 
 
 def _padded(rows: Sequence[Ints]) -> Ints:

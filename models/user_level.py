@@ -44,12 +44,17 @@ class UserLevel:
 
     def rows(self, triggers: Ints) -> Sparse:
         """(B, N) rows of C_user without the triggers themselves; columns ascend."""
+        return self.rows_and_users(triggers)[0]
+
+    def rows_and_users(self, triggers: Ints) -> tuple[Sparse, Ints]:
+        """`rows`, and for each of their P stored values how many distinct users engaged with both."""
         both = self.items_users[triggers].astype(np.complex64).dot(self.users_items).tocsr()
         both.sort_indices()
         row = np.repeat(np.arange(len(triggers)), np.diff(both.indptr))
         keep = (both.data.imag > self.min_users - 0.5) & (both.indices != triggers[row])
         indptr = np.concatenate([[0], np.cumsum(np.bincount(row[keep], minlength=len(triggers)))])
-        return csr_array((both.data.real[keep], both.indices[keep], indptr), shape=both.shape, dtype=np.float32)
+        rows = csr_array((both.data.real[keep], both.indices[keep], indptr), shape=both.shape, dtype=np.float32)
+        return rows, np.rint(both.data.imag[keep]).astype(np.int32)
 
     def save(self, folder: Path) -> None:
         """Write arrays that any number of processes can map."""

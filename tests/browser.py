@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, expect, sync_playwright
 
 from conf.settings import Settings
 from jobs.explorer.app import Explorer, make_app
@@ -27,17 +27,20 @@ def launched() -> Iterator[Browser]:
         browser.close()
 
 
-def window(browser: Browser, *, width: int = 1280, height: int = 900, dark: bool = False, scripts: bool = True) -> BrowserContext:
-    """A fresh window with nothing remembered; its size in CSS pixels."""
+def window(
+    browser: Browser, *, width: int = 1280, height: int = 900, dark: bool = False, scripts: bool = True, touch: bool = False
+) -> BrowserContext:
+    """A fresh window with nothing remembered; its size in CSS pixels. `touch`: a phone, tapped with a finger."""
     scheme = "dark" if dark else "light"
-    return browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, java_script_enabled=scripts)
+    size: ViewportSize = {"width": width, "height": height}
+    return browser.new_context(viewport=size, color_scheme=scheme, java_script_enabled=scripts, has_touch=touch, is_mobile=touch)
 
 
 @contextmanager
-def open_browser(*, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[BrowserContext]:
+def open_browser(*, width: int = 1280, height: int = 900, dark: bool = False, touch: bool = False) -> Iterator[BrowserContext]:
     """A window of a browser of its own."""
     with launched() as browser:
-        yield window(browser, width=width, height=height, dark=dark)
+        yield window(browser, width=width, height=height, dark=dark, touch=touch)
 
 
 def watched(context: BrowserContext) -> tuple[Page, list[str]]:

@@ -9,8 +9,10 @@ Every text of an item goes through a template that escapes it; the page may run 
 import csv
 import io
 import threading
+from base64 import b64encode
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 from urllib.parse import urlencode
 
@@ -23,12 +25,24 @@ from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS
 from jobs import pages
 from jobs.explorer.feedback import Vote, append_vote
-from jobs.explorer.night import BASELINES, CONTENT, Neighbor, PublishedNight, found_by_both, marked, to_rows, with_votes_and_both
+from jobs.explorer.night import (
+    BASELINES,
+    CONTENT,
+    FOUND_BY,
+    LISTS,
+    SCORES,
+    Neighbor,
+    PublishedNight,
+    found_by_both,
+    marked,
+    to_rows,
+    with_votes_and_both,
+)
 from jobs.explorer.remix import Remixer
 from jobs.reader import lake_root, open_table
 
 HOSTS = ("127.0.0.1", "localhost")
-_FILES = {"page.css": "text/css", "explore.css": "text/css", "explore.js": "text/javascript"}
+_FILES = {"page.css": "text/css", "explore.css": "text/css", "explore.js": "text/javascript", "definitions.js": "text/javascript"}
 _NUM_FOUND = 12
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: https: http:; frame-ancestors 'none'; form-action 'self'; "
@@ -141,7 +155,8 @@ def _add_pages(app: FastAPI, explorer: Explorer) -> None:
         path = explorer.night().artifacts / "report.html"
         if not path.is_file():
             raise TableError(f"no report at {path}; `python -m jobs.nightly` writes one, a stage that runs alone does not")
-        policy = "default-src 'none'; style-src 'unsafe-inline'"  # its styles are inside it, as it must open from a disk
+        own = b64encode(sha256(pages.text("definitions.js").encode()).digest()).decode()
+        policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{own}'"  # inside it, as it must open from a disk
         return HTMLResponse(path.read_text(encoding="utf-8"), headers={"Content-Security-Policy": policy})
 
     @app.get("/static/{name}")
@@ -168,6 +183,9 @@ def _item_page(explorer: Explorer, night: PublishedNight, view: View) -> dict[st
         "kept_nights": night.kept_nights(),
         "baselines": _baselines(night),
         "groups": _groups(night),
+        "meanings": LISTS,
+        "scores": SCORES,
+        "found_by": FOUND_BY,
     }
 
 
@@ -251,7 +269,7 @@ def _render(template: str, status: int, **content: Any) -> HTMLResponse:
 
 def _drawn(view: View, neighbors: Sequence[Neighbor]) -> str:
     template: Any = pages.environment().get_template("neighbors.html").module
-    return str(template.entries(view, "merged", neighbors))
+    return str(template.entries(view, "merged", neighbors, SCORES, FOUND_BY))
 
 
 def no_formula(text: str) -> str:

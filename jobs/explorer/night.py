@@ -39,6 +39,22 @@ BASELINES = {
     CONTENT: "Nearest by cosine of content vectors, whatever was engaged with.",
 }
 """What can be made from the tables and the index of a night, without training, and what it means."""
+LISTS = {
+    "merged": "What is offered: the engagement and the relevance of all candidates, put together as merge_policy says.",
+    "engagement": "What users of the item are most likely to engage with, too, whether it is alike or not.",
+    "relevance": "What is most alike by text, categories, tags and labels, whether it is engaged with or not.",
+}
+"""What each list is for; a further head of the settings is a list by the tasks that it was trained on."""
+SCORES = {
+    "merged": "What the merged list is ordered by: of a blend the probability of engagement plus lambda times the relevance.",
+    "engagement": "Probability that an engagement next to the item goes to this neighbor, among all candidates of the item.",
+    "relevance": "Likeness as the relevance head has learned it, from -1 to 1.",
+}
+"""What the score of each list means; of others, that the order is by it."""
+FOUND_BY = (
+    "Why it is here. Found by counts: engaged with together inside the window; users: known to the same users; engagement, relevance: the "
+    "search of that head; content: near in text and labels; popularity: one of the most engaged items."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +125,7 @@ class PublishedNight:
         """Every list of an item by head, the merged one first; `since` a kept night's run id marks what has changed."""
         found = {head: neighbors for (_, head), neighbors in neighbors_of(self.root, [item_id]).items()}
         order = sorted(found, key=lambda head: self._list_names.index(head) if head in self._list_names else len(found))
-        lists = {head: self._described(item_id, found[head]) for head in order}
+        lists = {head: self.described(found[head]) for head in order}
         if since is None:
             return lists
         before = self.ids_of(item_id, since)
@@ -119,7 +135,8 @@ class PublishedNight:
     def _list_names(self) -> list[str]:
         return ["merged", *self.settings.model.heads]
 
-    def _described(self, item_id: str, neighbors: Sequence[Mapping[str, Any]]) -> list[Neighbor]:
+    def described(self, neighbors: Sequence[Mapping[str, Any]]) -> list[Neighbor]:
+        """Neighbors as item_neighbors holds them, with what the catalog knows of each."""
         items = self.catalog.known([neighbor["neighbor_id"] for neighbor in neighbors])
         return [
             Neighbor(

@@ -58,9 +58,7 @@ class Remixer:
             [Policy(kind=kind, value=value, popularity_exponent=exponent) for value in values],
             settings=self.night.settings.retrieval,
         )
-        return Mixes(
-            kind=kind, own=own, lists={value: self._neighbors(retriever, found) for value, found in zip(values, lists, strict=True)}
-        )
+        return Mixes(kind=kind, own=own, lists=self._described(retriever, trigger, dict(zip(values, lists, strict=True))))
 
     def content(self, item_id: str, *, k: int) -> list[Neighbor]:
         """The items nearest in content, by the night's index.
@@ -107,22 +105,13 @@ class Remixer:
             num_user_days=pairs["num_user_days"].to_numpy().astype(np.int64)[order],
         )
 
-    def _neighbors(self, retriever: Any, found: Any) -> list[Neighbor]:
-        ids = retriever.item_ids.take(pa.array(found.neighbor)).to_pylist()
-        items = self.night.catalog.known(ids)
-        names = retriever.source_names
-        return [
-            Neighbor(
-                rank=rank,
-                item=items[item_id],
-                score=float(found.score[rank - 1]),
-                sources=tuple(name for bit, name in enumerate(names) if found.sources[rank - 1] >> bit & 1),
-                num_user_days=int(found.num_user_days[rank - 1]),
-                relevance=float(found.relevance[rank - 1]),
-                filled=bool(found.filled[rank - 1]),
-            )
-            for rank, item_id in enumerate(ids, start=1)
-        ]
+    def _described(self, retriever: Any, trigger: Any, lists: Mapping[float, Any]) -> dict[float, list[Neighbor]]:
+        """Lists by value, as the rows that a night would publish: with the same reasons."""
+        from models.neighbors import NeighborLists
+
+        heads = {str(value): found for value, found in lists.items()}
+        rows = retriever.to_arrow(NeighborLists(trigger=trigger, source_names=retriever.source_names, heads=heads))
+        return {value: self.night.described(neighbors) for value, neighbors in zip(lists, rows["neighbors"].to_pylist(), strict=True)}
 
 
 def _positions(retriever: Any, item_ids: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

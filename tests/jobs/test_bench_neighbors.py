@@ -4,6 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+from jobs import bench_neighbors
+from jobs.bench_filters import filters
 from jobs.bench_rows import keep_row
 from jobs.bench_search import _ivf_of, learned_vectors
 
@@ -21,3 +25,13 @@ def test_rows_are_kept_in_the_common_form(tmp_path: Path) -> None:
     assert float(re.findall(r"recall on 2,000 other queries ([\d.]+)", content["rows"][1]["note"])[0]) > 0.95
     trigger, target = learned_vectors(500)
     assert trigger.shape == target.shape == (500, 128)
+
+
+def test_lists_under_rules_that_leave_little_are_as_long_as_they_can_be(tmp_path: Path) -> None:
+    found = {row["work"]: row["note"] for row in filters(tmp_path, 3_000)}
+    assert len(found) == 5
+    lengths = {work: tuple(map(int, re.findall(r"lists of (\d+) to (\d+)", note)[0])) for work, note in found.items()}
+    assert lengths["lists under no rule"] == lengths["lists under no variants"] == (100, 100)
+    assert lengths["lists under a market of 60 items shared"] == (59, 59)
+    assert lengths["lists under 3 of each of 20 brands"] == (60, 60)
+    assert 0 < lengths["lists under a market of 1 % shared"][0] < 60  # of 3,000 items some 30

@@ -228,6 +228,40 @@ def test_pages_fit_a_phone_and_work_without_scripts(address: str, browser: Brows
     context.close()
 
 
+@needs_chromium
+def test_definitions_are_shown_to_fingers_and_keyboards(address: str, browser: Browser) -> None:
+    context = window(browser, width=390, height=780, touch=True)
+    context.route("https://images.invalid/*", lambda route: route.fulfill(body=PIXEL, content_type="image/png"))
+    page, faults = watched(context)
+    page.goto(f"{address}/?item=soup&since={RUN_BEFORE}")
+    said = page.get_by_role("tooltip")
+    expect(said).to_be_hidden()
+    page.get_by_text("user-days", exact=True).tap()
+    expect(said).to_have_text("Days with an engagement, summed over users")
+    score = page.locator("#list-merged .neighbor").nth(1).get_by_text("score")  # not a stop of the Tab key, as the first one says the same
+    assert score.evaluate("e => e.tabIndex") == -1
+    score.tap()
+    expect(said).to_contain_text("What the merged list is ordered by")
+    assert sticking_out(page) == []
+    page.get_by_role("heading", level=1).tap()
+    expect(said).to_be_hidden()
+    page.locator("#list-merged").get_by_role("heading").get_by_text("merged").tap()
+    expect(said).to_contain_text("What is offered")
+    page.locator("#list-relevance .why").first.tap()
+    expect(said).to_contain_text("users: known to the same users")
+    stops = page.locator("dl [title]")
+    stops.first.focus()
+    for place in range(1, stops.count()):
+        page.keyboard.press("Tab")
+        expect(stops.nth(place)).to_be_focused()
+        expect(said).to_have_text(stops.nth(place).get_attribute("title") or "")
+        assert stops.nth(place).get_attribute("aria-describedby") == said.get_attribute("id")
+    page.keyboard.press("Escape")
+    expect(said).to_be_hidden()
+    assert [fault for fault in faults if "409" not in fault] == []
+    context.close()
+
+
 def test_only_this_machine_is_answered_and_bad_requests_are_refused(address: str) -> None:
     assert ask(address, "/", host="elsewhere.example").status == 400
     assert "default-src 'self'" in ask(address, "/").headers["content-security-policy"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from pyspark.sql import functions as F
 from conf.errors import GateError, SettingsError, TableError
 from conf.settings import load_settings
 from conf.tables import (
+    ENGAGEMENTS,
     EVALUATION,
     ITEM_NEIGHBORS,
     ITEM_NEIGHBORS_HISTORY,
@@ -150,12 +152,20 @@ def test_lists_are_the_known_neighbors(done: Done) -> None:
 
 
 def test_reasons_say_what_is_true(done: Done) -> None:
+    fans: dict[str, set[str]] = {}
+    for row in done.night.lake.read(ENGAGEMENTS).select("item_id", "user_id").distinct().collect():
+        fans.setdefault(row["item_id"], set()).add(row["user_id"])
+    said = 0
     for item_id, neighbors in _lists(done, "merged").items():
         for neighbor in neighbors:
-            counted = neighbor["num_user_days"] > 0
-            assert counted == ("engaged together" in neighbor["reason"])
+            assert (f", together on {neighbor['num_user_days']} user-days" in neighbor["reason"]) == (neighbor["num_user_days"] > 0)
+            of_both = len(fans.get(item_id, set()) & fans.get(neighbor["neighbor_id"], set()))
+            known = of_both >= done.night.settings.pairs.min_users_per_pair and not neighbor["filled"]
+            assert neighbor["reason"].startswith(f"{of_both} users engaged with both") == known
+            said += known
             same = neighbor["neighbor_id"] in done.world.category_of(item_id)
             assert same == ("section" in neighbor["reason"])
+    assert said > 100
 
 
 def test_votes_become_the_most_trusted_labels(done: Done) -> None:
@@ -174,8 +184,8 @@ def test_mixing_anew_at_the_value_of_the_policy_gives_the_published_lists(done: 
     published = _lists(done, "merged")
     for item_id in list(published)[::12]:
         mixes = remixer.mixes(item_id)
-        again = [(neighbor.item.item_id, neighbor.score, neighbor.num_user_days) for neighbor in mixes.lists[mixes.own]]
-        assert again == [(row["neighbor_id"], pytest.approx(row["score"]), row["num_user_days"]) for row in published[item_id]]
+        again = [(neighbor.item.item_id, neighbor.score, neighbor.reason) for neighbor in mixes.lists[mixes.own]]
+        assert again == [(row["neighbor_id"], pytest.approx(row["score"]), row["reason"]) for row in published[item_id]]
         assert mixes.own == done.night.settings.merge[0].value
         most_relevant = {neighbor.item.item_id for neighbor in mixes.lists[1.0][:5]}
         assert len(most_relevant & done.world.category_of(item_id)) > len(most_relevant & done.world.bundle_of(item_id))
@@ -205,10 +215,7 @@ def test_the_mix_is_moved_by_keyboard_and_kept_in_the_address(done: Done) -> Non
         for _ in range(sorted(values).index(own)):
             page.keyboard.press("ArrowRight")
         assert "mix" not in page.url
-        assert page.locator("#list-merged .neighbor").all_inner_texts() != first  # a page that was opened mixed has no published reasons
-        assert [text.splitlines()[1] for text in page.locator("#list-merged .neighbor").all_inner_texts()] == [
-            text.splitlines()[1] for text in first
-        ]
+        assert page.locator("#list-merged .neighbor").all_inner_texts() == first, "reasons included"
         assert faults == []
 
 
@@ -237,7 +244,21 @@ def test_the_report_opens_from_the_disk_and_explains_every_number(done: Done, wi
         assert page.locator("svg").count() == 1
         assert page.get_by_text("Nothing to compare: no night was published before.").count() == 1
         assert page.get_by_text("No backtest of own at var/backtest/own.json").count() == 1
+        tally = page.locator(".tally [title]").first
+        tally.focus()
+        expect(page.get_by_role("tooltip")).to_have_text(tally.get_attribute("title") or "")
         assert sticking_out(page) == []
+        assert faults == []
+
+
+@needs_chromium
+def test_the_report_explains_itself_to_a_finger_when_the_explorer_serves_it(done: Done) -> None:
+    with served(done.night.settings) as address, open_browser(width=390, touch=True) as context:
+        page, faults = watched(context)
+        page.goto(f"{address}/report")
+        cell = page.locator("td[title]").filter(visible=True).last
+        cell.tap()
+        expect(page.get_by_role("tooltip")).to_have_text(cell.get_attribute("title") or "")
         assert faults == []
 
 
@@ -297,16 +318,6 @@ def test_one_list_read_five_ways(done: Done) -> None:
     assert by_feast["unknown"]["merged"]["ids"] == []
     assert by_feast[item_id]["run_id"] == done.night.run_id
     assert side_by_side(root, item_id, heads=["engagement", "relevance", "merged"], k=5).row_count == 5
-
-
-def test_example_queries_of_the_docs_run(done: Done) -> None:
-    register_views(done.night.lake)
-    for table in TABLES.values():
-        if table is EVALUATION and not done.night.lake.exists(table):
-            continue  # judged later in this file
-        by_spark = done.night.spark.sql(example(table)[1]).toArrow().column_names
-        if files := open_table(done.night.lake.root, table).file_uris():  # DuckDB cannot read a table without a file
-            assert duckdb.sql(duckdb_sql(table), params={"files": files}).columns == by_spark
 
 
 def test_offers_next_to_one_and_to_several_triggers(done: Done) -> None:
@@ -412,26 +423,47 @@ def test_house_keeping_changes_no_row_and_status_names_the_published_night(done:
     assert ("failed in ingest", False) in states.values()
 
 
-def _readme_examples(done: Done) -> tuple[str, str]:
-    """The statement and the program that the README looks a list up with, for this lake."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    statement, program = (
-        re.findall(r'jobs\.query "(SELECT rank[^"]*)"', text)[0],
-        re.findall(r"```python\n(from deltalake.*?)```", text, re.S)[0],
-    )
-    item_id = done.world.item_id(3, 2)
-    return statement.replace("1029743", item_id), program.replace("1029743", item_id).replace("var/lake/demo", done.night.lake.root)
+def _documented(done: Done, kind: str) -> list[str]:
+    """Commands or programs of all pages but the tutorial, for this lake: its items, its night."""
+    pages = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "tutorial.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    first, second, third = (done.world.item_id(number, 2) for number in (3, 4, 5))
+    ids = {"1029743": first, "SKU-1": first, "1082185": second, "995242": third}
+    places = {"var/lake/demo": done.night.lake.root, '"demo"': f'"{done.config}"', "--config demo": f"--config {done.config}"}
+    places |= {"--config my.yaml": f"--config {done.config}", "2017-11-30-1a2b3c4d": done.night.run_id, "RUN_ID": done.night.run_id}
+    places |= {"2024-05-31": str(NIGHT), "2017-11-30": str(NIGHT)}
+    for named, mine in (ids | places).items():
+        text = text.replace(named, mine)
+    if kind == "python":
+        return re.findall(r"```python\n(.*?)```", text, re.S)
+    return [
+        found.split("   #")[0] for found in re.findall(r"^.*?(?:^|[` ])((?:MTMH_\w+=\S+ )?(?:\S*/)?python -m jobs\.[^`\n]*)", text, re.M)
+    ]
 
 
-def test_the_examples_of_the_readme_run(done: Done) -> None:
-    statement, program = _readme_examples(done)
+def test_programs_of_the_docs_run_and_find_what_spark_finds(done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those over a table that has no file yet are left out: DuckDB cannot read it."""
+    monkeypatch.chdir(tmp_path)
+    done.night.lake.create(EVALUATION)
     register_views(done.night.lake)
-    by_sql = [row["neighbor_id"] for row in done.night.spark.sql(statement).collect()]
-    names: dict[str, object] = {}
-    exec(program, names)
+    compared, names = set[str](), dict[str, object]()
+    for program in _documented(done, "python"):
+        table = next((TABLES[name] for name in re.findall(rf"{re.escape(done.night.lake.root)}/(\w+)\"", program) if name in TABLES), None)
+        if table is not None and not open_table(done.night.lake.root, table).file_uris():
+            continue
+        exec(program, names)
+        if table is not None and "sql" in names:
+            assert names["sql"] == duckdb_sql(table).replace("1029743", done.world.item_id(3, 2))
+            by_spark = done.night.spark.sql(example(table)[1].replace("1029743", done.world.item_id(3, 2))).toArrow()
+            by_duckdb = duckdb.sql(str(names["sql"]), params={"files": names["files"]})
+            assert (by_duckdb.columns, len(by_duckdb.fetchall())) == (by_spark.column_names, len(by_spark))
+            compared.add(table.name)
+    assert len(compared) >= len(TABLES) - 3
     merged = next(row for row in names["rows"] if row["head"] == "merged")  # type: ignore[attr-defined]
-    assert by_sql == [neighbor["neighbor_id"] for neighbor in merged["neighbors"]][:5]
-    assert names["by_duckdb"] == by_sql
+    assert names["by_duckdb"] == [neighbor["neighbor_id"] for neighbor in merged["neighbors"]][:5]
+    statement = next(command for command in _documented(done, "sh") if "SELECT rank" in command)
+    by_sql = done.night.spark.sql(shlex.split(statement.partition(" -m ")[2])[1]).collect()
+    assert [row["neighbor_id"] for row in by_sql] == names["by_duckdb"]
 
 
 def _a_failed_publish_gate_publishes_nothing(done: Done, later: Night) -> None:

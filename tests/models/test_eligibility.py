@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from conf.settings import FilterSettings, LimitSettings, RetrievalSettings
-from models.eligibility import FilterColumns
+from models.eligibility import FilterColumns, Rules
 from models.merge import read_policies
 from models.neighbors import Retriever
+from models.search import ItemIndex
 from tests.models.test_neighbors import BLEND, NIGHT, QUOTA, SETTINGS, World, rows_of
 
 NARROW = SETTINGS.model_copy(update={"num_candidates_head": 8, "num_candidates_content": 4})
@@ -150,6 +151,42 @@ def test_a_search_widens_until_lists_are_full(tmp_path):
     for head in ("engagement", "purchase", "merged"):
         for trigger, others in ((0, {60, 119}), (60, {0, 119}), (119, {0, 60})):
             assert {row["neighbor"] for row in rows_of(lists, head)[trigger]} == others
+
+
+@pytest.mark.parametrize("name", ["same market", "same market or none", "toys", "one of a kind"])
+def test_few_that_may_be_offered_are_found_without_a_look_at_everything(tmp_path, monkeypatch, name):
+    # of 400 items 9 in the trigger's own market, or one of each of 5 kinds: no list can be full
+    world = World(alike=False, num_items=400)
+    rng = np.random.default_rng(3)
+    markets = [["rare"] if item % 50 == 0 else ["usual"] for item in range(400)]
+    markets[7] = None
+    values = {"market": markets, "kind": [[f"kind {n}"] for n in rng.integers(0, 5, 400)]}
+    world.arrays["filters"] = FilterColumns.encode(values, coarsest=[None] * 400, as_of=NIGHT)
+    world.arrays["eligible"] = np.ones(400, bool)
+    rule = {"toys": FilterSettings(column="market", rule="any_of", values=["rare"], missing=True, heads=["merged", "relevance"])}
+    filters = [] if name == "one of a kind" else [(FILTERS | rule)[name]]
+    limits = [LimitSettings(by="kind", at_most=1)] if name == "one of a kind" else []
+    settings = SETTINGS.model_copy(update={"filters": filters, "limits": limits, "list_length": 12})
+    retriever, triggers = world.open(tmp_path), [0, 50, 350]
+    counts = []
+    whole = Rules.admit
+    monkeypatch.setattr(
+        Rules, "admit", lambda self, head, trigger, listed, item: counts.append(len(item)) or whole(self, head, trigger, listed, item)
+    )
+    widths = []
+    search = ItemIndex.search
+    monkeypatch.setattr(ItemIndex, "search", lambda self, queries, k: widths.append(k) or search(self, queries, k))
+    lists = world.retrieve(retriever, settings=settings, triggers=triggers)
+    rules, eligible = retriever.rules(settings), np.arange(400, dtype=np.int32)
+    for row, trigger in enumerate(triggers):
+        possible = whole(rules, "merged", trigger, eligible[:0], eligible[eligible != trigger])
+        assert len(possible) <= 9
+        assert rules.num_possible("merged", trigger, eligible) == len(possible)
+        found = [neighbor["neighbor"] for neighbor in rows_of(lists, "merged")[row]]
+        assert len(found) == len(possible)
+        assert set(found) == set(possible.tolist()) or limits
+    assert max(widths) <= 4 * max(SETTINGS.num_candidates_head, 12)
+    assert max(counts) < 200 or limits
 
 
 def test_scopes_of_policies_by_market_and_category(tmp_path):

@@ -140,6 +140,12 @@ def test_fill_takes_the_category_then_the_popular():
     assert fill([4], trigger=2, coarsest=0, k=2) == ([1], 1)
     assert fill([1, 4], trigger=5, coarsest=-1, k=9) == ([2, 0], 0)  # all there is
     assert fill([], trigger=0, coarsest=7, k=1) == ([4], 0)  # a category without eligible items
+    some = order.narrowed(np.array([0, 3, 5, 77], np.int32))  # 3 is not eligible, 77 is no item
+    assert [array.tolist() for array in (some.popular, some.by_category)] == [
+        [item for item in order.popular.tolist() if item in (0, 5)],
+        [item for item in order.by_category.tolist() if item in (0, 5)],
+    ]
+    assert some.category.tolist() == order.category_of(some.by_category).tolist()
 
 
 def test_best_per_row_against_a_plain_sort():

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from scipy.sparse import csr_array
 
-from conf.errors import TrainingError
+from conf.errors import TableError, TrainingError
 from conf.settings import LimitSettings, RetrievalSettings
 from models.data import TRENDS
 from models.eligibility import FilterColumn, FilterColumns
@@ -80,7 +80,7 @@ class World:
             "popularity_p": popularity.astype(np.float32),
             "eligible": rng.random(n) < 0.8,
             "trends": rng.standard_normal((n, len(TRENDS))).astype(np.float32),
-            "user_level": UserLevel.of(csr_array((rng.random((40, n)) < 0.12).astype(np.float32)), min_users=2),
+            "user_level": UserLevel.of(csr_array(self.draw_users(rng)), min_users=2),
             "category_codes": codes[:, : self.num_levels].astype(np.int32),
             "tags": FilterColumn.rarest([list("abcdefgh"[item % 5 : item % 5 + 3]) if item % 7 else None for item in range(n)], 8),
             "category_names": [f"category {code}" for code in range(9)],
@@ -89,6 +89,16 @@ class World:
         self.weight = np.where(rng.random((n, n)) < 0.15, rng.exponential(1, (n, n)), 0).astype(np.float32)
         self.weight[: n // 8] = 0  # some items have no pairs
         np.fill_diagonal(self.weight, 0)
+
+    def draw_users(self, rng):
+        """(40, N) 1 where a user engaged with an item."""
+        self.users = (rng.random((40, self.num_items)) < 0.12).astype(np.float32)
+        return self.users
+
+    def users_of_both(self, trigger):
+        """Distinct users by item, where they are at least two."""
+        both = (self.users[:, [trigger]] * self.users).sum(axis=0)
+        return {item: int(num) for item, num in enumerate(both) if num >= 2 and item != trigger}
 
     def counted(self, triggers):
         rows = [np.flatnonzero(self.weight[trigger])[::-1] for trigger in triggers]  # order inside a row must not matter
@@ -124,7 +134,7 @@ def a_scorer():
 def rows_of(lists: NeighborLists, head: str):
     """Per trigger, its neighbors as dictionaries."""
     table = lists.heads[head]
-    names = ("neighbor", "score", "sources", "num_user_days", "relevance", "filled", "shared_depth")
+    names = ("neighbor", "score", "sources", "num_user_days", "num_users", "relevance", "filled", "shared_depth")
     columns = {name: getattr(table, name).tolist() for name in names}
     columns["sources"] = [{name for bit, name in enumerate(lists.source_names) if mask >> bit & 1} for mask in columns["sources"]]
     flat = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -394,6 +404,16 @@ def test_catalogs_that_lack_something(tmp_path, changed):
     assert retriever.to_arrow(world.retrieve(retriever, triggers=[])).num_rows == 0
 
 
+def test_candidates_kept_by_older_code_are_refused(tmp_path):
+    flat = pa.StructArray.from_arrays([pa.array([1], pa.int32())], names=["item"])
+    lists = pa.LargeListArray.from_arrays(pa.array([0, 1], pa.int64()), flat)
+    batch = pa.record_batch([pa.array([0], pa.int32()), lists, lists], names=["trigger", "candidates", "counted"])
+    with pa.OSFile(str(tmp_path / "000000000.arrow"), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(TableError, match=r"lack \['log_p', 'num_users', 'relevance', 'sources'\].*run the night again"):
+        KeptCandidates.open(tmp_path / "000000000.arrow")
+
+
 def test_two_items(tmp_path):
     world = World(num_items=2)
     world.weight[:] = 0
@@ -412,6 +432,7 @@ def test_arrow_rows(tmp_path):
     retriever = world.open(tmp_path)
     assert retriever.calibration == {"temperature": 3.0}
     lists = world.retrieve(retriever, triggers=[9, 40])
+    known = {f"i{trigger:03d}": world.users_of_both(trigger) for trigger in (9, 40)}
     batch = retriever.to_arrow(lists)
     assert batch.schema == ARROW_SCHEMA
     batch.validate(full=True)
@@ -421,7 +442,10 @@ def test_arrow_rows(tmp_path):
         codes = world.arrays["category_codes"][int(row["item_id"][1:])]
         for neighbor, one in zip(row["neighbors"], found, strict=True):
             depth = one.pop("shared_depth")
-            reason = [f"engaged together on {one['num_user_days']} user-days"] if one["num_user_days"] else []
+            users, days = one.pop("num_users"), one["num_user_days"]
+            assert users == (0 if one["filled"] else known[row["item_id"]].get(one["neighbor"], 0))
+            often = f", together on {days} user-days" if days else ""
+            reason = [f"{users} users engaged with both{often}" if users else f"engaged with both{often}"] if users or days else []
             reason += [f"same category {codes[depth - 1]}"] if depth else []
             shared = [tag for tag in tags_of(int(row["item_id"][1:])) if tag in tags_of(one["neighbor"])]
             reason += ["both " + ", ".join(shared[:2])] if shared else []

@@ -23,9 +23,12 @@ def plain_rows(users: np.ndarray, triggers: np.ndarray, min_users: int) -> np.nd
 
 def test_rows_against_loops_below_and_above_the_minimum_of_users() -> None:
     for min_users in (1, 2, 4):
-        rows = UserLevel.of(USERS, min_users=min_users).rows(TRIGGERS)
+        rows, num_users = UserLevel.of(USERS, min_users=min_users).rows_and_users(TRIGGERS)
         np.testing.assert_allclose(rows.toarray(), plain_rows(USERS.toarray(), TRIGGERS, min_users), rtol=1e-6)
         assert rows.has_sorted_indices
+        both = (USERS.T @ USERS).toarray()[TRIGGERS]
+        both[np.arange(len(TRIGGERS)), TRIGGERS] = 0
+        assert num_users.tolist() == [int(num) for row in both for num in row if num >= min_users]
         assert (rows.data > 0).all(), "a pair below the minimum leaves no cell"
 
 
