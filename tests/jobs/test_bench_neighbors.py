@@ -4,9 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
-from jobs import bench_neighbors
 from jobs.bench_filters import filters
 from jobs.bench_rows import keep_row
 from jobs.bench_search import _ivf_of, learned_vectors
