@@ -28,7 +28,7 @@ def _events(spark: SparkSession, num: int, *, user: Column, item: Column, sessio
 def _counted(events: DataFrame, window: WindowSettings, *, min_users: int = 1) -> tuple[dict[str, Any], int]:
     """Rows of co_engagement_daily in sum, and how many items the caps cut."""
     days = {FIRST + timedelta(days=number): 1 for number in range(NUM_DAYS)}
-    counting = Counting(window=window, max_items_per_user_day=CAP, min_users=min_users, hash_key=b"key")
+    counting = Counting(window=window, max_items_per_user_day=CAP, max_triggers_per_target=CAP, min_users=min_users, hash_key=b"key")
     daily = events.transform(count_daily_pairs(counting, days=days))
     row = daily.agg(F.count(F.lit(1)).alias("rows"), F.max("num_users").alias("most"), F.count_distinct("event_date").alias("days")).first()
     assert row is not None
