@@ -103,7 +103,7 @@ def test_nights_build_on_each_other(shop: Callable[..., Shop]) -> None:
     for table in BUILT:
         pd.testing.assert_frame_equal(mine.content(table), scratch.content(table), rtol=1e-9, obj=table.name)
 
-    back = mine.build(2, pool[pool.user_id != "u1"])
+    back = mine.build(2, pool[pool.user_id != "u1"], *other)
     assert back.metrics["built_from_nothing"] == 1
     assert "days are touched, which costs more to compare" in back.notes[0]
     assert mine.content(CO_ENGAGEMENT_DAILY).event_date.max() == FIRST + timedelta(days=1)
