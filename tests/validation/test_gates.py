@@ -116,6 +116,7 @@ _OF_REMERGE = ["num_items", "num_self_neighbors", "num_ineligible_neighbors"]
 CRITICAL = [
     ("ingest", {"num_engagements": 99}, ["num_engagements"]),  # below gates.min_events
     ("ingest", {"rejected_events_share": 0.06, "rejected_items_share": 0.5}, ["rejected_events_share", "rejected_items_share"]),
+    ("ingest", {"rejected_impressions_share": 0.2}, ["rejected_impressions_share"]),
     ("ingest", {"num_source_events": 0}, ["num_source_events"]),  # an empty source
     ("ingest", {"num_source_items": 0, "num_items": 0}, ["num_source_items", "num_items"]),  # an empty catalog
     ("ingest", {"num_duplicate_keys": 1}, ["num_duplicate_keys"]),
@@ -125,6 +126,8 @@ CRITICAL = [
     ("build_pairs", {"num_pairs": 0, "num_items_with_pairs": 0, "min_weight": 0}, ["num_pairs", "num_items_with_pairs", "min_weight"]),
     ("build_pairs", {"num_null_keys": 2, "num_duplicate_keys": 1}, ["num_null_keys", "num_duplicate_keys"]),
     ("build_pairs", {"num_self_pairs": 1}, ["num_self_pairs"]),
+    ("build_pairs", {"buy_num_null_keys": 1, "buy_num_self_pairs": 1}, ["buy_num_null_keys", "buy_num_self_pairs"]),  # a signal's pairs
+    ("build_pairs", {"buy_num_duplicate_keys": 2, "buy_num_nonfinite": 3}, ["buy_num_duplicate_keys", "buy_num_nonfinite"]),
     ("build_pairs", {"min_weight": math.inf, "num_nonfinite": 7}, ["min_weight", "num_nonfinite"]),  # decay overflowed
     ("build_features", {"num_items": 1, "num_catalog_items": 1}, ["num_items", "num_catalog_items"]),
     ("build_features", {"num_duplicate_keys": 3}, ["num_duplicate_keys"]),
@@ -167,6 +170,7 @@ def test_a_critical_fault_stops_the_night(stage: str, fault: dict[str, float], n
 
 WARNINGS: list[tuple[str, dict[str, float]]] = [
     ("build_features", {"content_share": 0.2, "num_examples": 0}),
+    ("build_pairs", {"buy_num_pairs": 0, "taken_exposures_share": 0.0}),  # ids of impressions and events do not meet
     ("train_model", {"relevance_used_dimensions": 1.1, "engagement_min_norm": 0.0}),  # all items on a line; an item of no length
     ("publish_neighbors", {"churn": 0.95}),
     ("remerge", {"churn": 1.01}),
