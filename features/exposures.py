@@ -14,7 +14,8 @@ from pyspark.sql import functions as F
 
 from conf.settings import ImpressionSource
 from conf.tables import EXPOSURE_PAIRS, IMPRESSIONS
-from features.sources import check_columns, id_column, read_columns, reasons, source_row, start_of, time_column, time_faults
+from features.pairs import decay
+from features.sources import check_columns, id_column, id_faults, read_columns, reasons, source_row, start_of, time_column, time_faults
 
 _SETTING = "source.impressions.columns"
 _MICROS = 1_000_000
@@ -43,7 +44,7 @@ def check_impressions(frame: DataFrame, *, source: ImpressionSource, run_date: d
 
 
 def _faults(now: datetime) -> list[tuple[Column, str]]:
-    ids = [(F.col(name).isNull(), f"{name} is null or empty") for name in ("user_id", "trigger_item_id", "item_id")]
+    ids = [fault for name in ("user_id", "trigger_item_id", "item_id") for fault in id_faults(name)]
     own = (F.col("trigger_item_id") == F.col("item_id"), "item_id is the trigger itself")
     return [*ids, own, *time_faults(F.col("shown_at"), "shown_at", now=now)]
 
@@ -68,11 +69,11 @@ def count_exposures(
     in_time = F.col("taken_at").between(F.col("at"), F.col("at") + F.lit(seconds * _MICROS))
     both = shown.join(taken, on=["user_id", "item_id"], how="left").withColumn("taken", F.coalesce(in_time, F.lit(False)))
     days = both.groupBy("user_id", "trigger_item_id", "item_id", "event_date").agg(F.bool_or("taken").alias("taken"))
-    decay = F.pow(F.lit(2.0), -F.datediff(F.lit(run_date), F.col("event_date")) / F.lit(float(half_life_days)))
+    decayed = decay(F.col("event_date"), run_date, half_life_days)
     pairs = days.groupBy("trigger_item_id", F.col("item_id").alias("target_item_id")).agg(
         F.count(F.lit(1)).alias("num_shown"),
         F.count_if(~F.col("taken")).alias("num_ignored"),
-        F.sum(F.when(~F.col("taken"), decay).otherwise(0.0)).alias("weight"),
+        F.sum(F.when(~F.col("taken"), decayed).otherwise(0.0)).alias("weight"),
         F.count_distinct("user_id").alias("num_users"),
     )
     return pairs.where(F.col("num_users") >= min_users).withColumn("as_of", F.lit(run_date)).select(*EXPOSURE_PAIRS.column_names)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from features.pair_kernels import (
     CODED,
-    LEAST_EXPONENT,
+    KEY_BITS,
     OUTPUT_ROWS,
     Ints,
     compact_codes,
@@ -39,7 +39,6 @@ DAY_ARROW = pa.schema(
 CODED_TOTAL_ARROW = pa.schema([field.with_type(CODED) if field.type == pa.string() else field for field in TOTAL_ARROW])
 _BLOCK_PAIRS = 4_000_000
 _PASS_PAIRS = 24_000_000  # pairs held at once: some 0.7 GB with the arrays derived from them
-_KEY_BITS = 63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +152,7 @@ def _distinct(cell: _Cell, symmetric: bool, *, part: int, num_parts: int) -> _Ke
     item_bits, person_bits = num_bits(len(cell.names)), num_bits(len(cell.hashes)) + num_bits(cell.num_days)
     person = (cell.day << num_bits(len(cell.hashes))) | cell.user
     pairs, people = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-    fits = 2 * item_bits + person_bits <= _KEY_BITS
+    fits = 2 * item_bits + person_bits <= KEY_BITS
     for start, count in equal_runs(np.cumsum(cell.length) // _BLOCK_PAIRS):
         rows = slice(start, start + count)
         length = cell.length[rows]
@@ -218,7 +217,7 @@ def _totals(pair: Ints, day: Ints, user: Ints, starts: Ints, rule: TotalRule) ->
     early = day < rule.holdout_from
     kept = people.enough(np.ones_like(early), rule.min_users)
     fits = people.enough(early, rule.min_users)
-    decayed = np.exp2(np.maximum((day - rule.landmark) / rule.half_life_days, LEAST_EXPONENT))
+    decayed = rule.decay(day)
     fit_weight = np.where(fits, sums(np.where(early, decayed, 0.0), starts), 0.0)
     return pair[starts][kept], sums(decayed, starts)[kept], lengths[kept], fit_weight[kept]
 

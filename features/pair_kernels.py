@@ -35,7 +35,8 @@ PACKED_ROWS = 1_000_000
 PACKED_SCHEMA = "bucket int, block binary"
 CODED = pa.dictionary(pa.int32(), pa.string())
 _MAX_KEY_BYTES = 64
-_KEY_BITS = 63
+KEY_BITS = 63
+"""Bits of a sort key: those of a signed number that stays positive."""
 
 
 def day_number(day: date) -> int:
@@ -45,8 +46,7 @@ def day_number(day: date) -> int:
 
 def keyed_hash(text: str, *, key: bytes) -> int:
     """64-bit keyed BLAKE2b of a text, as a signed integer. A key above 64 bytes, BLAKE2b's limit, is hashed first."""
-    key = key if len(key) <= _MAX_KEY_BYTES else blake2b(key).digest()
-    return int.from_bytes(blake2b(text.encode(), digest_size=8, key=key).digest(), "big", signed=True)
+    return int(keyed_hashes([text], key=key)[0])
 
 
 def keyed_hashes(texts: Iterable[str], *, key: bytes) -> Ints:
@@ -110,14 +110,14 @@ def row_order(*columns: Ints) -> Ints:
             return np.zeros(0, dtype=np.int64)
         low = int(column.min())
         width = num_bits(int(column.max()) - low + 1)
-        if width > _KEY_BITS:  # the range itself overflows
-            keys, widths = [*keys, column], [*widths, _KEY_BITS]
-        elif keys and widths[-1] + width <= _KEY_BITS:
+        if width > KEY_BITS:  # the range itself overflows
+            keys, widths = [*keys, column], [*widths, KEY_BITS]
+        elif keys and widths[-1] + width <= KEY_BITS:
             keys[-1], widths[-1] = (keys[-1] << width) | (column - low), widths[-1] + width
         else:
             keys, widths = [*keys, column - low], [*widths, width]
     row_bits = num_bits(len(columns[0]))
-    if len(keys) == 1 and widths[0] + row_bits <= _KEY_BITS:
+    if len(keys) == 1 and widths[0] + row_bits <= KEY_BITS:
         held = (keys[0] << row_bits) | np.arange(len(columns[0]))
         held.sort()
         return held & ((1 << row_bits) - 1)
@@ -238,6 +238,11 @@ def _narrowed(values: Ints) -> NDArray[Any]:
 def unpack(block: pa.BinaryScalar) -> pa.Table:
     """The rows of one block."""
     return pa.ipc.open_stream(block.as_buffer()).read_all()
+
+
+def unpacked(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """The rows of each block of some batches of PACKED_SCHEMA."""
+    return (unpack(block) for batch in batches for block in batch["block"])
 
 
 def unpack_arrays(block: pa.BinaryScalar) -> dict[str, NDArray[Any]]:

@@ -14,6 +14,7 @@ from features.pair_kernels import (
     LEAST_EXPONENT,
     OUTPUT_ROWS,
     PACKED_ROWS,
+    Floats,
     Ints,
     Mask,
     chunks,
@@ -29,6 +30,7 @@ from features.pair_kernels import (
     run_lengths,
     run_starts,
     unpack,
+    unpacked,
 )
 
 TOTAL_SCHEMA = "trigger_item_id string, target_item_id string, weight double, num_user_days bigint, fit_weight double"
@@ -64,6 +66,11 @@ class TotalRule:
     holdout_from: int
     min_users: int
 
+    def decay(self, day: Ints) -> Floats:
+        """What days weigh, as `features.pairs.decay`."""
+        weight: Floats = np.exp2(np.maximum((day - self.landmark) / self.half_life_days, LEAST_EXPONENT))
+        return weight
+
 
 def pack_by_trigger(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iterator[pa.RecordBatch]:
     """Rows as few large binary blocks, one per bucket of triggers and chunk: rows of PACKED_SCHEMA.
@@ -96,13 +103,13 @@ def pack_by_pair(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iter
 
 def _one_hash_a_row(chunk: pa.Table) -> tuple[pa.Table, Ints]:
     """Rows of co_engagement_daily, each as often as it names a user; and the row that each was."""
-    lists, users = _Hashes.of(chunk["user_hashes"]), ints(chunk, "num_users")
-    rows = np.repeat(np.arange(chunk.num_rows), lists.length)
+    lists, users = chunk["user_hashes"].combine_chunks(), ints(chunk, "num_users")
+    rows = np.repeat(np.arange(chunk.num_rows), pc.list_value_length(lists).to_numpy())
     users = np.where(first_of_runs(rows), users[rows], 0)
     chunk = chunk.drop_columns(["user_hashes", "num_users"])
     if len(rows) > chunk.num_rows:
         chunk = chunk.take(pa.array(rows))
-    chunk = chunk.append_column("num_users", pa.array(users, pa.int32())).append_column("user_hash", pa.array(lists.values))
+    chunk = chunk.append_column("num_users", pa.array(users, pa.int32())).append_column("user_hash", lists.flatten())
     return chunk, rows
 
 
@@ -116,7 +123,7 @@ def total_pairs(batches: Iterable[pa.RecordBatch], *, rule: TotalRule, symmetric
         rule: decay and privacy minimum.
         symmetric: each pair is there once, and comes out in both orders.
     """
-    blocks = [unpack(block) for batch in batches for block in batch["block"]]
+    blocks = list(unpacked(batches))
     days = [block for block in blocks if "day" in block.column_names] or [PART_ARROW.empty_table()]
     earlier = [block for block in blocks if "day" not in block.column_names] or [TOTAL_ARROW.empty_table()]
     if blocks:
@@ -154,15 +161,13 @@ def count_partners(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
     Args:
         batches: blocks of `strongest_pairs`.
     """
-    for batch in batches:
-        for block in batch["block"]:
-            pairs = unpack(block)
-            target, targets = encode(pairs["target_item_id"])
-            trigger, triggers = encode(pairs["trigger_item_id"])
-            num_triggers, days = np.bincount(target), np.zeros(len(triggers), dtype=np.int64)
-            np.add.at(days, trigger, ints(pairs, "num_user_days"))
-            for ids, counts in ((targets, [num_triggers, 0 * num_triggers]), (triggers, [0 * days, days])):
-                yield pa.RecordBatch.from_arrays([ids, *map(pa.array, counts)], names=["item_id", "num_triggers", "num_user_days"])
+    for pairs in unpacked(batches):
+        target, targets = encode(pairs["target_item_id"])
+        trigger, triggers = encode(pairs["trigger_item_id"])
+        num_triggers, days = np.bincount(target), np.zeros(len(triggers), dtype=np.int64)
+        np.add.at(days, trigger, ints(pairs, "num_user_days"))
+        for ids, counts in ((targets, [num_triggers, 0 * num_triggers]), (triggers, [0 * days, days])):
+            yield pa.RecordBatch.from_arrays([ids, *map(pa.array, counts)], names=["item_id", "num_triggers", "num_user_days"])
 
 
 def _totals(days: pa.Table, earlier: pa.Table, rule: TotalRule) -> pa.Table:
@@ -180,7 +185,7 @@ def _totals(days: pa.Table, earlier: pa.Table, rule: TotalRule) -> pa.Table:
     day = day[at] if num_days else before[order]
     counts = ~old & (days["counts"].to_numpy()[at] if num_days and "counts" in days.column_names else True)
     fit = ~old & (day < rule.holdout_from)
-    decayed = users * np.exp2(np.maximum((day - rule.landmark) / rule.half_life_days, LEAST_EXPONENT))
+    decayed = users * rule.decay(day)
 
     def added(of_days: NDArray[Any], counted: Mask, of_totals: str) -> NDArray[Any]:
         values = np.where(counted, of_days, 0)
@@ -216,21 +221,6 @@ def _frequent(pair: Ints, users: Ints, order: Ints, min_users: int) -> tuple[Int
 def sums(values: NDArray[Any], starts: Ints) -> NDArray[Any]:
     """Sum of each run of values that begins at one of the starts."""
     return np.add.reduceat(values, starts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Hashes:
-    """A list column, flat: row r holds values[start[r] : start[r] + length[r]]."""
-
-    values: Ints
-    start: Ints
-    length: Ints
-
-    @classmethod
-    def of(cls, column: pa.ChunkedArray) -> "_Hashes":
-        lists = column.combine_chunks()
-        length = pc.list_value_length(lists).to_numpy().astype(np.int64)
-        return cls(values=lists.flatten().to_numpy(), start=np.cumsum(length) - length, length=length)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from features.pair_totals import (
     total_pairs,
 )
 from features.swing import SCORED_SCHEMA, UserItems, add_swing, index_user_items
-from features.windows import CUT_SCHEMA, WindowRule, cells_of, classes_for, make_windows, measure_cuts, pack_by_user
+from features.windows import CUT_SCHEMA, WindowRule, classes_for, make_windows, measure_cuts, pack_by_user
 
 if TYPE_CHECKING:
     from pyspark import Broadcast
@@ -78,7 +78,7 @@ def sum_user_items(*, landmark: date, half_life_days: float, holdout_from: date,
     def transform(engagements: DataFrame) -> DataFrame:
         events = engagements.where(F.col("event_date") <= F.lit(run_date)).select("item_id", "user_id", "event_date")
         user_days = events.repartition("item_id", "user_id").distinct()  # one exchange for both: distinct days, and their sums
-        weight = _decay(F.col("event_date"), landmark, half_life_days)
+        weight = decay(F.col("event_date"), landmark, half_life_days)
         return user_days.groupBy("item_id", "user_id").agg(
             F.sum(weight).alias("weight"),
             F.count(F.lit(1)).alias("num_user_days"),
@@ -222,13 +222,13 @@ def _cells(
     """Blocks of windows, all of a cell with one task; and the ids of all items, broadcast."""
     num_events = sum(days.values())
     tasks = num_tasks or max(1, min(2 * _shuffle_partitions(events), ceil(num_events / _ENGAGEMENTS_PER_TASK)))
-    symmetric = counting.window.symmetric
-    classes = classes_for(max(tasks, ceil(num_events / _ENGAGEMENTS_PER_CELL)), symmetric=symmetric)
+    num_cells = max(tasks, ceil(num_events / _ENGAGEMENTS_PER_CELL))
+    classes = classes_for(num_cells, symmetric=counting.window.symmetric)
     shared = events.sparkSession.sparkContext.broadcast(all_items(events) if items is None else items)
     windows = events.transform(_by_user(counting.window, num_events, shared))
     rule = counting.rule(days, classes)
     cells = windows.mapInArrow(partial(_made, shared=shared, rule=rule), PACKED_SCHEMA)
-    return cells.repartitionById(min(tasks, cells_of(classes, symmetric=symmetric)), F.col("bucket") % tasks), shared
+    return cells.repartitionById(tasks, F.col("bucket") % tasks), shared
 
 
 def all_items(engagements: DataFrame) -> pa.Array:
@@ -428,7 +428,8 @@ def check_landmark(landmark: date, half_life_days: float, run_date: date) -> Non
         )
 
 
-def _decay(day: Column, landmark: date, half_life_days: float) -> Column:
+def decay(day: Column, landmark: date, half_life_days: float) -> Column:
+    """What a day weighs against the landmark: 2^((day - landmark) / half life), never 0."""
     exponent = F.datediff(day, F.lit(landmark)) / F.lit(float(half_life_days))
     return F.pow(F.lit(2.0), F.greatest(exponent, F.lit(LEAST_EXPONENT)))
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from threadpoolctl import threadpool_limits
 
-from features.pair_kernels import OUTPUT_ROWS, Floats, Ints, encode, equal_runs, keyed_hashes, ranges, unpack
+from features.pair_kernels import OUTPUT_ROWS, Floats, Ints, encode, equal_runs, keyed_hashes, ranges, unpacked
 from features.pair_totals import STRONG_SCHEMA
 
 ALPHA = 1.0
@@ -82,12 +82,10 @@ def add_swing(batches: Iterable[pa.RecordBatch], *, shared: Any) -> Iterator[pa.
         batches: blocks of `strongest_pairs`.
         shared: broadcast UserItems.
     """
-    for batch in batches:
-        for block in batch["block"]:
-            pairs = unpack(block)
-            with threadpool_limits(1):  # one per Spark task; the matrices of a trigger are too small for more
-                scores = swing_scores(shared.value, pairs["trigger_item_id"], pairs["target_item_id"])
-            yield from pairs.append_column("swing", pa.array(scores)).to_batches(max_chunksize=OUTPUT_ROWS)
+    for pairs in unpacked(batches):
+        with threadpool_limits(1):  # one per Spark task; the matrices of a trigger are too small for more
+            scores = swing_scores(shared.value, pairs["trigger_item_id"], pairs["target_item_id"])
+        yield from pairs.append_column("swing", pa.array(scores)).to_batches(max_chunksize=OUTPUT_ROWS)
 
 
 def swing_scores(user_items: UserItems, triggers: pa.ChunkedArray, targets: pa.ChunkedArray) -> Floats:

@@ -30,7 +30,6 @@ from features.pair_kernels import (
     compact_codes,
     first_of_runs,
     ints,
-    keyed_hash,
     keyed_hashes,
     number_values,
     packed_arrays,
@@ -39,7 +38,7 @@ from features.pair_kernels import (
     row_order,
     run_lengths,
     run_starts,
-    unpack,
+    unpacked,
 )
 
 CUT_SCHEMA = "day int, num_capped_groups bigint, num_cut_items bigint"
@@ -63,17 +62,13 @@ class WindowRule:
 def classes_for(num_cells: int, *, symmetric: bool) -> int:
     """The fewest classes of items that make at least so many cells."""
     num = 1
-    while cells_of(num, symmetric=symmetric) < num_cells:
+    while (num * (num + 1) // 2 if symmetric else num * num) < num_cells:
         num += 1
     return num
 
 
-def cells_of(num_classes: int, *, symmetric: bool) -> int:
-    """Cells of so many classes of items; of symmetric pairs, both orders meet in one."""
-    return num_classes * (num_classes + 1) // 2 if symmetric else num_classes * num_classes
-
-
 def _cell(trigger_class: int, target_class: int, rule: WindowRule) -> int:
+    """Number of the cell of two classes; of symmetric pairs, both orders meet in one."""
     if not rule.symmetric:
         return trigger_class * rule.num_classes + target_class
     low, high = sorted((trigger_class, target_class))
@@ -134,8 +129,7 @@ class _Timeline:
 
 def _timelines(batches: Iterable[pa.RecordBatch], items: pa.Array, rule: WindowRule) -> Iterator[_Timeline]:
     """One timeline for all users of the task's bucket; none where there are no engagements."""
-    tables = [unpack(block) for batch in batches for block in batch["block"]]
-    if tables:
+    if tables := list(unpacked(batches)):
         yield _timeline(pa.concat_tables(tables), items, rule)
 
 
@@ -205,8 +199,8 @@ def _sampled_items(timeline: _Timeline, first: int, distinct: Ints, rule: Window
     else:
         scope = str(EPOCH + timedelta(days=int(timeline.day[first])))
     prefix = f"{timeline.users[int(timeline.user[first])].as_py()}\x1f{scope}\x1f"
-    hashes = [keyed_hash(prefix + timeline.items[code].as_py(), key=rule.hash_key) for code in distinct.tolist()]
-    return distinct[np.argsort(np.array(hashes, dtype=np.int64), kind="stable")[: rule.max_items]]
+    hashes = keyed_hashes((prefix + timeline.items[code].as_py() for code in distinct.tolist()), key=rule.hash_key)
+    return distinct[np.argsort(hashes, kind="stable")[: rule.max_items]]
 
 
 def _trigger_ranges(timeline: _Timeline, rule: WindowRule) -> tuple[Ints, Ints]:

@@ -34,11 +34,11 @@ from jobs.arguments import report_errors
 from jobs.bench_night import bench_night
 from jobs.bench_peers import answers_differ, duckdb_pairs, polars_pairs, scipy_pairs, self_join_pairs
 from jobs.bench_picture import draw_times
+from jobs.bench_rows import FOLDER, Json, keep_row, kept_rows
 from jobs.bench_worlds import NUM_DAYS, START, Work, open_work
 from jobs.session import start_session
 
-Json = dict[str, Any]
-FOLDER = Path("var/bench")
+_PATH = FOLDER / "pairs.json"
 WORKS = ("clicks-1m", "clicks-4m", "clicks-16m", "grocery", "ifdb_games")
 METHODS = ("mtmh", "duckdb", "polars", "scipy", "self_join", "radix_sort", "simd_sort")
 _PEERS: Mapping[str, Callable[[Work, Path], None]] = {"duckdb": duckdb_pairs, "polars": polars_pairs, "scipy": scipy_pairs}
@@ -65,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for method in values.methods:
                 if method in _SUITABLE and not _SUITABLE[method](work):
                     continue
-                _keep(_run(method, work, runs=values.runs, limit=values.limit))
+                keep_row(_run(method, work, runs=values.runs, limit=values.limit), _PATH)
         for name in values.nights:
             found, peak = _child("night", name, runs=1, limit=10 * values.limit)
             for row in found.get("rows", [{"work": f"night of {name}", "size": 0, "method": "mtmh", "runs": 0, **found}]):
-                _keep(row | {"peak_rss_mb": peak})
+                keep_row(row | {"peak_rss_mb": peak}, _PATH)
         _show(Console())
 
     report_errors(run)
@@ -247,23 +247,8 @@ def _radix_sort(keys: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np
 # --- What is known so far ------------------------------------------------------------------------------------------------------
 
 
-def _rows() -> list[Json]:
-    path = FOLDER / "pairs.json"
-    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
-
-
-def _keep(row: Json) -> None:
-    key = ("work", "method")
-    rows = [old for old in _rows() if any(old[name] != row[name] for name in key)] + [row]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()  # noqa: S607
-    model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    machine = f"{len(os.sched_getaffinity(0))} cores, {model[0] if model else 'unknown'}"
-    content = {"machine": machine, "commit": commit, "rows": sorted(rows, key=lambda row: (row["work"], row["size"], row["method"]))}
-    (FOLDER / "pairs.json").write_text(json.dumps(content, indent=1))
-
-
 def _show(console: Console) -> None:
-    rows = _rows()
+    rows = kept_rows(_PATH)
     table = RichTable("work", "events", "method", "median s", "ratio", "runs", "peak MB", "note", title=f"counting pairs, {NUM_DAYS} days")
     ours = {row["work"]: row.get("median_s") for row in rows if row["method"] == "mtmh"}
     for row in sorted(rows, key=lambda row: (row["size"], row["work"], row.get("median_s", 1e9))):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from conf.tables import ENGAGEMENTS, IMPRESSIONS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, RELEVANCE_FEEDBACK
+from conf.tables import ENGAGEMENTS, IMPRESSIONS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, RELEVANCE_FEEDBACK, Table
 from features import annotations, engagements, exposures
 from features.sources import rejected_rows
 from jobs.lake import in_memory, only_row
@@ -26,13 +26,15 @@ def ingest(run: StageRun) -> None:
         events, labels, impressions = checked_events(run), _checked_labels(run), _checked_impressions(run)
         run.replace(ENGAGEMENTS, _accepted_events(run, events), where=f"event_date <= '{run.run_date}'")
         run.replace(ITEM_ANNOTATIONS, _merged_annotations(run, items))
-        run.replace(PAIR_RELEVANCE, _accepted_labels(run, labels).unionByName(_votes(run)))
-        run.replace(IMPRESSIONS, _accepted_impressions(run, impressions))
+        run.replace(PAIR_RELEVANCE, _accepted(run, labels, PAIR_RELEVANCE).unionByName(_votes(run)))
+        run.replace(IMPRESSIONS, _accepted(run, impressions, IMPRESSIONS).distinct())
         checked = {"events": events, "items": items, "pair_relevance": labels, "impressions": impressions}
         given = {name: frame for name, frame in checked.items() if frame is not None}
         refused = [rejected_rows(frame, run_id=run.night.run_id, source=name) for name, frame in given.items()]
         run.replace(REJECTED_ROWS, _union(refused), where=f"run_id = '{run.night.run_id}'")
-        metrics = _event_metrics(run, events) | _item_metrics(run, items) | _impression_metrics(impressions)
+        metrics = _event_metrics(run, events) | _item_metrics(run, items)
+        if impressions is not None:
+            metrics |= _rejected(impressions, "impressions")
     run.gate(metrics | {"num_duplicate_keys": _num_duplicate_keys(run)})
 
 
@@ -75,10 +77,11 @@ def _checked_labels(run: StageRun) -> DataFrame | None:
     return annotations.check_pair_relevance(frame, source=source, now=run.night.now)
 
 
-def _accepted_labels(run: StageRun, checked: DataFrame | None) -> DataFrame:
+def _accepted(run: StageRun, checked: DataFrame | None, table: Table) -> DataFrame:
+    """The rows of an optional source that nothing is wrong with."""
     if checked is None:
-        return run.night.spark.createDataFrame([], PAIR_RELEVANCE.ddl)
-    return checked.where(F.col("reason").isNull()).select(*PAIR_RELEVANCE.column_names)
+        return run.night.spark.createDataFrame([], table.ddl)
+    return checked.where(F.col("reason").isNull()).select(*table.column_names)
 
 
 def _checked_impressions(run: StageRun) -> DataFrame | None:
@@ -88,23 +91,6 @@ def _checked_impressions(run: StageRun) -> DataFrame | None:
     frame = read_source(run.night.spark, source, name="impressions")
     frame = take_users(frame, source.columns.user_id, share=run.settings.source.user_share)
     return exposures.check_impressions(frame, source=source, run_date=run.run_date, now=run.night.now)
-
-
-def _accepted_impressions(run: StageRun, checked: DataFrame | None) -> DataFrame:
-    if checked is None:
-        return run.night.spark.createDataFrame([], IMPRESSIONS.ddl)
-    return checked.where(F.col("reason").isNull()).select(*IMPRESSIONS.column_names).distinct()
-
-
-def _impression_metrics(checked: DataFrame | None) -> dict[str, float]:
-    if checked is None:
-        return {}
-    row = only_row(checked.agg(F.count(F.lit(1)).alias("rows"), F.count("reason").alias("rejected")))
-    return {
-        "num_source_impressions": row["rows"],
-        "num_rejected_impressions": row["rejected"],
-        "rejected_impressions_share": row["rejected"] / max(1, row["rows"]),
-    }
 
 
 def _votes(run: StageRun) -> DataFrame:
@@ -136,13 +122,16 @@ def _event_metrics(run: StageRun, checked: DataFrame) -> dict[str, float]:
 
 
 def _item_metrics(run: StageRun, checked: DataFrame) -> dict[str, float]:
-    row = only_row(checked.agg(F.count("*").alias("rows"), F.count("reason").alias("rejected")))
     as_of = annotations.annotations_as_of(run.read_output(ITEM_ANNOTATIONS), run_date=run.run_date)
+    return _rejected(checked, "items") | {"num_items": as_of.where(~F.col("deleted")).count()}
+
+
+def _rejected(checked: DataFrame, what: str) -> dict[str, float]:
+    row = only_row(checked.agg(F.count("*").alias("rows"), F.count("reason").alias("rejected")))
     return {
-        "num_source_items": row["rows"],
-        "num_rejected_items": row["rejected"],
-        "rejected_items_share": row["rejected"] / max(1, row["rows"]),
-        "num_items": as_of.where(~F.col("deleted")).count(),
+        f"num_source_{what}": row["rows"],
+        f"num_rejected_{what}": row["rejected"],
+        f"rejected_{what}_share": row["rejected"] / max(1, row["rows"]),
     }
 
 

@@ -68,6 +68,7 @@ def test_rows_that_cannot_be_meant_are_refused(spark: SparkSession) -> None:
         ("u", "", "j", at),
         ("u", "i", None, at),
         ("u", "i", "i", at),
+        ("u", "i", "j\ufffd", at),  # what bytes that are no UTF-8 were read as
         ("u", "i", "j", None),
         ("u", "i", "j", datetime(2024, 2, 1, tzinfo=UTC)),  # before the kept days
         ("u", "i", "j", datetime(2024, 3, 7, tzinfo=UTC)),  # after the run date
@@ -76,6 +77,7 @@ def test_rows_that_cannot_be_meant_are_refused(spark: SparkSession) -> None:
     found = check_impressions(frame, source=SOURCE, run_date=LAST, now=NOW).collect()
     assert sorted(row["reason"] or "" for row in found) == [
         "",
+        "item_id is not the UTF-8 it was read as",
         "item_id is null or empty",
         "item_id is the trigger itself",
         "shown_at is missing or not a time",

@@ -214,7 +214,7 @@ def test_cells_of_many_passes_and_of_wide_keys_count_the_same(window: WindowSett
     events = world(seed=31, num_events=300)
     expected = sorted((row[0], *row[1:4], tuple(row[4])) for row in oracle(events, window))
     for pass_pairs, key_bits in ((10**6, 63), (20, 63), (10**6, 9)):  # in one pass, in many, and with two columns to sort
-        monkeypatch.setattr("features.pair_counts._KEY_BITS", key_bits)
+        monkeypatch.setattr("features.pair_counts.KEY_BITS", key_bits)
         rule = CountRule(symmetric=window.symmetric, min_users=2, pass_pairs=pass_pairs)
         blocks, items = kernel_windows(events, counting(window), num_classes=2)
         parts = list(count_cells(blocks, items=items, rule=rule))
