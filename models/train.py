@@ -530,7 +530,8 @@ def _resumed(data: TrainingData, spec: TrainingSpec, saved: Saved) -> tuple[Plan
     """Plan and encoder as they were saved."""
     plan = Plan.from_content(saved.plan)
     blank = _blank(data, min(plan.weights.dimension, data.num_items - 1))
-    model = build_model(blank, data.content, spec.model, plan.content_share, seed=spec.training.seed)
+    signals = dict.fromkeys(data.signals, blank)
+    model = build_model(blank, data.content, spec.model, plan.content_share, seed=spec.training.seed, signals=signals)
     saved.restore_model(model)
     return plan, model
 

@@ -13,6 +13,8 @@ from pyspark.sql import SparkSession
 
 from conf.errors import TrainingError
 from conf.faults import VARIABLE
+from conf.settings import HeadSettings
+from conf.tables import CO_ENGAGEMENT_PAIRS
 from jobs.train_model import distribute
 from models.data import TableRef
 from models.resume import FILE, Saved
@@ -64,6 +66,19 @@ def test_a_killed_training_goes_on_to_the_same_loss(tables: dict[str, TableRef],
     wanted = outcome(calm)
     assert (losses, version) == wanted[:2]
     assert notes == [*wanted[2], WENT_ON]
+
+
+def test_a_killed_training_of_a_signal_goes_on_to_the_same_loss(tables: dict[str, TableRef], tmp_path: Path) -> None:
+    with_buys = tables | {CO_ENGAGEMENT_PAIRS.of_signal("buy").name: tables[CO_ENGAGEMENT_PAIRS.name]}
+    plain = make_spec(tmp_path, with_buys, checkpoint_seconds=0)
+    heads = plain.model.heads | {"buy": HeadSettings(signals={"buy": 1.0})}
+    model = plain.model.model_copy(update={"heads": heads})
+    calm, disturbed = (replace(plain, model=model, signals={"buy": 30.0}, folder=str(tmp_path / name)) for name in ("calm", "disturbed"))
+    assert run_ranks(calm, num_processes=1) == [0]
+    assert run_ranks(disturbed, num_processes=1, fault=KILL) == [-signal.SIGKILL]
+    assert run_ranks(disturbed, num_processes=1) == [0]
+    assert outcome(disturbed)[:2] == outcome(calm)[:2]
+    assert outcome(disturbed)[2][-1] == WENT_ON
 
 
 def test_only_the_same_training_goes_on(tables: dict[str, TableRef], tmp_path: Path) -> None:
