@@ -211,6 +211,12 @@ class SourceSettings(Section):
         0.05, ge=0, le=1, description="Refused share of a source's rows above which the ingest gate stops the night."
     )
 
+    @property
+    def tables(self) -> dict[str, SourceTable]:
+        """The tables that are named, by the name of their section."""
+        named = {name: getattr(self, name) for name in ("events", "items", "pair_relevance", "impressions")}
+        return {name: table for name, table in named.items() if table is not None}
+
 
 class WindowSettings(Section):
     """Which later engagements of the same user count as co-engagement."""

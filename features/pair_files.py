@@ -84,7 +84,7 @@ class _File:
 
     def write(self, rows: pa.Table) -> None:
         if self._writer is None:
-            self._place = _open(f"{self.folder}/{self.name}")
+            self._place = open_uri(f"{self.folder}/{self.name}")
             files, path = self._place
             schema = DAY_ARROW if self.kind == "daily" else CODED_TOTAL_ARROW
             coded = [name for name in schema.names if name != "user_hashes"]
@@ -121,7 +121,8 @@ class _File:
         return pa.RecordBatch.from_pydict(row)
 
 
-def _open(uri: str) -> tuple[fs.FileSystem, str]:
+def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
+    """File system of a path or URI, and the path there; Spark's name for S3 is known."""
     if "://" not in uri:
         return fs.LocalFileSystem(), uri
     files, path = fs.FileSystem.from_uri(uri.replace("s3a://", "s3://", 1))

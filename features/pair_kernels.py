@@ -196,7 +196,7 @@ def packed_by(chunk: pa.Table, bucket: Ints, num_buckets: int) -> Iterator[pa.Re
     """A row of PACKED_SCHEMA for each bucket that a row goes to."""
     order = np.argsort(bucket.astype(np.uint16) if num_buckets < 2**16 else bucket, kind="stable")  # 16 bits: a radix sort
     ends = np.searchsorted(bucket[order], np.arange(num_buckets + 1))
-    grouped = chunk.take(pa.array(order)).combine_chunks()
+    grouped = chunk.unify_dictionaries().combine_chunks().take(pa.array(order))
     for number in np.flatnonzero(np.diff(ends)).tolist():
         part = grouped.slice(ends[number], ends[number + 1] - ends[number])
         for place, column in enumerate(part.columns):

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ITEM_POPULARITY
+from features.event_files import PART_SCHEMA, EventFiles, EventRule, deal_files, read_events
 from features.pair_counts import CountRule, count_cells, decoded_days
 from features.pair_files import FILE_SCHEMA, day_spans, write_counted
 from features.pair_kernels import LEAST_EXPONENT, PACKED_SCHEMA, day_number, encode
@@ -166,49 +167,53 @@ def count_daily_pairs(
 
     def transform(engagements: DataFrame) -> DataFrame:
         recent = engagements.transform(_of_days(counting.window, days))
-        cells, shared = _cells(recent, counting, days, items, num_tasks)
+        shared = _shared(recent, items)
+        blocks = recent.transform(_by_user(counting.window, days, shared))
         rule = CountRule(symmetric=counting.window.symmetric, min_users=counting.min_users)
-        return cells.mapInArrow(partial(_decoded, shared=shared, rule=rule), _DAILY_SCHEMA)
+        return _cells(blocks, counting, days, shared, num_tasks).mapInArrow(partial(_decoded, shared=shared, rule=rule), _DAILY_SCHEMA)
 
     return transform
 
 
 def write_pairs(
+    spark: SparkSession,
+    events: EventFiles,
     counting: Counting,
     *,
     days: Mapping[date, int],
+    items: pa.Array,
     landmark: date,
     half_life_days: float,
     holdout_from: date,
     folders: Mapping[str, str],
-    items: pa.Array | None = None,
     num_tasks: int | None = None,
-) -> Transform:
-    """Engagements to co_engagement_daily and co_engagement_totals at once, written by the tasks; rows of `features.pair_files.FILE_SCHEMA`.
+) -> DataFrame:
+    """co_engagement_daily and co_engagement_totals at once, from files of engagements to files of pairs; rows of `FILE_SCHEMA`.
+
+    What `count_daily_pairs` and `sum_totals` make, of all days up to the last one.
 
     Args:
+        spark: whose tasks read, count and write.
+        events: all engagements.
         counting: how.
-        days: all days of the engagements, and the engagements of each.
+        days: all days that have engagements, up to the last that counts, and how many each has.
+        items: ids of all items, ascending.
         landmark: day d0 of the weights.
         half_life_days: days after which a co-engagement counts half.
         holdout_from: days from here on do not enter fit_weight.
         folders: path or URI of the tables, by the kinds `daily` and `totals`.
-        items: as in `count_daily_pairs`.
         num_tasks: as in `count_daily_pairs`.
 
     Raises:
         SettingsError: there are no days.
     """
     _check_days(days)
+    shared = spark.sparkContext.broadcast(items)
+    blocks = _read_by_user(spark, events, counting.window, days, shared)
     totals = _total_rule(landmark, half_life_days, holdout_from, counting.min_users)
-
-    def transform(engagements: DataFrame) -> DataFrame:
-        events = engagements.where(F.col("event_date") <= F.lit(max(days)))
-        cells, shared = _cells(events, counting, days, items, num_tasks)
-        rule = CountRule(symmetric=counting.window.symmetric, min_users=counting.min_users, totals=totals)
-        return cells.mapInArrow(partial(_written, shared=shared, rule=rule, folders=folders, spans=day_spans(days)), FILE_SCHEMA)
-
-    return transform
+    rule = CountRule(symmetric=counting.window.symmetric, min_users=counting.min_users, totals=totals)
+    cells = _cells(blocks, counting, days, shared, num_tasks)
+    return cells.mapInArrow(partial(_written, shared=shared, rule=rule, folders=folders, spans=day_spans(days)), FILE_SCHEMA)
 
 
 def _check_days(days: Collection[date]) -> None:
@@ -216,19 +221,22 @@ def _check_days(days: Collection[date]) -> None:
         raise SettingsError("no days to count; name at least one target day")
 
 
-def _cells(
-    events: DataFrame, counting: Counting, days: Mapping[date, int], items: pa.Array | None, num_tasks: int | None
-) -> tuple[DataFrame, Shared]:
-    """Blocks of windows, all of a cell with one task; and the ids of all items, broadcast."""
+def _cells(blocks: DataFrame, counting: Counting, days: Mapping[date, int], shared: Shared, num_tasks: int | None) -> DataFrame:
+    """Blocks of windows, all of a cell with one task, from blocks of engagements by user."""
     num_events = sum(days.values())
-    tasks = num_tasks or max(1, min(2 * _shuffle_partitions(events), ceil(num_events / _ENGAGEMENTS_PER_TASK)))
+    tasks = num_tasks or _num_tasks(blocks.sparkSession, num_events)
     num_cells = max(tasks, ceil(num_events / _ENGAGEMENTS_PER_CELL))
-    classes = classes_for(num_cells, symmetric=counting.window.symmetric)
-    shared = events.sparkSession.sparkContext.broadcast(all_items(events) if items is None else items)
-    windows = events.transform(_by_user(counting.window, num_events, shared))
-    rule = counting.rule(days, classes)
-    cells = windows.mapInArrow(partial(_made, shared=shared, rule=rule), PACKED_SCHEMA)
-    return cells.repartitionById(tasks, F.col("bucket") % tasks), shared
+    rule = counting.rule(days, classes_for(num_cells, symmetric=counting.window.symmetric))
+    cells = blocks.mapInArrow(partial(_made, shared=shared, rule=rule), PACKED_SCHEMA)
+    return cells.repartitionById(tasks, F.col("bucket") % tasks)
+
+
+def _num_tasks(spark: SparkSession, num_events: int) -> int:
+    return max(1, min(2 * _shuffle_partitions(spark), ceil(num_events / _ENGAGEMENTS_PER_TASK)))
+
+
+def _shared(events: DataFrame, items: pa.Array | None) -> Shared:
+    return events.sparkSession.sparkContext.broadcast(all_items(events) if items is None else items)
 
 
 def all_items(engagements: DataFrame) -> pa.Array:
@@ -238,6 +246,10 @@ def all_items(engagements: DataFrame) -> pa.Array:
 
 def _packed(batches: Batches, *, shared: Shared, num_buckets: int) -> Iterator[pa.RecordBatch]:
     return pack_by_user(batches, items=shared.value, num_buckets=num_buckets)
+
+
+def _packed_files(parts: Batches, *, rule: EventRule, shared: Shared, num_buckets: int) -> Iterator[pa.RecordBatch]:
+    return pack_by_user(read_events(parts, rule=rule, num_buckets=num_buckets), items=shared.value, num_buckets=num_buckets)
 
 
 def _made(batches: Batches, *, shared: Shared, rule: WindowRule) -> Iterator[pa.RecordBatch]:
@@ -265,8 +277,8 @@ def measure_days(counting: Counting, *, days: Mapping[date, int], items: pa.Arra
 
     def transform(engagements: DataFrame) -> DataFrame:
         events = engagements.transform(_of_days(counting.window, days))
-        shared = events.sparkSession.sparkContext.broadcast(all_items(events) if items is None else items)
-        blocks = events.transform(_by_user(counting.window, sum(days.values()), shared))
+        shared = _shared(events, items)
+        blocks = events.transform(_by_user(counting.window, days, shared))
         cuts = blocks.mapInArrow(partial(_cut, shared=shared, rule=counting.rule(days, 1)), CUT_SCHEMA)
         sums = [F.sum(name).alias(name) for name in ("num_capped_groups", "num_cut_items")]
         return cuts.groupBy(F.date_from_unix_date("day").alias("event_date")).agg(*sums)
@@ -313,7 +325,7 @@ def sum_totals(
     rule = _total_rule(landmark, half_life_days, holdout_from, min_users)
 
     def transform(daily: DataFrame) -> DataFrame:
-        tasks = num_tasks or 4 * _shuffle_partitions(daily)
+        tasks = num_tasks or 4 * _shuffle_partitions(daily.sparkSession)
         pack = partial(pack_by_pair, num_buckets=tasks)
         day, more = F.unix_date("event_date").alias("day"), [name for name in daily.columns if name == "counts"]
         rows = daily.select("trigger_item_id", "target_item_id", day, "num_users", "user_hashes", *more)
@@ -354,7 +366,7 @@ def score_pairs(
     """
 
     def transform(totals: DataFrame) -> DataFrame:
-        tasks = num_tasks or 2 * _shuffle_partitions(totals)
+        tasks = num_tasks or 2 * _shuffle_partitions(totals.sparkSession)
         rows = totals.select(*CO_ENGAGEMENT_TOTALS.column_names)
         blocks = rows.mapInArrow(partial(pack_by_trigger, num_buckets=tasks), PACKED_SCHEMA).repartitionById(tasks, F.col("bucket"))
         strong = blocks.mapInArrow(partial(strongest_pairs, max_pairs=max_pairs_per_trigger), PACKED_SCHEMA)
@@ -444,11 +456,11 @@ def _total_rule(landmark: date, half_life_days: float, holdout_from: date, min_u
     return TotalRule(half_life_days=half_life_days, min_users=min_users, **days)
 
 
-def _shuffle_partitions(frame: DataFrame) -> int:
+def _shuffle_partitions(spark: SparkSession) -> int:
     """The session's setting: the explicit numbers here keep adaptive execution from merging tasks whose input is small but whose
     output, pairs, is not.
     """
-    return int(frame.sparkSession.conf.get("spark.sql.shuffle.partitions") or 1)
+    return int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
 
 
 def _of_days(window: WindowSettings, days: Collection[date]) -> Transform:
@@ -468,11 +480,11 @@ def _of_days(window: WindowSettings, days: Collection[date]) -> Transform:
     return transform
 
 
-def _by_user(window: WindowSettings, num_events: int, shared: Shared) -> Transform:
+def _by_user(window: WindowSettings, days: Mapping[date, int], shared: Shared) -> Transform:
     """Blocks of engagements, all of a user with one task; those without a session form no session windows."""
 
     def transform(events: DataFrame) -> DataFrame:
-        buckets = max(1, min(2 * _shuffle_partitions(events), ceil(num_events / _ENGAGEMENTS_PER_TASK)), ceil(num_events / _BUCKET_EVENTS))
+        buckets = _num_buckets(events.sparkSession, days)
         time, day = F.unix_micros("engaged_at").alias("time"), F.unix_date("event_date").alias("day")
         by_session = window.kind == "session"
         if by_session:
@@ -483,6 +495,21 @@ def _by_user(window: WindowSettings, num_events: int, shared: Shared) -> Transfo
         return blocks.repartitionById(buckets, F.col("bucket"))
 
     return transform
+
+
+def _read_by_user(spark: SparkSession, events: EventFiles, window: WindowSettings, days: Mapping[date, int], shared: Shared) -> DataFrame:
+    """The same blocks, of files."""
+    buckets = _num_buckets(spark, days)
+    rule = EventRule(last_day=day_number(max(days)), actions=events.actions, by_session=window.kind == "session")
+    parts = deal_files(events.sizes)
+    dealt = spark.createDataFrame(parts, PART_SCHEMA).repartitionById(parts[-1].task + 1, F.col("task"))
+    blocks = dealt.mapInArrow(partial(_packed_files, rule=rule, shared=shared, num_buckets=buckets), PACKED_SCHEMA)
+    return blocks.repartitionById(buckets, F.col("bucket"))
+
+
+def _num_buckets(spark: SparkSession, days: Mapping[date, int]) -> int:
+    num_events = sum(days.values())
+    return max(_num_tasks(spark, num_events), ceil(num_events / _BUCKET_EVENTS))
 
 
 def where_days(days: Collection[date]) -> str:

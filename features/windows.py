@@ -87,7 +87,7 @@ def pack_by_user(batches: Iterable[pa.RecordBatch], *, items: pa.Array, num_buck
     """Blocks of engagements by bucket of users.
 
     Args:
-        batches: bucket, user_id, item_id, day, time, and session_id for session windows.
+        batches: bucket, user_id, item_id, day, time, and session_id for session windows; ids may be coded.
         items: ids of all items, ascending.
         num_buckets: buckets, numbered from 0.
 
@@ -95,14 +95,16 @@ def pack_by_user(batches: Iterable[pa.RecordBatch], *, items: pa.Array, num_buck
         SourceError: an item is not among the items.
     """
     for chunk in chunks(batches, min_rows=PACKED_ROWS):
-        codes = pc.index_in(chunk["item_id"], value_set=items)
-        if codes.null_count:
-            unknown = chunk["item_id"].filter(pc.is_null(codes))[0].as_py()
+        found, names = number_values(chunk["item_id"])
+        place = pc.index_in(names, value_set=items)
+        if place.null_count:
+            unknown = names.filter(pc.is_null(place))[0].as_py()
             raise SourceError(
                 f"item {unknown!r} is engaged with but not among the {len(items):,} known items: engagements have changed meanwhile"
             )
-        place = chunk.column_names.index("item_id")
-        yield from packed_by(chunk.set_column(place, "item", codes).drop_columns(["bucket"]), ints(chunk, "bucket"), num_buckets)
+        codes = pa.array(place.to_numpy()[found])
+        column = chunk.column_names.index("item_id")
+        yield from packed_by(chunk.set_column(column, "item", codes).drop_columns(["bucket"]), ints(chunk, "bucket"), num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True)

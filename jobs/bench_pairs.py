@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from rich.table import Table as RichTable
 
 from conf.errors import MachineError
 from conf.settings import SparkSettings
-from features.pairs import Counting, engagements_per_day, write_pairs
+from features.event_files import EventFiles
+from features.pairs import Counting, write_pairs
 from jobs.arguments import report_errors
 from jobs.bench_night import bench_night
 from jobs.bench_peers import answers_differ, duckdb_pairs, polars_pairs, scipy_pairs, self_join_pairs
@@ -124,11 +126,19 @@ def _our_pairs(spark: Any, work: Work, out: Path) -> None:
     for folder in (daily, out):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    events = spark.read.parquet(str(work.folder))
+    files = {str(path.absolute()): path.stat().st_size for path in work.folder.glob("*.parquet")}
+    items, days = _items_and_days(work.folder)
     counting = Counting(window=work.window, max_items_per_user_day=_NO_CAP, max_triggers_per_target=_NO_CAP, min_users=2, hash_key=b"bench")
     decay: Json = {"landmark": START.date(), "half_life_days": 1000.0, "holdout_from": START.date()}
     folders = {"daily": str(daily.absolute()), "totals": str(out.absolute())}
-    events.transform(write_pairs(counting, days=engagements_per_day(events), folders=folders, **decay)).collect()
+    write_pairs(spark, EventFiles(sizes=files), counting, days=days, items=items, folders=folders, **decay).collect()
+
+
+def _items_and_days(folder: Path) -> tuple[pa.Array, dict[date, int]]:
+    """What build_pairs knows before it counts: all items, ascending, and the engagements of each day."""
+    columns = ds.dataset(folder).to_table(columns=["item_id", "event_date"])
+    days = columns["event_date"].value_counts().to_pylist()
+    return columns["item_id"].unique().sort(), {day["values"]: day["counts"] for day in days}
 
 
 def _emitted(out: Path) -> Json:

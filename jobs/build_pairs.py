@@ -26,6 +26,7 @@ from conf.errors import SettingsError, SourceError
 from conf.settings import PairSettings
 from conf.tables import ENGAGEMENTS, EXPOSURE_PAIRS, IMPRESSIONS, TABLES, table_named
 from features import exposures, increments, pairs
+from features.event_files import EventFiles
 from features.increments import DayState
 from features.pair_kernels import check_num_items
 from jobs.lake import in_memory, only_row
@@ -238,7 +239,8 @@ def _count_all(
 
     def write(folders: dict[str, str]) -> list[Row]:
         rule: dict[str, Any] = {"days": plan.recounted, "items": items, "folders": folders, **decay}
-        return engagements.transform(pairs.write_pairs(_counting(signal.settings), **rule)).collect()
+        events = EventFiles(sizes=run.night.lake.file_sizes(ENGAGEMENTS, run.version(ENGAGEMENTS)), actions=signal.actions)
+        return pairs.write_pairs(run.night.spark, events, _counting(signal.settings), **rule).collect()
 
     run.replace_by_files({"daily": (signal.daily, "event_date"), "totals": (signal.totals, None)}, write)
     return {"recounted_days_share": 1.0, "built_from_nothing": 1.0, "touched_pairs_share": 1.0}

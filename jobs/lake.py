@@ -28,6 +28,7 @@ from jobs.reader import changes_since, check_columns, lake_root, open_table, tab
 
 _ROW_GROUP = "parquet.block.size"
 _CONFLICTS = (exceptions.ConcurrentAppendException, exceptions.ConcurrentDeleteReadException, exceptions.ConcurrentDeleteDeleteException)
+_FILE = ("path", "size_bytes")
 _MOST_ATTEMPTS = 3  # of a write that meets compactions
 
 
@@ -66,9 +67,20 @@ class Lake:
             reader = reader.option("versionAsOf", version)
         return reader.load(self.path(table))
 
-    def files(self, table: Table, version: int) -> list[str]:
-        """Paths or URIs of the files that make up a version, sorted."""
-        return sorted(open_table(self.root, table, version).file_uris())
+    def file_sizes(self, table: Table, version: int) -> dict[str, int]:
+        """Bytes of each file that makes up a version, by path or URI: for tasks that read these files without Spark.
+
+        Raises:
+            TableError: the files hold deleted rows, which only a list beside them names.
+        """
+        found = open_table(self.root, table, version)
+        if "deletionVectors" in (found.protocol().reader_features or []):
+            raise TableError(
+                f"{table.name} under {self.root} has deletion vectors, which mtmh does not read; run "
+                f"ALTER TABLE delta.`{self.path(table)}` DROP FEATURE deletionVectors"
+            )
+        files = found.get_add_actions(flatten=True)
+        return {f"{self.path(table)}/{path}": size for path, size in zip(*(files.column(name).to_pylist() for name in _FILE), strict=True)}
 
     def create(self, table: Table) -> None:
         """Create an empty table with its comments and NOT NULL constraints, unless it is there.

@@ -34,7 +34,7 @@ class Signal:
     """
 
     name: str | None
-    actions: Sequence[str] | None
+    actions: tuple[str, ...] | None
     settings: PairSettings
 
     @classmethod

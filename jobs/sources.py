@@ -50,13 +50,8 @@ def reading_sources(sources: SourceSettings) -> Iterator[None]:
     except (PySparkException, Py4JJavaError) as error:
         if "FAILED_READ_FILE" not in str(error):
             raise
-        paths = {name: table.path for name, table in _tables(sources).items()}
+        paths = {name: table.path for name, table in sources.tables.items()}
         raise SourceError(f"cannot read a file of your tables: {_cause(error)}\nreading {paths}; repair or remove the file") from error
-
-
-def _tables(sources: SourceSettings) -> dict[str, SourceTable]:
-    tables: dict[str, SourceTable | None] = {name: getattr(sources, name) for name in ("events", "items", "pair_relevance", "impressions")}
-    return {name: table for name, table in tables.items() if table is not None}
 
 
 def _cause(error: PySparkException | Py4JJavaError) -> str:

@@ -229,8 +229,7 @@ def make_night(
 ) -> Night:
     """Identify a night on a running session; `now` defaults to the clock."""
     lake = open_lake(spark, settings.lake)
-    sources = [settings.source.events, settings.source.items, settings.source.pair_relevance]
-    states = [source_state(lake, source) for source in sources if source is not None]
+    states = [source_state(lake, source) for source in settings.source.tables.values()]
     fingerprint = night_fingerprint(settings, states, {"run_date": run_date.isoformat()})
     return Night(
         settings=settings,

@@ -20,11 +20,13 @@ from pyspark.sql.types import StructType
 from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ENGAGEMENTS, ITEM_POPULARITY
+from features.event_files import EventFiles
 from features.pair_counts import CountRule, count_cells
 from features.pair_files import FILE_SCHEMA, day_spans
 from features.pair_kernels import check_num_items, keyed_hash, row_order
 from features.pairs import (
     Counting,
+    all_items,
     collect_user_items,
     count_daily_pairs,
     count_popularity,
@@ -331,7 +333,12 @@ def test_written_pairs_are_the_daily_rows_and_their_totals(
     for folder in folders.values():
         Path(folder).mkdir()
     how = counting(window, min_users=min_users)
-    files = frame.transform(write_pairs(how, days=days, folders=folders, num_tasks=3, **DECAY)).collect()
+    later = to_spark(spark, world(seed=1, num_events=20)).withColumn("event_date", F.lit(LAST + timedelta(days=30)))
+    sold = frame.withColumn("action", F.lit("sold")).withColumn("item_id", F.lit("i0"))
+    frame.union(later).union(sold).repartition(2).write.parquet(str(tmp_path / "events"))
+    sizes = {str(path): path.stat().st_size for path in (tmp_path / "events").glob("*.parquet")}
+    events = EventFiles(sizes=sizes, actions=("buy", "view"))
+    files = write_pairs(spark, events, how, days=days, items=all_items(frame), folders=folders, num_tasks=3, **DECAY).collect()
     daily, totals = (spark.read.parquet(folders[kind]) for kind in ("daily", "totals"))
     expected = frame.transform(count_daily_pairs(how, days=days))
     assert counted(daily) == counted(expected)

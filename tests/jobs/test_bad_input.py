@@ -201,6 +201,25 @@ def test_new_files_below_a_glob_are_seen(spark: SparkSession, tmp_path: Path) ->
         _night(spark, write_config(tmp_path, source=_source(tmp_path, events={"path": "nowhere://bucket/events"})))
 
 
+def test_a_change_of_any_source_makes_another_night(spark: SparkSession, tmp_path: Path) -> None:
+    WORLD.write(tmp_path)
+    more = {}
+    for name, columns in (
+        ("pair_relevance", ["item_id", "other_item_id", "grade", "source", "rated_at"]),
+        ("impressions", ["user_id", "trigger_item_id", "item_id", "shown_at"]),
+    ):
+        more[name] = {"path": str(tmp_path / f"{name}.parquet"), "columns": dict(zip(columns, columns, strict=True))}
+        pd.DataFrame({column: ["x"] for column in columns}).to_parquet(more[name]["path"])
+    config = write_config(tmp_path, source=_source(tmp_path) | more)
+    ids = [_night(spark, config).run_id]
+    for path in ("events/part-0.parquet", "items/part-0.parquet", "pair_relevance.parquet", "impressions.parquet"):
+        rows = pd.read_parquet(tmp_path / path)
+        pd.concat([rows, rows.head(1)]).to_parquet(tmp_path / path)
+        ids.append(_night(spark, config).run_id)
+    assert len(set(ids)) == 5
+    assert _night(spark, config).run_id == ids[-1]
+
+
 def test_a_lake_at_a_uri_needs_a_shared_folder(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"set lake\.artifacts to a mounted path"):
         load_settings("demo", ["lake.root=s3a://bucket/lake"])

@@ -39,8 +39,15 @@ from tests.worlds import BundleWorld, write_config
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(1800)]
 FIRST, SECOND = date(2024, 3, 30), date(2024, 3, 31)
 WRITES = {
-    "ingest": ["engagements", "item_annotations", "pair_relevance", "rejected_rows"],
-    "build_pairs": ["item_popularity", "co_engagement_daily", "co_engagement_totals", "co_engagement_pairs", "co_engagement_days"],
+    "ingest": ["engagements", "item_annotations", "pair_relevance", "impressions", "rejected_rows"],
+    "build_pairs": [
+        "item_popularity",
+        "co_engagement_daily",
+        "co_engagement_totals",
+        "co_engagement_pairs",
+        "co_engagement_days",
+        "exposure_pairs",
+    ],
     "build_features": ["item_features", "relevance_examples"],
     "train_model": ["item_embeddings"],
     "publish_neighbors": ["item_neighbors_history"],
@@ -71,7 +78,7 @@ class Reference:
 def reference(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("crash")
     BundleWorld(num_bundles=6, num_users=40, num_categories=4).write(folder)
-    training = {"num_steps": 5, "batch_size": 32, "num_processes": 2}
+    training = {"num_steps": 5, "batch_size": 32, "num_processes": 2, "max_restarts": 0}  # a killed rank ends the night; the next goes on
     config = write_config(folder, training=training, online={"shard_items": 8}, evaluation={"horizon_days": 1, "num_bootstrap": 10})
     settings = load_settings(str(config))
     night = [make_night(settings, day, spark=spark, display=Display(seconds_per_line=3600)) for day in (FIRST, SECOND)]

@@ -61,6 +61,18 @@ def test_readers_outside_spark_see_only_the_current_rows(lake: Lake) -> None:
         lake.read(CO_ENGAGEMENT_PAIRS)
 
 
+def test_files_are_named_with_their_sizes_unless_rows_in_them_are_deleted(lake: Lake) -> None:
+    lake.replace(ITEM_POPULARITY, _popularity(lake, ("a", 1.0), ("b", 2.0)))
+    lake.append(ITEM_POPULARITY, _popularity(lake, ("c", 3.0)))
+    first, second = (lake.file_sizes(ITEM_POPULARITY, version) for version in (1, 2))
+    assert first.items() < second.items()
+    assert second == {path: Path(path).stat().st_size for path in second}
+    assert {row[0] for path in second for row in duckdb.execute("SELECT item_id FROM read_parquet(?)", [path]).fetchall()} == set("abc")
+    lake.spark.sql(f"ALTER TABLE delta.`{lake.path(ITEM_POPULARITY)}` SET TBLPROPERTIES ('delta.enableDeletionVectors' = true)")
+    with pytest.raises(TableError, match=r"item_popularity under .* has deletion vectors, which mtmh does not read; run ALTER TABLE"):
+        lake.file_sizes(ITEM_POPULARITY, lake.version(ITEM_POPULARITY))
+
+
 def test_the_ledger_finds_the_newest_success(lake: Lake) -> None:
     ledger = Ledger(root=lake.root)
     assert ledger.last_success(stage="ingest") is None

@@ -1,0 +1,121 @@
+"""Engagements read from their Parquet files by the tasks themselves, for a count of everything.
+
+Spark would hand each engagement to Python as a row, which takes longer than counting its pairs. Read by columns, ids stay codes of a
+dictionary from the file to the exchange. A task gets files of about one size: many small ones, or some row groups of a large one.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from features.pair_files import open_uri
+from features.pair_kernels import PACKED_ROWS, Ints
+
+PART_SCHEMA = "task int, uri string, part int, num_parts int"
+_TASK_BYTES = 32 << 20  # some 2 million engagements
+_IDS = ("user_id", "item_id", "session_id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventFiles:
+    """Parquet files with the columns of engagements: bytes by path or URI; `actions` that count, None: all."""
+
+    sizes: Mapping[str, int]
+    actions: tuple[str, ...] | None = None
+
+
+class FilePart(NamedTuple):
+    """A row of PART_SCHEMA: of the row groups of a file those whose number leaves the remainder `part` by `num_parts`."""
+
+    task: int
+    uri: str
+    part: int
+    num_parts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRule:
+    """Which engagements are read: those up to a day (since 1970-01-01), of some actions (None: of all), in a session or not."""
+
+    last_day: int
+    actions: tuple[str, ...] | None
+    by_session: bool
+
+    @property
+    def columns(self) -> list[str]:
+        """What is read of a file."""
+        wanted = ["user_id", "item_id", "engaged_at", "event_date"]
+        return wanted + ["session_id"] * self.by_session + ["action"] * (self.actions is not None)
+
+
+def deal_files(sizes: Mapping[str, int], *, task_bytes: int = _TASK_BYTES) -> list[FilePart]:
+    """Parts of files for tasks of about one size, numbered from 0.
+
+    Args:
+        sizes: bytes by path or URI.
+        task_bytes: of a task; a file larger than this is read by several.
+    """
+    parts, task, held = list[FilePart](), 0, 0
+    for uri, size in sorted(sizes.items()):
+        num_parts = max(1, -(-size // task_bytes))
+        for part in range(num_parts):
+            if held and held + size // num_parts > task_bytes:
+                task, held = task + 1, 0
+            parts.append(FilePart(task, uri, part, num_parts))
+            held += size // num_parts
+    return parts
+
+
+def read_events(parts: Iterable[pa.RecordBatch], *, rule: EventRule, num_buckets: int) -> Iterator[pa.RecordBatch]:
+    """The engagements of some parts, as `features.windows.pack_by_user` takes them.
+
+    Args:
+        parts: rows of PART_SCHEMA.
+        rule: which engagements.
+        num_buckets: of users.
+    """
+    for batch in parts:
+        for row in batch.to_pylist():
+            yield from _read(FilePart(**row), rule, num_buckets)
+
+
+def _read(place: FilePart, rule: EventRule, num_buckets: int) -> Iterator[pa.RecordBatch]:
+    files, path = open_uri(place.uri)
+    with files.open_input_file(path) as source:
+        ids = [name for name in _IDS if name in rule.columns]
+        file = pq.ParquetFile(source, read_dictionary=ids, coerce_int96_timestamp_unit="us")
+        groups = list(range(place.part, file.num_row_groups, place.num_parts))
+        for batch in file.iter_batches(PACKED_ROWS, row_groups=groups, columns=rule.columns, use_threads=False):
+            yield _prepared(batch, rule, num_buckets)
+
+
+def _prepared(batch: pa.RecordBatch, rule: EventRule, num_buckets: int) -> pa.RecordBatch:
+    day = batch["event_date"].cast(pa.int32())
+    wanted = pc.less_equal(day, rule.last_day)
+    if rule.actions is not None:
+        wanted = pc.and_(wanted, pc.is_in(batch["action"], value_set=pa.array(rule.actions)))
+    if rule.by_session:
+        wanted = pc.and_(wanted, pc.is_valid(batch["session_id"]))
+    columns = {
+        "bucket": _buckets(batch["user_id"], num_buckets),
+        "user_id": batch["user_id"],
+        **({"session_id": batch["session_id"]} if rule.by_session else {}),
+        "item_id": batch["item_id"],
+        "day": day,
+        "time": batch["engaged_at"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()),
+    }
+    rows = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+    return rows if wanted.true_count == len(wanted) else rows.filter(wanted)
+
+
+def _buckets(users: pa.DictionaryArray, num_buckets: int) -> pa.Array:
+    """The bucket of each row's user: equal in every task, whatever the dictionary."""
+    names: Sequence[str] = users.dictionary.to_pylist()
+    of_name: Ints = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64) % num_buckets
+    return pa.array(of_name[users.indices.to_numpy()].astype(np.int32))
