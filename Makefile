@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .NOTPARALLEL:       # the stages of set-up build on each other, and tests share the machine's cores
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo backtest explore bench-explorer bench-neighbors bench-pairs bench-train docs test test-crash check env jars lock zip clean java
+.PHONY: help demo backtest explore bench-explorer bench-neighbors bench-pairs bench-train docs test test-crash test-nights check env jars lock zip clean java
 
 unexport SPARK_HOME PYTHONHOME PYTHONPATH   # another Spark or another Python's modules would be used instead of the pinned ones
 
@@ -71,6 +71,9 @@ test: java env jars  ## run the tests; ARGS="-k pairs" chooses some
 
 test-crash: java env jars  ## kill a night at every point and finish it, which takes hours; ARGS="-k train_model" chooses some
 	$(PY) -m pytest -m crash $(ARGS)
+
+test-nights: java env jars  ## run forty nights on one lake, and show that time, files and bytes stay: half an hour
+	$(PY) -m pytest -m nights $(ARGS)
 
 check: env  ## lint, formatting, types and import direction: what CI demands
 	$(PY) -m ruff check .

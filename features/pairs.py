@@ -278,12 +278,21 @@ def measure_days(counting: Counting, *, days: Mapping[date, int], items: pa.Arra
     def transform(engagements: DataFrame) -> DataFrame:
         events = engagements.transform(_of_days(counting.window, days))
         shared = _shared(events, items)
-        blocks = events.transform(_by_user(counting.window, days, shared))
-        cuts = blocks.mapInArrow(partial(_cut, shared=shared, rule=counting.rule(days, 1)), CUT_SCHEMA)
-        sums = [F.sum(name).alias(name) for name in ("num_capped_groups", "num_cut_items")]
-        return cuts.groupBy(F.date_from_unix_date("day").alias("event_date")).agg(*sums)
+        return _cuts(events.transform(_by_user(counting.window, days, shared)), counting, days, shared)
 
     return transform
+
+
+def measure_files(spark: SparkSession, events: EventFiles, counting: Counting, *, days: Mapping[date, int], items: pa.Array) -> DataFrame:
+    """What `measure_days` says of all days; the arguments are those of `write_pairs`."""
+    shared = spark.sparkContext.broadcast(items)
+    return _cuts(_read_by_user(spark, events, counting.window, days, shared), counting, days, shared)
+
+
+def _cuts(blocks: DataFrame, counting: Counting, days: Mapping[date, int], shared: Shared) -> DataFrame:
+    cuts = blocks.mapInArrow(partial(_cut, shared=shared, rule=counting.rule(days, 1)), CUT_SCHEMA)
+    sums = [F.sum(name).alias(name) for name in ("num_capped_groups", "num_cut_items")]
+    return cuts.groupBy(F.date_from_unix_date("day").alias("event_date")).agg(*sums)
 
 
 def collect_user_items(engaged: DataFrame, *, hash_key: bytes, max_users: int) -> UserItems:

@@ -239,11 +239,14 @@ def _count_all(
 
     def write(folders: dict[str, str]) -> list[Row]:
         rule: dict[str, Any] = {"days": plan.recounted, "items": items, "folders": folders, **decay}
-        events = EventFiles(sizes=run.night.lake.file_sizes(ENGAGEMENTS, run.version(ENGAGEMENTS)), actions=signal.actions)
-        return pairs.write_pairs(run.night.spark, events, _counting(signal.settings), **rule).collect()
+        return pairs.write_pairs(run.night.spark, _files(run, signal), _counting(signal.settings), **rule).collect()
 
     run.replace_by_files({"daily": (signal.daily, "event_date"), "totals": (signal.totals, None)}, write)
     return {"recounted_days_share": 1.0, "built_from_nothing": 1.0, "touched_pairs_share": 1.0}
+
+
+def _files(run: StageRun, signal: Signal) -> EventFiles:
+    return EventFiles(sizes=run.night.lake.file_sizes(ENGAGEMENTS, run.version(ENGAGEMENTS)), actions=signal.actions)
 
 
 def _count_stale(
@@ -291,8 +294,12 @@ def _day_rows(run: StageRun, signal: Signal, engagements: DataFrame, plan: Plan,
     if plan.before:
         cuts = {day: (row["num_capped_groups"], row["num_cut_items"]) for day, row in plan.before.days.items()}
     if plan.recounted:
-        measure = pairs.measure_days(_counting(settings), days=plan.recounted, items=items)
-        measured = {row["event_date"]: tuple(row)[1:] for row in engagements.transform(measure).collect()}
+        counting, which = _counting(settings), {"days": plan.recounted, "items": items}
+        if plan.before is None:
+            rows = pairs.measure_files(run.night.spark, _files(run, signal), counting, **which)
+        else:
+            rows = engagements.transform(pairs.measure_days(counting, **which))
+        measured = {row["event_date"]: tuple(row)[1:] for row in rows.collect()}
         cuts |= {day: measured.get(day, (0, 0)) for day in plan.recounted}
     common = (
         plan.reach_days,
@@ -302,8 +309,8 @@ def _day_rows(run: StageRun, signal: Signal, engagements: DataFrame, plan: Plan,
         plan.holdout_from,
         run.run_date,
     )
-    rows = [(day, state.num_events, state.fingerprint, *cuts[day], *common) for day, state in sorted(plan.days.items())]
-    return run.night.spark.createDataFrame(rows, signal.days.ddl)
+    states = [(day, state.num_events, state.fingerprint, *cuts[day], *common) for day, state in sorted(plan.days.items())]
+    return run.night.spark.createDataFrame(states, signal.days.ddl)
 
 
 def _landmark(run_date: date, half_life_days: float) -> date:

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from conf.settings import Settings
+from conf.settings import LakeSettings, Settings
 from conf.tables import ENGAGEMENTS, EVALUATION, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, RELEVANCE_FEEDBACK, RUNS, TABLES
 from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Ledger
@@ -29,7 +29,6 @@ _LEAST_HOURS = 168  # Delta's own minimum: a reader or writer may take so long
 def maintain(settings: Settings) -> list[dict[str, object]]:
     """Compact, forget, vacuum; per table what was done."""
     root, done = lake_root(settings.lake), list[dict[str, object]]()
-    hours = max(_LEAST_HOURS, 24 * settings.lake.keep_nights)
     forget = _forgotten(root, settings.lake.keep_nights)
     for table in (table for table in TABLES.values() if table_exists(root, table)):
         row: dict[str, object] = {"table": table.name, "forgotten_rows": 0, "compacted_files": 0}
@@ -38,10 +37,15 @@ def maintain(settings: Settings) -> list[dict[str, object]]:
             row["forgotten_rows"] = open_table(root, table).delete(f"run_id IN ({named})")["num_deleted_rows"]
         if table in _GROWING:
             row["compacted_files"] = open_table(root, table).optimize.compact()["numFilesRemoved"]
-        row["removed_files"] = len(open_table(root, table).vacuum(retention_hours=hours, dry_run=False))
+        row["removed_files"] = len(open_table(root, table).vacuum(_hours(settings.lake), dry_run=False, enforce_retention_duration=False))
         done.append(row)
     done.append({"table": "_artifacts", "forgotten_rows": 0, "compacted_files": 0, "removed_files": _drop_artifacts(settings, forget)})
     return done
+
+
+def _hours(lake: LakeSettings) -> int:
+    """How long a file stays that the current version no longer names."""
+    return max(_LEAST_HOURS, 24 * lake.keep_nights)
 
 
 def _forgotten(root: str, keep_nights: int) -> list[str]:

@@ -1,7 +1,10 @@
 """The documentation keeps its word: generated pages are up to date, and every command of the tutorial runs."""
 
 import ast
+import contextlib
 import importlib
+import io
+import json
 import re
 import shlex
 import socket
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from pyspark.sql import SparkSession
 from conf import errors
 from conf.tables import TABLES
 from jobs.method_pictures import pictures
+from jobs.publication import published
 from jobs.write_docs import EXAMPLES, pages
 from tests.conftest import ROOT
 
@@ -66,27 +71,73 @@ def commands(text: str) -> list[str]:
     return [part for block in blocks for part in (block.splitlines() if "-m jobs." in block else [block])]
 
 
-@pytest.mark.night
-def test_the_tutorial_runs(
-    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In an empty folder; jobs share the Spark session of the tests, whose JVM stays where it was started: it needs absolute paths."""
-    monkeypatch.chdir(tmp_path)
-    said: dict[str, str] = {}
+@dataclass(frozen=True, kw_only=True)
+class Shop:
+    """What the tutorial leaves: its folder, and what its jobs printed, by module."""
+
+    folder: Path
+    said: dict[str, str]
+
+    def run(self, command: str) -> str:
+        """Run a job in this process, which shares the tests' Spark session; what it prints."""
+        module, *arguments = shlex.split(command.partition(" -m ")[2], comments=True)
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+            patch.chdir(self.folder)
+            importlib.import_module(module).main(arguments)
+        return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def shop(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """The tutorial, typed in an empty folder. Spark's JVM stays where it was started: it needs absolute paths."""
+    shop = Shop(folder=tmp_path_factory.mktemp("tutorial"), said={})
     for command in commands(TUTORIAL):
         if "-m jobs.explore" in command:
-            serve(command, tmp_path)
+            serve(command, shop.folder)
         elif "-m jobs." in command:
-            module, *arguments = shlex.split(command.partition(" -m ")[2])
-            importlib.import_module(module).main(arguments)
-            said[module] = capsys.readouterr().out
+            shop.said[command.partition(" -m ")[2].split()[0]] = shop.run(command)
         else:
-            local = command.replace(".venv/bin/python", sys.executable).replace("path: var/shop", f"path: {tmp_path}/var/shop")
-            subprocess.run(["bash", "-euc", local], check=True, cwd=tmp_path, capture_output=True)
+            local = command.replace(".venv/bin/python", sys.executable).replace("path: var/shop", f"path: {shop.folder}/var/shop")
+            subprocess.run(["bash", "-euc", local], check=True, cwd=shop.folder, capture_output=True)
+    return shop
+
+
+@pytest.mark.night
+def test_the_tutorial_runs(shop: Shop) -> None:
+    said = shop.said
     assert {"jobs.nightly", "jobs.show", "jobs.query", "jobs.look_up", "jobs.export"} == set(said)
     assert "Tomato sauce" in said["jobs.show"]
     assert len({"tomato-sauce", "parmesan", "basil", "olive-oil"} & set(re.findall(r"[a-z-]+", said["jobs.query"]))) >= 3
     assert re.match(r"\d[\d,]+ neighbors in var/shop/lists.parquet", said["jobs.export"])
+
+
+@pytest.mark.night
+def test_commands_of_the_readme_and_the_operations_guide_run(shop: Shop) -> None:
+    """On the tutorial's shop: with its settings, date, items and run. Left out is what other tests run (servers, backtests)."""
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/operations.md"))
+    lines = re.findall(r"^(?: {4})?((?:\S+/)?python -m jobs\..+)$", text, flags=re.MULTILINE)
+    lines += re.findall(r"`((?:\S+/)?python -m jobs\.[^`\n]+)`", text)
+    lines = [line for line in lines if not re.search(r"jobs\.(explore|backtest)", line)]
+    run_id = published(str(shop.folder / "var/lake/shop")).run_id
+    names = {
+        r"2017-11-30-1a2b3c4d|RUN_ID": run_id,
+        r"--config (demo|my\.yaml)": "--config var/shop/shop.yaml",
+        r"20\d\d-\d\d-\d\d(?![-\d])": "2024-05-31",
+        r"1029743|SKU-1": "spaghetti",
+        r"1082185": "basil",
+    }
+    said: dict[str, list[str]] = {}
+    for line in lines:
+        for name, mine in names.items():
+            line = re.sub(name, mine, line)
+        said.setdefault(line.partition(" -m ")[2].split()[0], []).append(shop.run(line))
+    jobs = ("build_pairs", "export", "look_up", "maintain", "nightly", "query", "remerge", "rollback", "show", "status")
+    assert sorted(said) == [f"jobs.{name}" for name in jobs]
+    assert len(said["jobs.nightly"]) >= 5
+    assert "Tomato sauce" in said["jobs.show"][0]
+    assert "tomato-sauce" in said["jobs.query"][0] + said["jobs.look_up"][0]
+    assert json.loads(said["jobs.status"][-1])[0]["run_date"] == "2024-05-31"
+    assert published(str(shop.folder / "var/lake/shop")).run_id.startswith(run_id)
 
 
 def serve(command: str, folder: Path) -> None:

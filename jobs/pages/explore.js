@@ -39,7 +39,7 @@ function show(items) {
     option.setAttribute("aria-selected", "false");
     option.dataset.item = item.item_id;
     option.textContent = item.title;
-    about.textContent = item.category || item.item_id;
+    about.textContent = [item.category, item.item_id].filter(Boolean).join(" · "); // titles may be equal
     option.append(about);
     return option;
   }));

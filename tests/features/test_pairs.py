@@ -34,6 +34,7 @@ from features.pairs import (
     future_pairs,
     holdout_start,
     measure_days,
+    measure_files,
     score_pairs,
     sum_totals,
     sum_user_items,
@@ -339,6 +340,9 @@ def test_written_pairs_are_the_daily_rows_and_their_totals(
     sizes = {str(path): path.stat().st_size for path in (tmp_path / "events").glob("*.parquet")}
     events = EventFiles(sizes=sizes, actions=("buy", "view"))
     files = write_pairs(spark, events, how, days=days, items=all_items(frame), folders=folders, num_tasks=3, **DECAY).collect()
+    few = counting(window, max_items_per_user_day=2)
+    cut = measure_files(spark, events, few, days=days, items=all_items(frame))
+    assert counted(cut) == counted(frame.transform(measure_days(few, days=days))) != []
     daily, totals = (spark.read.parquet(folders[kind]) for kind in ("daily", "totals"))
     expected = frame.transform(count_daily_pairs(how, days=days))
     assert counted(daily) == counted(expected)

@@ -1,15 +1,22 @@
-"""A small night by `spark-submit --py-files` on a standalone cluster: master and worker are processes of their own on loopback.
+"""A small night by `spark-submit --py-files --archives` on a standalone cluster: a master and two workers, all on loopback.
 
-The night runs from an empty folder, so that every module comes from the zip; training and FAISS run in the executors' Python workers.
+The night runs from an empty folder, so that every module comes from the zip; training and FAISS run in the executors' Python workers,
+whose interpreter comes from an archive that Spark unpacks beside each executor. The archive finds its packages where the tests have
+them: 6 GB of them packed would say no more about mtmh.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tarfile
+import threading
 import time
+import venv
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -17,6 +24,8 @@ import pytest
 
 from conf.settings import load_settings
 from conf.tables import ITEM_NEIGHBORS
+from jobs.ledger import Ledger
+from jobs.nightly import STAGES
 from jobs.reader import lake_root, neighbors_of, open_table
 from tests.conftest import ROOT
 from tests.worlds import BundleWorld, write_config
@@ -24,6 +33,7 @@ from tests.worlds import BundleWorld, write_config
 pytestmark = pytest.mark.night
 _BIN = Path(sys.executable).parent
 _ROOMS = ("conf", "features", "models", "validation", "jobs")
+_WORLD = BundleWorld(num_bundles=6, num_users=40)
 
 
 def _free_port() -> int:
@@ -37,30 +47,58 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.fixture(scope="module")
-def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a standalone master with one worker of two cores."""
-    folder = tmp_path_factory.mktemp("cluster")
-    port = _free_port()
-    loopback = os.environ | {"SPARK_LOCAL_IP": "127.0.0.1", "SPARK_WORKER_DIR": str(folder / "work"), "TZ": "UTC"}
-    spark_class = [str(_BIN / "spark-class")]
-    deploy = "org.apache.spark.deploy"
-    master_args = [f"{deploy}.master.Master", "--host", "127.0.0.1", "--port", str(port), "--webui-port", str(_free_port())]
-    worker_args = [f"{deploy}.worker.Worker", "-c", "2", "-m", "3g", "-h", "127.0.0.1", "--webui-port", str(_free_port())]
-    url = f"spark://127.0.0.1:{port}"
-    processes = []
-    with (folder / "cluster.log").open("w") as log:
-        try:
-            for arguments in (master_args, [*worker_args, url]):
-                processes.append(subprocess.Popen([*spark_class, *arguments], env=loopback, stdout=log, stderr=log, start_new_session=True))
-                deadline = time.monotonic() + 60
-                while not _listens(port) and time.monotonic() < deadline:
-                    time.sleep(0.2)
-            yield url
-        finally:
-            for process in processes:
-                os.killpg(process.pid, 15)
-                process.wait(timeout=30)
+@dataclass(kw_only=True)
+class Cluster:
+    """A standalone master and its workers of two cores; each is the leader of a process group that its executors belong to."""
+
+    folder: Path
+    port: int = field(default_factory=_free_port)
+    master: "subprocess.Popen[bytes] | None" = None
+    workers: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"spark://127.0.0.1:{self.port}"
+
+    def start(self, num_workers: int) -> None:
+        self.master = self._start("master.Master", "--host", "127.0.0.1", "--port", str(self.port))
+        deadline = time.monotonic() + 60
+        while not _listens(self.port) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for _ in range(num_workers):
+            self.add_worker()
+
+    def add_worker(self) -> None:
+        self.workers.append(self._start("worker.Worker", "-c", "2", "-m", "2g", "-h", "127.0.0.1", self.url))
+
+    def kill_worker(self) -> None:
+        """SIGKILL the oldest worker and its executors, as when a machine goes, and put a new one beside those left."""
+        _end(self.workers.pop(0), signal.SIGKILL)
+        self.add_worker()
+
+    def _start(self, main: str, *arguments: str) -> "subprocess.Popen[bytes]":
+        loopback = os.environ | {"SPARK_LOCAL_IP": "127.0.0.1", "SPARK_WORKER_DIR": str(self.folder / "work"), "TZ": "UTC"}
+        command = [str(_BIN / "spark-class"), f"org.apache.spark.deploy.{main}", *arguments, "--webui-port", str(_free_port())]
+        with (self.folder / "cluster.log").open("a") as log:
+            return subprocess.Popen(command, env=loopback, stdout=log, stderr=log, start_new_session=True)
+
+
+def _end(process: "subprocess.Popen[bytes]", number: int) -> None:
+    os.killpg(process.pid, number)
+    process.wait(timeout=30)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Two workers."""
+    cluster = Cluster(folder=tmp_path / "cluster")
+    cluster.folder.mkdir()
+    try:
+        cluster.start(2)
+        yield cluster
+    finally:
+        for process in [*cluster.workers, *([cluster.master] if cluster.master else [])]:
+            _end(process, signal.SIGTERM)
 
 
 def _zip(path: Path) -> Path:
@@ -72,37 +110,88 @@ def _zip(path: Path) -> Path:
     return path
 
 
-def test_a_night_by_spark_submit(master: str, tmp_path: Path) -> None:
-    world = BundleWorld(num_bundles=6, num_users=40)
-    world.write(tmp_path)
-    training = {"num_steps": 5, "batch_size": 32, "num_processes": 2, "local_mode": False}
-    config = write_config(tmp_path, training=training)
-    jars = sorted((ROOT / ".jars").glob("*.jar"))
-    command = [str(_BIN / "spark-submit"), "--master", master, "--py-files", str(_zip(tmp_path / "mtmh.zip"))]
-    command += ["--jars", ",".join(map(str, jars)), "--driver-memory", "1g"]
+def _packed_environment(folder: Path) -> Path:
+    """A virtual environment as an archive, as venv-pack makes them."""
+    venv.create(folder / "environment", symlinks=True)
+    (packages,) = (folder / "environment" / "lib").glob("python*/site-packages")
+    (packages / "packages.pth").write_text(str(Path(pytest.__file__).parent.parent))
+    path = folder / "environment.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(folder / "environment", arcname=".")
+    return path
+
+
+def _submit(cluster: Cluster, folder: Path, config: Path) -> "subprocess.Popen[str]":
+    """The night, submitted from an empty folder."""
+    command = [str(_BIN / "spark-submit"), "--master", cluster.url, "--py-files", str(_zip(folder / "mtmh.zip"))]
+    command += ["--archives", f"{_packed_environment(folder)}#environment"]
+    command += ["--jars", ",".join(map(str, sorted((ROOT / ".jars").glob("*.jar")))), "--driver-memory", "1g"]
     settings = {
         "spark.executor.memory": "1g",
-        "spark.pyspark.python": sys.executable,
+        "spark.pyspark.python": "./environment/bin/python",
         "spark.driver.host": "127.0.0.1",
         "spark.ui.enabled": "false",
     }
     for key, value in settings.items():
         command += ["--conf", f"{key}={value}"]
     night = ["--run-date", str(date(2024, 3, 31)), "--config", str(config)]
-    (tmp_path / "elsewhere").mkdir()
+    (folder / "elsewhere").mkdir()
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SPARK_LOCAL_IP")}
     environment |= {"PYSPARK_DRIVER_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
-    submitted = subprocess.run(
+    return subprocess.Popen(
         [*command, str(ROOT / "jobs" / "nightly.py"), *night],
-        cwd=tmp_path / "elsewhere",
+        cwd=folder / "elsewhere",
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=540,
     )
-    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-6000:]
+
+
+def _config(folder: Path) -> Path:
+    _WORLD.write(folder)
+    training = {"num_steps": 5, "batch_size": 32, "num_processes": 2, "local_mode": False}
+    return write_config(folder, training=training)
+
+
+def _check_lists(config: Path) -> None:
     root = lake_root(load_settings(str(config)).lake)
-    item_id = world.item_id(1, 1)
+    item_id = _WORLD.item_id(1, 1)
     lists = neighbors_of(root, [item_id])
-    assert world.bundle_of(item_id) == {n["neighbor_id"] for n in lists[(item_id, "engagement")][: world.num_categories - 1]}
-    assert open_table(root, ITEM_NEIGHBORS).to_pyarrow_dataset().count_rows() == 3 * len(world.items())
+    assert _WORLD.bundle_of(item_id) == {n["neighbor_id"] for n in lists[(item_id, "engagement")][: _WORLD.num_categories - 1]}
+    assert open_table(root, ITEM_NEIGHBORS).to_pyarrow_dataset().count_rows() == 3 * len(_WORLD.items())
+
+
+def test_a_night_by_spark_submit(cluster: Cluster, tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    night = _submit(cluster, tmp_path, config)
+    said, _ = night.communicate(timeout=540)
+    assert night.returncode == 0, said[-6000:]
+    _check_lists(config)
+    assert list((tmp_path / "cluster" / "work").glob("app-*/*/environment")), "executors unpacked the archive"
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(1800)
+def test_a_night_that_loses_a_worker_in_each_stage(cluster: Cluster, tmp_path: Path) -> None:
+    """A second after a stage has begun, one of the two workers dies with its executor; the night finishes, and no stage was begun twice."""
+    config, killed = _config(tmp_path), dict[str, float]()
+    night = _submit(cluster, tmp_path, config)
+    lines = list[str]()
+
+    def kill(stage: str) -> None:
+        cluster.kill_worker()
+        killed[stage] = time.time()
+
+    assert night.stdout is not None
+    for line in night.stdout:
+        lines.append(line)
+        if line.startswith("▶ ") and (stage := line.split()[1]) in STAGES:
+            threading.Timer(1.0, kill, [stage]).start()
+    assert night.wait(timeout=60) == 0, "".join(lines)[-6000:]
+    _check_lists(config)
+    records = Ledger(root=lake_root(load_settings(str(config)).lake)).records()
+    assert [(record.stage, record.status) for record in records] == [(stage, "succeeded") for stage in STAGES]
+    inside = [record.stage for record in records if record.started_at.timestamp() < killed[record.stage] < record.ended_at.timestamp()]
+    assert inside == [stage for stage in STAGES if stage in inside]
+    assert {"ingest", "build_pairs", "build_features", "train_model", "publish_neighbors"} <= set(inside)

@@ -1,0 +1,128 @@
+"""Night after night on one lake: its files, its bytes and its time must not grow. `make test-nights` runs forty; the tests, a few.
+
+The world stands still: each night its source holds the last thirty days, of about as many events. House-keeping comes every fifth
+night, and removes files at once that no current version names, as if each night came weeks after the one before.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pyspark.sql import SparkSession
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from conf.settings import Settings, load_settings
+from jobs.maintain import maintain
+from jobs.nightly import run_night
+from jobs.progress import Display
+from jobs.publication import kept_runs, published
+from jobs.reader import lake_root
+from jobs.rollback import roll_back
+from jobs.stage import make_night
+from tests.worlds import START, BundleWorld, write_config
+
+_KEPT, _EVERY, _DAYS = 3, 5, 30
+_WORLD = BundleWorld(num_bundles=6, num_users=40, num_categories=4, num_days=80, sessions_per_user=24)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """What a lake weighs after a night: seconds of the night, files of tables, files of their logs, all other files, MB of everything."""
+
+    night: date
+    seconds: float
+    files: int
+    log_files: int
+    artifacts: int
+    megabytes: float
+
+
+def _weigh(root: Path, night: date, seconds: float) -> Weight:
+    files = [path for path in root.rglob("*") if path.is_file()]
+    log_files = sum("_delta_log" in path.parts for path in files)
+    artifacts = sum("_artifacts" in path.parts or "_feast" in path.parts for path in files)
+    return Weight(
+        night=night,
+        seconds=seconds,
+        files=len(files) - log_files - artifacts,
+        log_files=log_files,
+        artifacts=artifacts,
+        megabytes=sum(path.stat().st_size for path in files) / 1e6,
+    )
+
+
+def _nights(spark: SparkSession, folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Settings, list[Weight]]:
+    """Run so many nights, and weigh the lake after each house-keeping."""
+    monkeypatch.setattr("jobs.maintain._hours", lambda _: 0)
+    _WORLD.write(folder)
+    events = _WORLD.events()
+    training = {"num_steps": 5, "batch_size": 32}
+    lake = {"root": str(folder / "lake"), "keep_nights": _KEPT}
+    settings = load_settings(str(write_config(folder, training=training, lake=lake, evaluation={"horizon_days": 1, "num_bootstrap": 10})))
+    found = []
+    for number in range(count):
+        day = START.date() + timedelta(days=_DAYS + number)
+        age = (pd.Timestamp(day, tz="UTC") - events["at"].dt.floor("D")).dt.days
+        events[(age >= 0) & (age < _DAYS)].to_parquet(folder / "events" / "part-0.parquet", index=False)
+        begin = time.monotonic()
+        now = datetime(day.year, day.month, day.day, 2, tzinfo=UTC) + timedelta(days=1)
+        run_night(make_night(settings, day, spark=spark, display=Display(seconds_per_line=3600), now=now))
+        seconds = time.monotonic() - begin
+        if number % _EVERY == _EVERY - 1:
+            maintain(settings)
+        found.append(_weigh(folder / "lake", day, seconds))
+    return settings, found
+
+
+def _slope(values: Sequence[float]) -> tuple[float, float]:
+    """Growth per night in percent of the mean, and half of its 95 % interval (least squares)."""
+    y = np.array(values) / np.mean(values) * 100
+    x = np.arange(len(y)) - (len(y) - 1) / 2
+    slope = float(x @ y / (x @ x))
+    residual = y - y.mean() - slope * x
+    return slope, float(1.96 * np.sqrt(residual @ residual / (len(y) - 2) / (x @ x)))
+
+
+def _show(weights: Sequence[Weight], settled: int) -> RichTable:
+    table = RichTable("night", "seconds", "files", "files of logs", "other files", "MB", title=f"{len(weights)} nights on one lake")
+    for weight in weights:
+        numbers = [weight.files, weight.log_files, weight.artifacts]
+        table.add_row(str(weight.night), f"{weight.seconds:.1f}", *map(str, numbers), f"{weight.megabytes:.1f}")
+    later = weights[settled:]
+    names = ("seconds", "files", "log_files", "artifacts", "megabytes")
+    slopes = [_slope([getattr(weight, name) for weight in later]) for name in names]
+    table.add_section()
+    table.add_row(f"% a night, from {later[0].night}", *(f"{slope:+.2f} ± {half:.2f}" for slope, half in slopes))
+    return table
+
+
+def test_a_few_nights_leave_what_they_need_and_nothing_else(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}._EVERY", 1)
+    settings, weights = _nights(spark, tmp_path, 5, monkeypatch)
+    root = lake_root(settings.lake)
+    kept = sorted(kept_runs(root))
+    assert len(kept) == _KEPT + 1, "the night, and as many before it"
+    assert weights[-1].files <= weights[-2].files + 3
+    roll_back(settings, kept[0], display=Display(seconds_per_line=3600))
+    assert published(root).run_id == kept[0]
+
+
+@pytest.mark.nights
+@pytest.mark.timeout(7200)
+def test_forty_nights_stay_flat(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files and bytes at the end of each run of five nights; the first ten nights fill what is kept."""
+    _, weights = _nights(spark, tmp_path, 40, monkeypatch)
+    with capsys.disabled():
+        Console(width=110).print(_show(weights, settled=10))
+    kept_house = weights[_EVERY - 1 :: _EVERY][2:]
+    for name in ("files", "artifacts", "megabytes"):
+        values = [getattr(weight, name) for weight in kept_house]
+        assert values[-1] <= 1.1 * values[0], f"{name}: {values}"
