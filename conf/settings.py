@@ -279,6 +279,12 @@ class PairSettings(Section):
         31, ge=0, description="Days from the first to the last engagement of a session, above which ids are taken to be reused: an error."
     )
     max_pairs_per_trigger: int = Field(2000, ge=1, description="Strongest pairs kept per trigger.")
+    rebuild_below: int = Field(
+        20_000_000,
+        ge=0,
+        description="Engagements below which a night counts all days anew: reading and counting by columns then takes less time than "
+        "comparing with what the last night counted. The tables are the same either way.",
+    )
     swing_max_users: int = Field(60, ge=2, description="Users per trigger that count for the score swing; the rest is cut by hash.")
     holdout_share: float = Field(0.1, gt=0, lt=0.5, description="Last share of engagements on which scores are calibrated.")
     user_hash_key_env: str = Field("MTMH_USER_HASH_KEY", description="Environment variable with the key of the user hashes.")

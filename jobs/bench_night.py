@@ -30,7 +30,7 @@ _LATE_OF = 500  # one session in so many of the last week comes a night late
 def bench_night(work: Work, folder: Path) -> Iterator[Json]:
     """Rows of the benchmark: `mtmh` adds a day, `mtmh_late` late events too, `rebuild` starts from nothing."""
     shutil.rmtree(folder, ignore_errors=True)
-    assignments = [f"lake.root={folder}", "pairs.half_life_days=30", "pairs.holdout_share=0.1"]
+    assignments = [f"lake.root={folder}", "pairs.half_life_days=30", "pairs.holdout_share=0.1", "pairs.rebuild_below=0"]
     settings = load_settings("demo", assignments)
     last = START.date() + timedelta(days=NUM_DAYS - 1)
     spark = start_session(settings.spark, app_name="bench night")

@@ -5,7 +5,7 @@ weight at the run date is one factor at read time.
 
 A night builds on the last good one: it counts the days again that a change in `engagements` can reach, and adds what differs to the
 totals (`features.increments`). Its tables equal those of a night that starts from nothing, which is what it does where there is nothing
-to build on, and says so. Tables hold as of one run date: a night further back takes later days out, the next one counts them again.
+to build on, and says so, and below `pairs.rebuild_below` engagements, where it is faster. Tables hold as of one run date: a night further back takes later days out, the next one counts them again.
 
 All of this happens once for all actions together, and once for each of `pairs.signals` in tables of its own (`co_engagement_pairs__click`).
 """
@@ -159,7 +159,9 @@ def make_plan(run: StageRun, signal: Signal, engagements: DataFrame) -> Plan:
     _check_history(settings, days, run.run_date, where=signal.where)
     landmark = _landmark(run.run_date, settings.half_life_days)
     pairs.check_landmark(landmark, settings.half_life_days, run.run_date)
-    before = _state_to_build_on(run, signal, landmark)
+    num_events = {day: state.num_events for day, state in days.items()}
+    worth_it = sum(num_events.values()) >= settings.rebuild_below
+    before = _state_to_build_on(run, signal, landmark) if worth_it else None
     changed = increments.changed_days(before.states if before else {}, days)
     longest = max(_longest_session(settings, engagements, changed), before.common("reach_days") if before else 0)
     reach = increments.window_reach(settings.window, longest_session_days=longest)
@@ -168,7 +170,6 @@ def make_plan(run: StageRun, signal: Signal, engagements: DataFrame) -> Plan:
     if before and len(stale) > _MOST_DAYS * len(known):
         run.note(f"{signal.label} are counted from nothing: {len(stale)} of {len(known)} days are touched, which costs more to compare")
         before, stale = None, set(days)
-    num_events = {day: state.num_events for day, state in days.items()}
     return Plan(
         days=days,
         stale=stale,

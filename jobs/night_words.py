@@ -21,7 +21,7 @@ METRICS: Mapping[str, str] = {
     "num_cut_items": "items in them that took no part in pairs",
     "recounted_days_share": "share of all days whose pairs were counted again, as something within the window's reach had changed",
     "touched_pairs_share": "share of all pairs whose totals changed; 1 in a night that starts from nothing",
-    "built_from_nothing": "1 where no earlier night could be built on, else 0",
+    "built_from_nothing": "1 where all days were counted anew: nothing to build on, or too few engagements for that to be worth it; else 0",
     "num_pruned_triggers": "triggers with more pairs than pairs.max_pairs_per_trigger",
     "num_pruned_pairs": "their weakest pairs, which were left out",
     "*_search_recall": "share of the exact search's nearest items that the IVF search finds, on a sample of triggers",

@@ -69,6 +69,7 @@ def shop(spark: SparkSession, tmp_path: Path) -> Callable[..., Shop]:
     def make(name: str, **pairs: object) -> Shop:
         (tmp_path / name).mkdir()
         given = {"window": {"kind": "session", "symmetric": True}, "half_life_days": 30, "max_items_per_user_day": 5, "holdout_share": 0.3}
+        given |= {"rebuild_below": 0}
         return Shop(spark=spark, config=str(write_config(tmp_path / name, pairs=given | pairs)))
 
     return make
@@ -98,6 +99,8 @@ def test_nights_build_on_each_other(shop: Callable[..., Shop]) -> None:
     assert third.metrics["num_pruned_triggers"] > 0
     assert third.metrics["num_pairs"] + third.metrics["num_pruned_pairs"] == len(mine.content(CO_ENGAGEMENT_TOTALS))
 
+    small = mine.build(5, events, *other, "pairs.rebuild_below=1000")
+    assert (small.notes, small.metrics["built_from_nothing"]) == ([], 1)
     scratch = shop("scratch", window=window)
     assert scratch.build(5, events, *other, force=True).notes == ["pairs are counted from nothing: --force asks for it"]
     for table in BUILT:

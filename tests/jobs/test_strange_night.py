@@ -256,7 +256,7 @@ class Strange:
 
 
 def _config(folder: Path) -> Path:
-    config = write_config(folder, pairs={"window": {"kind": "session", "symmetric": True}, "half_life_days": 10})
+    config = write_config(folder, pairs={"window": {"kind": "session", "symmetric": True}, "half_life_days": 10, "rebuild_below": 0})
     content = yaml.safe_load(config.read_text())
     content["log"] = {"format": "json"}
     source = content["source"]
