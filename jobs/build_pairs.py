@@ -5,7 +5,8 @@ weight at the run date is one factor at read time.
 
 A night builds on the last good one: it counts the days again that a change in `engagements` can reach, and adds what differs to the
 totals (`features.increments`). Its tables equal those of a night that starts from nothing, which is what it does where there is nothing
-to build on, and says so, and below `pairs.rebuild_below` engagements, where it is faster. Tables hold as of one run date: a night further back takes later days out, the next one counts them again.
+to build on, and says so, and below `pairs.rebuild_below` engagements, where that is faster. Tables hold as of one run date: a night
+further back takes later days out, the next one counts them again.
 
 All of this happens once for all actions together, and once for each of `pairs.signals` in tables of its own (`co_engagement_pairs__click`).
 """
