@@ -26,7 +26,7 @@ from pyarrow import fs
 from conf.errors import PublishError, TableError
 from conf.faults import reach
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
-from jobs.reader import changes_since, open_table, table_exists
+from jobs.reader import changes_since, first_row, open_table, table_exists
 
 _MERGED_AGAIN = ".m"  # between the run id of a night and the version of merge_policy under which its lists were merged again
 
@@ -59,10 +59,10 @@ def published(root: str, version: int | None = None) -> Published:
     if not table_exists(root, ITEM_NEIGHBORS):
         raise PublishError(f"nothing is published under {root}; run `python -m jobs.nightly` first")
     table = open_table(root, ITEM_NEIGHBORS, version)
-    row = table.to_pyarrow_dataset().head(1, columns=["run_id", "run_date"]).to_pylist()
-    if not row:
+    row = first_row(table, ["run_id", "run_date"])
+    if row is None:
         raise PublishError(f"item_neighbors version {table.version()} under {root} is empty; run `python -m jobs.nightly` first")
-    return Published(version=table.version(), **row[0])
+    return Published(version=table.version(), **row)
 
 
 def kept_runs(root: str) -> dict[str, date]:
@@ -94,7 +94,8 @@ def publish_run(root: str, run_id: str, *, expected: int, inputs: Mapping[str, i
     table, history = open_table(root, ITEM_NEIGHBORS, expected), open_table(root, ITEM_NEIGHBORS_HISTORY)
     files = run_files(history, run_id)
     columns = ["run_id", "run_date", "model_version"]
-    about = history.to_pyarrow_dataset().head(1, columns=columns, filter=ds.field("run_id") == run_id).to_pylist()[0]
+    about = first_row(history, columns, run_id=run_id)
+    assert about is not None  # run_files has found some
     about |= {"run_date": about["run_date"].isoformat(), "inputs": {name: str(version) for name, version in inputs.items()}}
     properties = commit_properties({**about, **(because or {})}, fenced=True)
     try:
@@ -132,8 +133,7 @@ def run_files(history: DeltaTable, run_id: str) -> list[AddAction] | None:
             mine.append(_add_action(row))
         elif low is None or high is None or low <= run_id <= high:
             pure = False
-    there = bool(mine) or history.to_pyarrow_dataset().head(1, columns=["run_id"], filter=ds.field("run_id") == run_id).num_rows > 0
-    if not there:
+    if not mine and first_row(history, ["run_id"], run_id=run_id) is None:
         raise TableError(f"{history.table_uri} holds no lists of run {run_id}")
     return mine if pure else None
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
 
@@ -79,6 +80,27 @@ def rows_where(
     """Rows whose column is one of the values, at a version (None: latest); files without any are skipped by their statistics."""
     dataset = open_table(root, table, version).to_pyarrow_dataset()
     return dataset.to_table(filter=ds.field(column).isin(list(values)), columns=list(columns) if columns else None)
+
+
+def first_row(table: DeltaTable, columns: Sequence[str], *, run_id: str | None = None) -> dict[str, Any] | None:
+    """Some row of a table, of a run if one is named, read by this thread alone; None where there is none.
+
+    `Dataset.head` reads ahead in threads that it leaves running: a process that ends meanwhile hangs or aborts.
+    """
+    of_run, wanted = None, list(columns)
+    if run_id is not None:
+        of_run, wanted = ds.field("run_id") == run_id, list(dict.fromkeys([*columns, "run_id"]))
+    for fragment in table.to_pyarrow_dataset().get_fragments(filter=of_run):
+        with fragment.open() as source:
+            file = pq.ParquetFile(source, pre_buffer=False)
+            for group in range(file.num_row_groups):
+                rows = file.read_row_group(group, columns=wanted, use_threads=False)
+                if of_run is not None:
+                    rows = rows.filter(of_run)
+                if rows.num_rows:
+                    found: dict[str, Any] = rows.select(list(columns)).slice(0, 1).to_pylist()[0]
+                    return found
+    return None
 
 
 def neighbors_of(root: str, item_ids: Sequence[str]) -> dict[tuple[str, str], list[dict[str, Any]]]:

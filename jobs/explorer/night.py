@@ -27,7 +27,7 @@ from jobs.backtest_lists import KeptLists
 from jobs.explorer import catalog
 from jobs.explorer.catalog import Catalog, Item
 from jobs.publication import base_run
-from jobs.reader import artifacts_of, lake_root, neighbors_of, open_table, rows_where, table_exists
+from jobs.reader import artifacts_of, first_row, lake_root, neighbors_of, open_table, rows_where, table_exists
 
 COUNTS, POPULARITY, CONTENT = "counts", "popularity", "content"
 _SCORES = {COUNTS: "weight"} | {c.name: c.name for c in CO_ENGAGEMENT_PAIRS.columns if c.type == "double" and "weight" not in c.name}
@@ -107,14 +107,14 @@ class PublishedNight:
         """
         root = lake_root(settings.lake)
         table = open_table(root, ITEM_NEIGHBORS)
-        first = table.to_pyarrow_dataset().head(1, columns=["run_id", "run_date"]).to_pylist()
-        if not first:
+        first = first_row(table, ["run_id", "run_date"])
+        if first is None:
             raise TableError(f"item_neighbors under {root} is empty; run `python -m jobs.nightly`")
-        versions = pinned_versions(root, first[0]["run_id"])
-        path = artifacts_of(settings.lake, base_run(first[0]["run_id"])) / "explorer" / catalog.FILE
+        versions = pinned_versions(root, first["run_id"])
+        path = artifacts_of(settings.lake, base_run(first["run_id"])) / "explorer" / catalog.FILE
         if not path.is_file():
-            index_titles(root, versions, path, run_date=first[0]["run_date"], image_attribute=settings.explorer.image_attribute)
-        return cls(settings=settings, root=root, version=table.version(), **first[0], versions=versions, catalog=Catalog.open(path))
+            index_titles(root, versions, path, run_date=first["run_date"], image_attribute=settings.explorer.image_attribute)
+        return cls(settings=settings, root=root, version=table.version(), **first, versions=versions, catalog=Catalog.open(path))
 
     @property
     def artifacts(self) -> Path:
