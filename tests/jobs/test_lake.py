@@ -12,7 +12,7 @@ from conf.settings import LakeSettings
 from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_NEIGHBORS, ITEM_POPULARITY, RUNS
 from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord
-from jobs.reader import open_table
+from jobs.reader import first_row, open_table
 
 NOT_FOR_READERS_OUTSIDE_SPARK = {"deletionVectors", "columnMapping", "v2Checkpoint", "typeWidening"}
 
@@ -71,6 +71,16 @@ def test_files_are_named_with_their_sizes_unless_rows_in_them_are_deleted(lake: 
     lake.spark.sql(f"ALTER TABLE delta.`{lake.path(ITEM_POPULARITY)}` SET TBLPROPERTIES ('delta.enableDeletionVectors' = true)")
     with pytest.raises(TableError, match=r"item_popularity under .* has deletion vectors, which mtmh does not read; run ALTER TABLE"):
         lake.file_sizes(ITEM_POPULARITY, lake.version(ITEM_POPULARITY))
+
+
+def test_the_first_row_is_one_of_the_run_that_is_asked_for(lake: Lake) -> None:
+    for run_id, item in (("one", "a"), ("two", "b")):
+        row = (date(2024, 1, 2), run_id, item, "merged", [], "model", f"hash of {item}", 1)
+        lake.append(ITEM_NEIGHBORS, lake.spark.createDataFrame([row], ITEM_NEIGHBORS.ddl))
+    table = open_table(lake.root, ITEM_NEIGHBORS)
+    assert first_row(table, ["item_id"], run_id="two") == {"item_id": "b"}
+    assert first_row(table, ["run_id"]) in ({"run_id": "one"}, {"run_id": "two"})
+    assert first_row(table, ["run_id"], run_id="three") is None
 
 
 def test_the_ledger_finds_the_newest_success(lake: Lake) -> None:
