@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from conf.settings import Settings, load_settings
-from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_FEATURES, ITEM_NEIGHBORS, MERGE_POLICY
+from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_ANNOTATIONS, ITEM_FEATURES, ITEM_NEIGHBORS, ITEM_POPULARITY, MERGE_POLICY, Table
 from features import store
+from features.sources import EPOCH
 from jobs.bench_search import times
 from jobs.online import feature_store_folder, open_feature_store
 from jobs.progress import Display
@@ -89,8 +91,11 @@ def publication(folder: Path, num_items: int) -> Iterator[Json]:
     bare = times(lambda: lists.write.mode("overwrite").parquet(str(folder / "bare")), 1, warm=False)
     yield row | bare | {"method": "parquet", "note": f"{len(_HEADS)} heads of {_LENGTH}, the rows alone"}
     night = make_night(settings, _NIGHT, spark=spark, display=_QUIET)
-    run_stage(night, "build_pairs", lambda run: run.replace(CO_ENGAGEMENT_PAIRS, _pairs(lists)))
-    run_stage(night, "build_features", lambda run: run.replace(ITEM_FEATURES, _features(lists)))
+    tables: dict[str, dict[Table, DataFrame]] = {}
+    for stage, table, frame in _before(lists):
+        tables.setdefault(stage, {})[table] = frame
+    for stage, written in tables.items():
+        run_stage(night, stage, partial(_write, written=written))
 
     def publish(run: StageRun) -> None:
         run.night.lake.create(ITEM_NEIGHBORS)
@@ -101,29 +106,29 @@ def publication(folder: Path, num_items: int) -> Iterator[Json]:
     yield row | ours | {"method": "mtmh", "note": f"{ours['median_s'] / bare['median_s']:.2f} x the bare write"}
 
 
-def _pairs(lists: DataFrame) -> DataFrame:
-    """Five counted partners of each item, which its merged list holds: the gate looks for them."""
-    counted = lists.where("head = 'merged'").select("item_id", F.explode(F.slice("neighbors.neighbor_id", 1, 5)).alias("partner"))
-    given = {"trigger_item_id": F.col("item_id"), "target_item_id": F.col("partner")}
-    of_type = {"double": F.lit(1.0), "bigint": F.lit(1), "date": F.lit(_NIGHT)}
-    columns = CO_ENGAGEMENT_PAIRS.columns
-    return counted.select([given.get(c.name, of_type.get(c.type, F.lit(None))).cast(c.type).alias(c.name) for c in columns])
+def _write(run: StageRun, *, written: Mapping[Table, DataFrame]) -> None:
+    for table, frame in written.items():
+        run.replace(table, frame)
 
 
-def _features(lists: DataFrame) -> DataFrame:
-    """The columns that the gate reads; the rest is empty."""
-    given = {
-        "item_id": F.col("item_id"),
-        "item_index": F.col("item_id").cast("int"),
-        "content_vector": F.array(F.lit(0.0)),
-        "in_catalog": F.lit(True),
-        "eligible": F.lit(True),
-        "age_days": F.lit(1),
-        "num_user_days": F.lit(1),
-        "as_of": F.lit(_NIGHT),
-    }
+def _before(lists: DataFrame) -> Iterator[tuple[str, Table, DataFrame]]:
+    """What the gate and the index of titles read, with the stage that writes it: five partners of each item, and a title."""
     items = lists.where("head = 'merged'")
-    return items.select([given.get(c.name, F.lit(None)).cast(c.type).alias(c.name) for c in ITEM_FEATURES.columns])
+    partners = items.select("item_id", F.explode(F.slice("neighbors.neighbor_id", 1, 5)).alias("partner"))
+    item = {"item_id": F.col("item_id"), "title": F.concat(F.lit("title of "), "item_id")}
+    index = {"item_index": F.col("item_id").cast("int"), "content_vector": F.array(F.lit(0.0))}
+    yield "ingest", ITEM_ANNOTATIONS, _filled(items, ITEM_ANNOTATIONS, item | {"deleted": F.lit(False)})
+    pair = {"trigger_item_id": F.col("item_id"), "target_item_id": F.col("partner")}
+    yield "build_pairs", CO_ENGAGEMENT_PAIRS, _filled(partners, CO_ENGAGEMENT_PAIRS, pair)
+    yield "build_pairs", ITEM_POPULARITY, _filled(items, ITEM_POPULARITY, item)
+    yield "build_features", ITEM_FEATURES, _filled(items, ITEM_FEATURES, item | index)
+
+
+def _filled(frame: DataFrame, table: Table, given: Mapping[str, Column]) -> DataFrame:
+    """Rows of a table: given columns, ones where a value must be, and nothing elsewhere."""
+    ones = {"double": F.lit(1.0), "bigint": F.lit(1), "int": F.lit(1), "date": F.lit(_NIGHT), "boolean": F.lit(True)}
+    ones["timestamp"] = F.lit(EPOCH)
+    return frame.select([given.get(c.name, ones.get(c.type, F.lit(None))).cast(c.type).alias(c.name) for c in table.columns])
 
 
 def lookups(folder: Path, num_items: int) -> Iterator[Json]:

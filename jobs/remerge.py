@@ -10,18 +10,19 @@ was served before, and `jobs.rollback` can go back to it.
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
-from os import cpu_count
 
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
 
 from conf.errors import PublishError
+from conf.memory import KEPT_MEMORY
 from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY
 from jobs.arguments import add_config, report_errors, settings_of
@@ -95,7 +96,8 @@ def _task(settings: Settings, root: str, current: Published, policy: DeltaTable)
 def _write_history(root: str, current: Published, task: MergeTask, attempt: Attempt, display: Display) -> None:
     """All lists of the run, file by file in worker processes, and one commit; gives the gate its numbers."""
     sources, done = open_table(root, ITEM_NEIGHBORS, current.version).file_uris(), list[MergedFile]()
-    num_workers = min(len(sources), cpu_count() or 1)
+    num_workers = min(len(sources), os.cpu_count() or 1)
+    os.environ.update(KEPT_MEMORY)  # for the workers
     with (
         display.watch("merge", lambda: (len(done), len(sources), "files")),
         ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool,  # a fork would copy FAISS's and Arrow's threads

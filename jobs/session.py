@@ -12,6 +12,7 @@ from pathlib import Path
 from pyspark.sql import SparkSession
 
 from conf.errors import MachineError
+from conf.memory import KEPT_MEMORY
 from conf.settings import SparkSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,9 +47,7 @@ def _settings(spark: SparkSettings) -> dict[str, str]:
         "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",  # 10000 by default: VACUUM crawled over a minute
         "spark.sql.execution.arrow.pyspark.enabled": "true",  # toPandas without it is three times slower
         "spark.sql.execution.arrow.maxRecordsPerBatch": "4096",  # FAISS wants large batches
-        "spark.executorEnv.ARROW_DEFAULT_MEMORY_POOL": "system",  # a Python worker keeps the memory of its last array for the next:
-        "spark.executorEnv.MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # fresh pages from the kernel took a third of counting pairs;
-        "spark.executorEnv.MALLOC_TRIM_THRESHOLD_": str(1 << 30),  # glibc takes no higher threshold than 32 MiB
+        **{f"spark.executorEnv.{name}": value for name, value in KEPT_MEMORY.items()},
         "spark.scheduler.barrier.maxConcurrentTasksCheck.interval": "1s",  # too few slots for the torch workers:
         "spark.scheduler.barrier.maxConcurrentTasksCheck.maxFailures": "3",  # a clear error in 8 s instead of a 10-minute hang
     }
