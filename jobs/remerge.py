@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
+from threading import Thread
 
 from deltalake import DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
@@ -48,6 +50,8 @@ def remerge(settings: Settings, *, display: Display, now: datetime | None = None
         SettingsError: merge_policy has faults.
         GateError: the lists are not fit for publication.
     """
+    if settings.online.enabled:
+        Thread(target=import_module, args=("feast",), daemon=True).start()  # which takes seconds, while worker processes merge
     root = lake_root(settings.lake)
     ledger, current, policy = Ledger(root=root), published(root), open_table(root, MERGE_POLICY)
     like = _record_of(ledger, current.run_id)
