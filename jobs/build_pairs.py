@@ -11,9 +11,7 @@ further back takes later days out, the next one counts them again.
 All of this happens once for all actions together, and once for each of `pairs.signals` in tables of its own (`co_engagement_pairs__click`).
 """
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -76,15 +74,15 @@ def _build(run: StageRun, signal: Signal, engagements: DataFrame) -> dict[str, f
     decay: dict[str, Any] = {"landmark": plan.landmark, "half_life_days": settings.half_life_days, "holdout_from": plan.holdout_from}
     as_of: dict[str, Any] = {"landmark": plan.landmark, "holdout_from": plan.holdout_from, "run_date": run.run_date}
     user_items_of = engagements.transform(pairs.sum_user_items(run_date=run.run_date, **decay))
-    with in_memory(user_items_of) as engaged, _timed(run, f"{signal.prefix}popularity"):
+    with in_memory(user_items_of) as engaged, run.timed(f"{signal.prefix}popularity"):
         run.replace(signal.popularity, engaged.transform(pairs.count_popularity(**as_of)))
         key = user_hash_key(settings)[0]
         user_items = pairs.collect_user_items(engaged, hash_key=key, max_users=settings.swing_max_users)
     check_num_items(run.read_output(signal.popularity).count())
-    with _timed(run, f"{signal.prefix}counts"):
+    with run.timed(f"{signal.prefix}counts"):
         count = _count_all if plan.before is None else _count_stale
         changes = count(run, signal, engagements, plan, items=user_items.item_ids, decay=decay)
-    with _timed(run, f"{signal.prefix}scores"):
+    with run.timed(f"{signal.prefix}scores"):
         popularity = run.read_output(signal.popularity)
         scored = pairs.score_pairs(popularity, user_items, max_pairs_per_trigger=settings.max_pairs_per_trigger, **as_of)
         run.replace(signal.pairs, run.read_output(signal.totals).transform(scored))
@@ -100,7 +98,7 @@ def _count_exposures(run: StageRun, engagements: DataFrame) -> dict[str, float]:
         return {}
     rule: dict[str, Any] = {"half_life_days": settings.half_life_days, "min_users": settings.min_users_per_pair}
     counted = exposures.count_exposures(run.read(IMPRESSIONS), engagements, source=source, run_date=run.run_date, **rule)
-    with _timed(run, "exposures"):
+    with run.timed("exposures"):
         run.replace(EXPOSURE_PAIRS, counted)
     sums = [F.coalesce(F.sum(name), F.lit(0)).alias(name) for name in ("num_shown", "num_ignored")]
     row = only_row(run.read_output(EXPOSURE_PAIRS).agg(F.count(F.lit(1)).alias("num_exposure_pairs"), *sums))
@@ -135,14 +133,6 @@ def _forget_signals(run: StageRun, signals: Sequence[Signal]) -> None:
     for table in map(table_named, sorted(of_signals - counted)):
         run.night.lake.replace(table, run.night.spark.createDataFrame([], table.ddl))
         run.note(f"{table.name} is emptied: its signal is no longer among pairs.signals")
-
-
-@contextmanager
-def _timed(run: StageRun, part: str) -> Iterator[None]:
-    """Note the seconds that a part of the stage takes."""
-    begin = time.monotonic()
-    yield
-    run.metrics[f"seconds_{part}"] = time.monotonic() - begin
 
 
 def make_plan(run: StageRun, signal: Signal, engagements: DataFrame) -> Plan:

@@ -61,11 +61,15 @@ def publish_lists(run: StageRun, lists: DataFrame, *, model_version: str, expect
     """
     lake = run.night.lake
     lists = lists.transform(_with_identity(run, model_version))
-    run.replace(ITEM_NEIGHBORS_HISTORY, lists, where=_this_run(run))
-    run.gate(_metrics(run, expected), list_length=run.settings.retrieval.list_length)
+    with run.timed("history"):
+        run.replace(ITEM_NEIGHBORS_HISTORY, lists, where=_this_run(run))
+    with run.timed("gate"):
+        run.gate(_metrics(run, expected), list_length=run.settings.retrieval.list_length)
     reach("publish_neighbors.gated")
-    _index_titles(run)
-    _publish(run, expected)
+    with run.timed("titles"):
+        _index_titles(run)
+    with run.timed("commit"):
+        _publish(run, expected)
     lake.delete_where(ITEM_NEIGHBORS_HISTORY, f"run_date < date_sub('{run.run_date}', {run.settings.lake.keep_nights})")
 
 

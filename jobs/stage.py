@@ -5,8 +5,8 @@ gates through it; the run notes versions and metrics on the way, so that the led
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -179,6 +179,13 @@ class StageRun:
             table = table_named(name)
             if not table.kept_on_failure and self.night.lake.exists(table):
                 self.night.lake.restore(table, version or 0)  # version 0 is the table as created, without a row
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Keep the seconds that a part of the stage takes, as metric `seconds_<part>`."""
+        begin = time.monotonic()
+        yield
+        self.metrics[f"seconds_{part}"] = time.monotonic() - begin
 
     def note(self, text: str) -> None:
         """Tell the reader of `runs`, and of the terminal, something worth knowing."""
