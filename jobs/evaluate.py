@@ -100,7 +100,7 @@ def _published(run: StageRun, night: StageRecord, judged: Judged) -> Lists:
     wanted = run.night.spark.createDataFrame(
         [(judged.future.item_ids[item],) for item in judged.future.triggers.tolist()], "item_id string"
     )
-    ids = F.slice(F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"]), 1, k).alias("ids")
+    ids = F.slice("neighbors.neighbor_id", 1, k).alias("ids")
     rows = history.join(F.broadcast(wanted), "item_id", how="left_semi").select("item_id", "head", ids).toArrow()
     index = {item_id: position for position, item_id in enumerate(judged.future.item_ids)}
     row_of = {judged.future.item_ids[item]: row for row, item in enumerate(judged.future.triggers.tolist())}

@@ -32,6 +32,7 @@ from jobs.stage import StageRun, stage_main
 from validation.eligibility import excess_neighbors, refused_neighbors
 
 STAGE = "publish_neighbors"
+_IDS = "neighbors.neighbor_id"  # named so, Spark reads this field alone; through a lambda it would read the reasons of all neighbors, too
 _MAX_SHORT_LISTS = 2_000
 """Short lists whose possible length is counted."""
 _MAX_TRIGGERS = 2_000
@@ -112,13 +113,11 @@ def _with_identity(run: StageRun, model_version: str) -> Callable[[DataFrame], D
 def _metrics(run: StageRun, expected: int) -> dict[str, float]:
     """Numbers of the lists just written to history; the published table, if any, is what churn is against."""
     lists = run.read_output(ITEM_NEIGHBORS_HISTORY).where(_this_run(run))
-    ids = F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])
-    scores = F.transform("neighbors", lambda neighbor: neighbor["score"])
-    merged = F.col("head") == "merged"
-    rising = F.exists(F.arrays_zip(scores.alias("a"), F.slice(scores, 2, 1_000_000).alias("b")), lambda pair: pair["b"] > pair["a"])
+    ids, scores, merged = F.col(_IDS), F.col("neighbors.score"), F.col("head") == "merged"
+    rising = ~scores.eqNullSafe(F.sort_array(scores, asc=False))
     row = only_row(
         lists.agg(
-            F.count_if(merged & (F.size("neighbors") > 0)).alias("num_items"),
+            F.count_if(merged & (F.size(ids) > 0)).alias("num_items"),
             F.count_if(F.array_contains(ids, F.col("item_id"))).alias("num_self_neighbors"),
             F.count_if(F.size(F.array_distinct(ids)) < F.size(ids)).alias("num_duplicate_neighbors"),
             F.count_if(~merged & rising).alias("num_unordered"),
@@ -150,7 +149,7 @@ def _counted_share(run: StageRun, lists: DataFrame) -> dict[str, float]:
         partners = partners.join(refused, ["item_id", "neighbor_id"], how="left_anti")
     strongest = Window.partitionBy("item_id").orderBy(F.col("weight").desc(), "neighbor_id")
     ranked = partners.withColumn("_rank", F.row_number().over(strongest)).where(F.col("_rank") <= _NUM_PARTNERS)
-    ids = F.explode(F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"])).alias("neighbor_id")
+    ids = F.explode(_IDS).alias("neighbor_id")
     offered = lists.join(F.broadcast(triggers), "item_id").select("item_id", ids).distinct().withColumn("offered", F.lit(1.0))
     found = ranked.join(offered, ["item_id", "neighbor_id"], how="left").groupBy("item_id").agg(F.avg(F.coalesce("offered", F.lit(0.0))))
     share = only_row(found.toDF("item_id", "share").agg(F.avg("share").alias("share")))["share"]
@@ -160,7 +159,7 @@ def _counted_share(run: StageRun, lists: DataFrame) -> dict[str, float]:
 def _fullness(run: StageRun, merged: DataFrame) -> float:
     """Mean length of merged lists as a share of the possible length; of short ones that filters and limits leave, of a sample."""
     length = run.settings.retrieval.list_length
-    sizes = merged.select("item_id", F.size("neighbors").alias("size"))
+    sizes = merged.select("item_id", F.size(_IDS).alias("size"))
     counted = only_row(sizes.agg(F.count("*").alias("all"), F.count_if(F.col("size") < length).alias("short")))
     sample = sizes.where(F.col("size") < length).orderBy(F.xxhash64("item_id")).limit(_MAX_SHORT_LISTS).collect()
     if not sample:
@@ -173,7 +172,7 @@ def _fullness(run: StageRun, merged: DataFrame) -> float:
 def _refused(run: StageRun, lists: DataFrame) -> dict[str, float]:
     """Neighbors that may not be offered: by the catalog's eligibility, by a filter, beyond a limit."""
     features, settings, names = run.read(ITEM_FEATURES), run.settings.retrieval, run.settings.list_names
-    offered = lists.select("item_id", "head", F.explode(F.transform("neighbors", lambda n: n["neighbor_id"])).alias("neighbor_id"))
+    offered = lists.select("item_id", "head", F.explode(_IDS).alias("neighbor_id"))
     allowed = features.where("eligible").select(F.col("item_id").alias("neighbor_id"))
     forbidden = offered.groupBy("neighbor_id").count().join(allowed, "neighbor_id", how="left_anti")
     refused = {"num_ineligible_neighbors": float(only_row(forbidden.agg(F.sum("count").alias("total")))["total"] or 0)}
@@ -187,7 +186,7 @@ def _refused(run: StageRun, lists: DataFrame) -> dict[str, float]:
 
 def _churn(run: StageRun, merged: DataFrame, expected: int) -> dict[str, float]:
     """1 - mean Jaccard@10 of the merged lists of items that both nights have."""
-    first_ten = F.slice(F.transform("neighbors", lambda neighbor: neighbor["neighbor_id"]), 1, 10)
+    first_ten = F.slice(_IDS, 1, 10)
     before = (
         run.night.lake.read(ITEM_NEIGHBORS, _published_before(run, expected))
         .where(F.col("head") == "merged")
