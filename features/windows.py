@@ -96,15 +96,14 @@ def pack_by_user(batches: Iterable[pa.RecordBatch], *, items: pa.Array, num_buck
     """
     for chunk in chunks(batches, min_rows=PACKED_ROWS):
         found, names = number_values(chunk["item_id"])
-        place = pc.index_in(names, value_set=items)
-        if place.null_count:
-            unknown = names.filter(pc.is_null(place))[0].as_py()
+        codes = pc.fill_null(pc.index_in(names, value_set=items), -1).to_numpy()[found]
+        if len(codes) and codes.min() < 0:  # names may hold more than the rows do
+            unknown = names[int(found[codes.argmin()])].as_py()
             raise SourceError(
                 f"item {unknown!r} is engaged with but not among the {len(items):,} known items: engagements have changed meanwhile"
             )
-        codes = pa.array(place.to_numpy()[found])
         column = chunk.column_names.index("item_id")
-        yield from packed_by(chunk.set_column(column, "item", codes).drop_columns(["bucket"]), ints(chunk, "bucket"), num_buckets)
+        yield from packed_by(chunk.set_column(column, "item", pa.array(codes)).drop_columns(["bucket"]), ints(chunk, "bucket"), num_buckets)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -334,7 +334,9 @@ def test_written_pairs_are_the_daily_rows_and_their_totals(
     for folder in folders.values():
         Path(folder).mkdir()
     how = counting(window, min_users=min_users)
-    later = to_spark(spark, world(seed=1, num_events=20)).withColumn("event_date", F.lit(LAST + timedelta(days=30)))
+    later = to_spark(spark, world(seed=1, num_events=20)).withColumns(
+        {"event_date": F.lit(LAST + timedelta(days=30)), "item_id": F.lit("new")}
+    )
     sold = frame.withColumn("action", F.lit("sold")).withColumn("item_id", F.lit("i0"))
     frame.union(later).union(sold).repartition(2).write.parquet(str(tmp_path / "events"))
     sizes = {str(path): path.stat().st_size for path in (tmp_path / "events").glob("*.parquet")}
