@@ -24,7 +24,7 @@ from conf.errors import MachineError, TableError
 from conf.settings import LakeSettings
 from conf.tables import Table
 from jobs.publication import commit_properties
-from jobs.reader import changes_since, check_columns, lake_root, open_table, table_exists
+from jobs.reader import changes_since, check_columns, lake_root, open_table, same_rows, table_exists
 
 _ROW_GROUP = "parquet.block.size"
 _CONFLICTS = (exceptions.ConcurrentAppendException, exceptions.ConcurrentDeleteReadException, exceptions.ConcurrentDeleteDeleteException)
@@ -64,7 +64,7 @@ class Lake:
         open_table(self.root, table)
         reader = self.spark.read.format("delta")
         if version is not None:
-            reader = reader.option("versionAsOf", version)
+            reader = reader.option("versionAsOf", same_rows(self.root, table, version))
         return reader.load(self.path(table))
 
     def file_sizes(self, table: Table, version: int) -> dict[str, int]:
@@ -73,7 +73,7 @@ class Lake:
         Raises:
             TableError: the files hold deleted rows, which only a list beside them names.
         """
-        found = open_table(self.root, table, version)
+        found = open_table(self.root, table, same_rows(self.root, table, version))
         if "deletionVectors" in (found.protocol().reader_features or []):
             raise TableError(
                 f"{table.name} under {self.root} has deletion vectors, which mtmh does not read; run "

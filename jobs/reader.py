@@ -1,6 +1,7 @@
 """Published tables without Spark: point lookups and whole columns through delta-rs, for terminals, exports and checks."""
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,18 @@ def open_table(root: str, table: Table, version: int | None = None) -> DeltaTabl
 
 def changes_since(root: str, table: Table, version: int) -> list[dict[str, Any]]:
     """Commits after a version, oldest first, without those of OPTIMIZE and VACUUM: these change no row."""
+    return [commit for commit in _commits_since(root, table, version) if commit["operation"] not in _REARRANGING]
+
+
+def _commits_since(root: str, table: Table, version: int) -> list[dict[str, Any]]:
     latest = open_table(root, table)
-    newer = latest.history(latest.version() - version) if latest.version() > version else []
-    return [commit for commit in reversed(newer) if commit["operation"] not in _REARRANGING]
+    return latest.history(latest.version() - version)[::-1] if latest.version() > version else []
+
+
+def same_rows(root: str, table: Table, version: int) -> int:
+    """The newest version with the rows of this one: OPTIMIZE rewrites files, and a VACUUM long after it removes those of before."""
+    rearranged = takewhile(lambda commit: commit["operation"] in _REARRANGING, _commits_since(root, table, version))
+    return max((int(commit["version"]) for commit in rearranged), default=version)
 
 
 def table_exists(root: str, table: Table) -> bool:
@@ -78,7 +88,7 @@ def rows_where(
     root: str, table: Table, column: str, values: Sequence[str], columns: Sequence[str] | None = None, version: int | None = None
 ) -> pa.Table:
     """Rows whose column is one of the values, at a version (None: latest); files without any are skipped by their statistics."""
-    dataset = open_table(root, table, version).to_pyarrow_dataset()
+    dataset = open_table(root, table, None if version is None else same_rows(root, table, version)).to_pyarrow_dataset()
     return dataset.to_table(filter=ds.field(column).isin(list(values)), columns=list(columns) if columns else None)
 
 

@@ -12,7 +12,7 @@ from conf.settings import LakeSettings
 from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_NEIGHBORS, ITEM_POPULARITY, RUNS
 from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord
-from jobs.reader import first_row, open_table
+from jobs.reader import first_row, open_table, rows_where
 
 NOT_FOR_READERS_OUTSIDE_SPARK = {"deletionVectors", "columnMapping", "v2Checkpoint", "typeWidening"}
 
@@ -81,6 +81,20 @@ def test_the_first_row_is_one_of_the_run_that_is_asked_for(lake: Lake) -> None:
     assert first_row(table, ["item_id"], run_id="two") == {"item_id": "b"}
     assert first_row(table, ["run_id"]) in ({"run_id": "one"}, {"run_id": "two"})
     assert first_row(table, ["run_id"], run_id="three") is None
+
+
+def test_a_version_outlives_the_files_that_a_compaction_replaced(lake: Lake) -> None:
+    """A night pins a version; house-keeping compacts it, and, once that is long ago, removes its first files."""
+    for item in "abc":
+        lake.append(ITEM_POPULARITY, _popularity(lake, (item, 1.0)))
+    pinned = lake.version(ITEM_POPULARITY)
+    table = open_table(lake.root, ITEM_POPULARITY)
+    assert table.optimize.compact()["numFilesRemoved"] == 3
+    assert len(table.vacuum(retention_hours=0, dry_run=False, enforce_retention_duration=False)) == 3
+    lake.append(ITEM_POPULARITY, _popularity(lake, ("d", 1.0)))
+    assert {row["item_id"] for row in lake.read(ITEM_POPULARITY, pinned).collect()} == set("abc")
+    assert rows_where(lake.root, ITEM_POPULARITY, "item_id", ["b", "d"], ["item_id"], pinned).to_pydict() == {"item_id": ["b"]}
+    assert len(lake.file_sizes(ITEM_POPULARITY, pinned)) == 1
 
 
 def test_the_ledger_finds_the_newest_success(lake: Lake) -> None:
