@@ -78,6 +78,7 @@ class Cluster:
 
     def _start(self, main: str, *arguments: str) -> "subprocess.Popen[bytes]":
         loopback = os.environ | {"SPARK_LOCAL_IP": "127.0.0.1", "SPARK_WORKER_DIR": str(self.folder / "work"), "TZ": "UTC"}
+        loopback |= {"PYSPARK_PYTHON": sys.executable}  # which spark-class finds Spark by
         command = [str(_BIN / "spark-class"), f"org.apache.spark.deploy.{main}", *arguments, "--webui-port", str(_free_port())]
         with (self.folder / "cluster.log").open("a") as log:
             return subprocess.Popen(command, env=loopback, stdout=log, stderr=log, start_new_session=True)
@@ -129,6 +130,7 @@ def _submit(cluster: Cluster, folder: Path, config: Path) -> "subprocess.Popen[s
     settings = {
         "spark.executor.memory": "1g",
         "spark.pyspark.python": "./environment/bin/python",
+        "spark.pyspark.driver.python": sys.executable,
         "spark.driver.host": "127.0.0.1",
         "spark.ui.enabled": "false",
     }
@@ -137,7 +139,7 @@ def _submit(cluster: Cluster, folder: Path, config: Path) -> "subprocess.Popen[s
     night = ["--run-date", str(date(2024, 3, 31)), "--config", str(config)]
     (folder / "elsewhere").mkdir()
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SPARK_LOCAL_IP")}
-    environment |= {"PYSPARK_DRIVER_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
+    environment |= {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1"}
     return subprocess.Popen(
         [*command, str(ROOT / "jobs" / "nightly.py"), *night],
         cwd=folder / "elsewhere",
