@@ -27,7 +27,7 @@ from jobs.rollback import roll_back
 from jobs.stage import make_night
 from tests.worlds import START, BundleWorld, write_config
 
-_KEPT, _EVERY, _DAYS = 3, 5, 30
+_DAYS = 30
 _WORLD = BundleWorld(num_bundles=6, num_users=40, num_categories=4, num_days=80, sessions_per_user=24)
 
 
@@ -57,14 +57,17 @@ def _weigh(root: Path, night: date, seconds: float) -> Weight:
     )
 
 
-def _nights(spark: SparkSession, folder: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Settings, list[Weight]]:
-    """Run so many nights, and weigh the lake after each house-keeping."""
+def _nights(
+    spark: SparkSession, folder: Path, *, count: int, kept: int, every: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Settings, list[Weight]]:
+    """Run so many nights, of which the lake keeps some, with house-keeping after every few; what the lake weighs after each."""
     monkeypatch.setattr("jobs.maintain._hours", lambda _: 0)
     _WORLD.write(folder)
     events = _WORLD.events()
     training = {"num_steps": 5, "batch_size": 32}
-    lake = {"root": str(folder / "lake"), "keep_nights": _KEPT}
-    settings = load_settings(str(write_config(folder, training=training, lake=lake, evaluation={"horizon_days": 1, "num_bootstrap": 10})))
+    lake = {"root": str(folder / "lake"), "keep_nights": kept}
+    sections = {"training": training, "lake": lake, "evaluation": {"horizon_days": 1, "num_bootstrap": 10}}
+    settings = load_settings(str(write_config(folder, **sections)), ["pairs.rebuild_below=1000000"])
     found = []
     for number in range(count):
         day = START.date() + timedelta(days=_DAYS + number)
@@ -74,7 +77,7 @@ def _nights(spark: SparkSession, folder: Path, count: int, monkeypatch: pytest.M
         now = datetime(day.year, day.month, day.day, 2, tzinfo=UTC) + timedelta(days=1)
         run_night(make_night(settings, day, spark=spark, display=Display(seconds_per_line=3600), now=now))
         seconds = time.monotonic() - begin
-        if number % _EVERY == _EVERY - 1:
+        if number % every == every - 1:
             maintain(settings)
         found.append(_weigh(folder / "lake", day, seconds))
     return settings, found
@@ -103,11 +106,10 @@ def _show(weights: Sequence[Weight], settled: int) -> RichTable:
 
 
 def test_a_few_nights_leave_what_they_need_and_nothing_else(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{__name__}._EVERY", 1)
-    settings, weights = _nights(spark, tmp_path, 5, monkeypatch)
+    settings, weights = _nights(spark, tmp_path, count=3, kept=1, every=1, monkeypatch=monkeypatch)
     root = lake_root(settings.lake)
     kept = sorted(kept_runs(root))
-    assert len(kept) == _KEPT + 1, "the night, and as many before it"
+    assert len(kept) == 2, "the night, and the one before it"
     assert weights[-1].files <= weights[-2].files + 3
     roll_back(settings, kept[0], display=Display(seconds_per_line=3600))
     assert published(root).run_id == kept[0]
@@ -119,10 +121,10 @@ def test_forty_nights_stay_flat(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Files and bytes at the end of each run of five nights; the first ten nights fill what is kept."""
-    _, weights = _nights(spark, tmp_path, 40, monkeypatch)
+    _, weights = _nights(spark, tmp_path, count=40, kept=3, every=5, monkeypatch=monkeypatch)
     with capsys.disabled():
         Console(width=110).print(_show(weights, settled=10))
-    kept_house = weights[_EVERY - 1 :: _EVERY][2:]
+    kept_house = weights[4::5][2:]
     for name in ("files", "artifacts", "megabytes"):
         values = [getattr(weight, name) for weight in kept_house]
         assert values[-1] <= 1.1 * values[0], f"{name}: {values}"
