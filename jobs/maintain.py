@@ -14,7 +14,17 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from conf.settings import LakeSettings, Settings
-from conf.tables import ENGAGEMENTS, EVALUATION, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, RELEVANCE_FEEDBACK, RUNS, TABLES
+from conf.tables import (
+    ENGAGEMENTS,
+    EVALUATION,
+    ITEM_ANNOTATIONS,
+    PAIR_RELEVANCE,
+    REJECTED_ROWS,
+    RELEVANCE_FEEDBACK,
+    RUNS,
+    Table,
+    tables_with,
+)
 from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Ledger
 from jobs.publication import kept_runs
@@ -30,17 +40,26 @@ def maintain(settings: Settings) -> list[dict[str, object]]:
     """Compact, forget, vacuum; per table what was done."""
     root, done = lake_root(settings.lake), list[dict[str, object]]()
     forget = _forgotten(root, settings.lake.keep_nights)
-    for table in (table for table in TABLES.values() if table_exists(root, table)):
+    for table in (table for table in tables_with(settings.pairs.signals) if table_exists(root, table)):
         row: dict[str, object] = {"table": table.name, "forgotten_rows": 0, "compacted_files": 0}
         if table is REJECTED_ROWS and forget:
             named = ", ".join(f"'{run_id}'" for run_id in forget)
             row["forgotten_rows"] = open_table(root, table).delete(f"run_id IN ({named})")["num_deleted_rows"]
         if table in _GROWING:
             row["compacted_files"] = open_table(root, table).optimize.compact()["numFilesRemoved"]
-        row["removed_files"] = len(open_table(root, table).vacuum(_hours(settings.lake), dry_run=False, enforce_retention_duration=False))
+        row["removed_files"] = _vacuum(root, table, _hours(settings.lake))
         done.append(row)
     done.append({"table": "_artifacts", "forgotten_rows": 0, "compacted_files": 0, "removed_files": _drop_artifacts(settings, forget)})
     return done
+
+
+def _vacuum(root: str, table: Table, hours: int) -> int:
+    """Remove files that no version of these hours names, those that no commit ever named included; how many."""
+    removed = open_table(root, table).vacuum(hours, dry_run=False, enforce_retention_duration=False, full=True)
+    for checksum in Path(root, table.name).glob(".*.crc"):  # Hadoop's, beside each file on a local disk; a root that is a URI has none
+        if not checksum.with_name(checksum.name[1:].removesuffix(".crc")).exists():
+            checksum.unlink(missing_ok=True)
+    return len(removed)
 
 
 def _hours(lake: LakeSettings) -> int:

@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from conf.settings import Settings, load_settings
+from conf.tables import ENGAGEMENTS
 from jobs.maintain import maintain
 from jobs.nightly import run_night
 from jobs.progress import Display
 from jobs.publication import kept_runs, published
-from jobs.reader import lake_root
+from jobs.reader import lake_root, open_table
 from jobs.rollback import roll_back
 from jobs.stage import make_night
 from tests.worlds import START, BundleWorld, write_config
@@ -111,6 +112,9 @@ def test_a_few_nights_leave_what_they_need_and_nothing_else(spark: SparkSession,
     kept = sorted(kept_runs(root))
     assert len(kept) == 2, "the night, and the one before it"
     assert weights[-1].files <= weights[-2].files + 3
+    named = {Path(uri).name for uri in open_table(root, ENGAGEMENTS).file_uris()}
+    there = {path.name for path in Path(root, ENGAGEMENTS.name).iterdir() if path.is_file()}
+    assert there == named | {f".{name}.crc" for name in named}, "nor what no commit ever named"
     roll_back(settings, kept[0], display=Display(seconds_per_line=3600))
     assert published(root).run_id == kept[0]
 
