@@ -194,6 +194,5 @@ def test_a_night_that_loses_a_worker_in_each_stage(cluster: Cluster, tmp_path: P
     _check_lists(config)
     records = Ledger(root=lake_root(load_settings(str(config)).lake)).records()
     assert [(record.stage, record.status) for record in records] == [(stage, "succeeded") for stage in STAGES]
-    inside = [record.stage for record in records if record.started_at.timestamp() < killed[record.stage] < record.ended_at.timestamp()]
-    assert inside == [stage for stage in STAGES if stage in inside]
-    assert {"ingest", "build_pairs", "build_features", "train_model", "publish_neighbors"} <= set(inside)
+    inside = {record.stage for record in records if killed[record.stage] < record.ended_at.timestamp()}
+    assert {"ingest", "build_pairs", "build_features", "train_model", "publish_neighbors"} <= inside
