@@ -4,8 +4,7 @@ Spark would hand each engagement to Python as a row, which takes longer than cou
 dictionary from the file to the exchange. A task gets files of about one size: many small ones, or some row groups of a large one.
 """
 
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.pair_files import open_uri
-from features.pair_kernels import PACKED_ROWS, Ints
+from features.pair_kernels import PACKED_ROWS, text_hashes
 
 PART_SCHEMA = "task int, uri string, part int, num_parts int"
 _TASK_BYTES = 32 << 20  # some 2 million engagements
@@ -116,6 +115,4 @@ def _prepared(batch: pa.RecordBatch, rule: EventRule, num_buckets: int) -> pa.Re
 
 def _buckets(users: pa.DictionaryArray, num_buckets: int) -> pa.Array:
     """The bucket of each row's user: equal in every task, whatever the dictionary."""
-    names: Sequence[str] = users.dictionary.to_pylist()
-    of_name: Ints = np.array([zlib.crc32(name.encode()) for name in names], dtype=np.int64) % num_buckets
-    return pa.array(of_name[users.indices.to_numpy()].astype(np.int32))
+    return pa.array((text_hashes(users.dictionary) % num_buckets)[users.indices.to_numpy()].astype(np.int32))

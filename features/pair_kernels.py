@@ -170,8 +170,8 @@ def ints(table: pa.Table | pa.RecordBatch, name: str) -> Ints:
     return values.astype(np.int64, copy=False)
 
 
-def item_hashes(names: pa.Array) -> Ints:
-    """A 32-bit hash of each item, equal in every task and for every dictionary."""
+def text_hashes(names: pa.Array) -> Ints:
+    """A 32-bit hash of each text, equal in every task and for every dictionary."""
     return np.array([zlib.crc32(name.encode()) for name in names.to_pylist()], dtype=np.int64)
 
 

@@ -21,7 +21,6 @@ from features.pair_kernels import (
     encode,
     first_of_runs,
     ints,
-    item_hashes,
     num_bits,
     packed,
     packed_by,
@@ -29,6 +28,7 @@ from features.pair_kernels import (
     row_order,
     run_lengths,
     run_starts,
+    text_hashes,
     unpack,
     unpacked,
 )
@@ -79,7 +79,7 @@ def pack_by_trigger(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> I
     """
     for chunk in chunks(batches, min_rows=PACKED_ROWS):
         trigger, triggers = encode(chunk["trigger_item_id"])
-        yield from packed_by(chunk, (item_hashes(triggers) % num_buckets)[trigger], num_buckets)
+        yield from packed_by(chunk, (text_hashes(triggers) % num_buckets)[trigger], num_buckets)
 
 
 def pack_by_pair(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iterator[pa.RecordBatch]:
@@ -90,7 +90,7 @@ def pack_by_pair(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iter
     for chunk in chunks(batches, min_rows=PACKED_ROWS):
         trigger, triggers = encode(chunk["trigger_item_id"])
         target, targets = encode(chunk["target_item_id"])
-        mixed = item_hashes(triggers)[trigger] * 0x9E3779B1 + item_hashes(targets)[target]  # else (i, j) and (j, i) always met
+        mixed = text_hashes(triggers)[trigger] * 0x9E3779B1 + text_hashes(targets)[target]  # else (i, j) and (j, i) always met
         for name, code, names in (("trigger_item_id", trigger, triggers), ("target_item_id", target, targets)):
             coded = pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), names)
             chunk = chunk.set_column(chunk.column_names.index(name), name, coded)

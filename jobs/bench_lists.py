@@ -91,10 +91,7 @@ def publication(folder: Path, num_items: int) -> Iterator[Json]:
     bare = times(lambda: lists.write.mode("overwrite").parquet(str(folder / "bare")), 1, warm=False)
     yield row | bare | {"method": "parquet", "note": f"{len(_HEADS)} heads of {_LENGTH}, the rows alone"}
     night = make_night(settings, _NIGHT, spark=spark, display=_QUIET)
-    tables: dict[str, dict[Table, DataFrame]] = {}
-    for stage, table, frame in _before(lists):
-        tables.setdefault(stage, {})[table] = frame
-    for stage, written in tables.items():
+    for stage, written in _before(lists).items():
         run_stage(night, stage, partial(_write, written=written))
 
     def publish(run: StageRun) -> None:
@@ -111,17 +108,21 @@ def _write(run: StageRun, *, written: Mapping[Table, DataFrame]) -> None:
         run.replace(table, frame)
 
 
-def _before(lists: DataFrame) -> Iterator[tuple[str, Table, DataFrame]]:
-    """What the gate and the index of titles read, with the stage that writes it: five partners of each item, and a title."""
+def _before(lists: DataFrame) -> dict[str, dict[Table, DataFrame]]:
+    """What the gate and the index of titles read, by the stage that writes it: five partners of each item, and a title."""
     items = lists.where("head = 'merged'")
     partners = items.select("item_id", F.explode(F.slice("neighbors.neighbor_id", 1, 5)).alias("partner"))
     item = {"item_id": F.col("item_id"), "title": F.concat(F.lit("title of "), "item_id")}
     index = {"item_index": F.col("item_id").cast("int"), "content_vector": F.array(F.lit(0.0))}
-    yield "ingest", ITEM_ANNOTATIONS, _filled(items, ITEM_ANNOTATIONS, item | {"deleted": F.lit(False)})
     pair = {"trigger_item_id": F.col("item_id"), "target_item_id": F.col("partner")}
-    yield "build_pairs", CO_ENGAGEMENT_PAIRS, _filled(partners, CO_ENGAGEMENT_PAIRS, pair)
-    yield "build_pairs", ITEM_POPULARITY, _filled(items, ITEM_POPULARITY, item)
-    yield "build_features", ITEM_FEATURES, _filled(items, ITEM_FEATURES, item | index)
+    return {
+        "ingest": {ITEM_ANNOTATIONS: _filled(items, ITEM_ANNOTATIONS, item | {"deleted": F.lit(False)})},
+        "build_pairs": {
+            CO_ENGAGEMENT_PAIRS: _filled(partners, CO_ENGAGEMENT_PAIRS, pair),
+            ITEM_POPULARITY: _filled(items, ITEM_POPULARITY, item),
+        },
+        "build_features": {ITEM_FEATURES: _filled(items, ITEM_FEATURES, item | index)},
+    }
 
 
 def _filled(frame: DataFrame, table: Table, given: Mapping[str, Column]) -> DataFrame:

@@ -18,6 +18,7 @@ from conf.tables import (
     ENGAGEMENTS,
     EVALUATION,
     ITEM_ANNOTATIONS,
+    ITEM_NEIGHBORS,
     PAIR_RELEVANCE,
     REJECTED_ROWS,
     RELEVANCE_FEEDBACK,
@@ -55,7 +56,8 @@ def maintain(settings: Settings) -> list[dict[str, object]]:
 
 def _vacuum(root: str, table: Table, hours: int) -> int:
     """Remove files that no version of these hours names, those that no commit ever named included; how many."""
-    removed = open_table(root, table).vacuum(hours, dry_run=False, enforce_retention_duration=False, full=True)
+    full = table is not ITEM_NEIGHBORS  # a publication links old files there before its commit names them
+    removed = open_table(root, table).vacuum(hours, dry_run=False, enforce_retention_duration=False, full=full)
     for checksum in Path(root, table.name).glob(".*.crc"):  # Hadoop's, beside each file on a local disk; a root that is a URI has none
         if not checksum.with_name(checksum.name[1:].removesuffix(".crc")).exists():
             checksum.unlink(missing_ok=True)

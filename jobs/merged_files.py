@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from conf.errors import PublishError
 from conf.settings import RetrievalSettings
+from features.pair_files import open_uri
 from models.kept import KeptCandidates
 from models.merge import Policy
 from models.neighbors import MERGED, Neighbors, Retriever
@@ -145,7 +145,7 @@ def _first_ids(lists: pa.ListArray) -> Sequence[set[str]]:
 
 
 def _file_size(path: str) -> int:
-    filesystem, inner = fs.FileSystem.from_uri(path) if "://" in path else (fs.LocalFileSystem(), path)
+    filesystem, inner = open_uri(path)
     return int(filesystem.get_file_info(inner).size)
 
 

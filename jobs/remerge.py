@@ -50,8 +50,6 @@ def remerge(settings: Settings, *, display: Display, now: datetime | None = None
         SettingsError: merge_policy has faults.
         GateError: the lists are not fit for publication.
     """
-    if settings.online.enabled:
-        Thread(target=import_module, args=("feast",), daemon=True).start()  # which takes seconds, while worker processes merge
     root = lake_root(settings.lake)
     ledger, current, policy = Ledger(root=root), published(root), open_table(root, MERGE_POLICY)
     like = _record_of(ledger, current.run_id)
@@ -59,6 +57,8 @@ def remerge(settings: Settings, *, display: Display, now: datetime | None = None
         display.say(f"the published lists follow version {policy.version()} of merge_policy already")
     else:
         task = _task(settings, root, current, policy)
+        if settings.online.enabled:
+            Thread(target=import_module, args=("feast",)).start()  # takes seconds, while worker processes merge; no end interrupts it
         with recorded(ledger, STAGE, run_id=task.run_id, run_date=current.run_date, like=like) as attempt:
             attempt.inputs |= like.input_versions | {MERGE_POLICY.name: policy.version(), ITEM_NEIGHBORS.name: current.version}
             _write_history(root, current, task, attempt, display)

@@ -106,6 +106,8 @@ def _show(weights: Sequence[Weight], settled: int) -> RichTable:
     return table
 
 
+@pytest.mark.night
+@pytest.mark.timeout(1200)
 def test_a_few_nights_leave_what_they_need_and_nothing_else(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, weights = _nights(spark, tmp_path, count=3, kept=1, every=1, monkeypatch=monkeypatch)
     root = lake_root(settings.lake)
