@@ -2,11 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +12,12 @@ import pyarrow.parquet as pq
 
 from conf.errors import PublishError
 from conf.settings import RetrievalSettings
-from features.pair_files import open_uri
+from jobs.list_files import ListFile, write_lists
 from models.kept import KeptCandidates
 from models.merge import Policy
 from models.neighbors import MERGED, Neighbors, Retriever
 from models.ranking import segments
 
-_ROWS_PER_GROUP = 600  # of 100 neighbors: the 2 MB that the tables declare, so that a point lookup decodes little
 _FIRST = 10
 """Positions of a list that churn looks at."""
 
@@ -49,11 +45,9 @@ class MergeTask:
 
 @dataclass(frozen=True, kw_only=True)
 class MergedFile:
-    """A file that was written: its name, size in bytes, statistics for Delta, and sums over its merged lists."""
+    """A file that was written (None: it would have held no list), and sums over its merged lists."""
 
-    name: str
-    size: int
-    stats: dict[str, Any]
+    file: ListFile | None
     sums: dict[str, float]
 
 
@@ -76,10 +70,7 @@ def merge_file(source: str, *, task: MergeTask) -> MergedFile:
     new = _with_columns(before, neighbors=merged["neighbors"], list_hash=merged["list_hash"])
     whole = pa.concat_tables([rows.filter(pc.invert(is_merged)), new])
     whole = _with_columns(whole, run_id=pa.chunked_array([pa.repeat(task.run_id, len(whole))]))
-    whole = whole.take(pc.sort_indices(whole.select(["item_id", "head"]), [("item_id", "ascending"), ("head", "ascending")]))
-    name = f"part-{uuid4()}.parquet"
-    pq.write_table(whole, f"{task.target}/{name}", compression="snappy", row_group_size=_ROWS_PER_GROUP)
-    return MergedFile(name=name, size=_file_size(f"{task.target}/{name}"), stats=_stats(whole), sums=sums)
+    return MergedFile(file=write_lists([whole], task.target), sums=sums)
 
 
 def _with_columns(table: pa.Table, **columns: pa.ChunkedArray) -> pa.Table:
@@ -142,19 +133,3 @@ def _churn(before: pa.ListArray, now: pa.ListArray) -> float:
 def _first_ids(lists: pa.ListArray) -> Sequence[set[str]]:
     ids, offsets = lists.values.field("neighbor_id").to_pylist(), lists.offsets.to_pylist()
     return [set(ids[start : min(stop, start + _FIRST)]) for start, stop in pairwise(offsets)]
-
-
-def _file_size(path: str) -> int:
-    filesystem, inner = open_uri(path)
-    return int(filesystem.get_file_info(inner).size)
-
-
-def _stats(rows: pa.Table) -> dict[str, Any]:
-    names = [field.name for field in rows.schema if not pa.types.is_nested(field.type)]
-    ends = {name: pc.min_max(rows[name]).as_py() for name in names}
-    low, high = ({name: _plain(ends[name][end]) for name in names} for end in ("min", "max"))
-    return {"numRecords": rows.num_rows, "minValues": low, "maxValues": high, "nullCount": {name: rows[name].null_count for name in names}}
-
-
-def _plain(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, date) else value

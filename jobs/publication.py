@@ -121,11 +121,19 @@ def commit_properties(metadata: Mapping[str, Any], *, fenced: bool) -> CommitPro
 
 
 def run_files(history: DeltaTable, run_id: str) -> list[AddAction] | None:
-    """The files of a run; None if one of them holds rows of another run, too.
+    """The files of a run; None if one of them may hold rows of another run, too.
 
     Raises:
         TableError: there are none.
     """
+    mine, pure = files_of(history, run_id)
+    if not mine and first_row(history, ["run_id"], run_id=run_id) is None:
+        raise TableError(f"{history.table_uri} holds no lists of run {run_id}")
+    return mine if pure else None
+
+
+def files_of(history: DeltaTable, run_id: str) -> tuple[list[AddAction], bool]:
+    """The files that hold nothing but lists of a run, and whether no other file can hold one of them."""
     mine, pure = list[AddAction](), True
     for row in pa.table(history.get_add_actions()).to_pylist():
         low, high = ((row[end] or {}).get("run_id") for end in ("min", "max"))
@@ -133,9 +141,7 @@ def run_files(history: DeltaTable, run_id: str) -> list[AddAction] | None:
             mine.append(_add_action(row))
         elif low is None or high is None or low <= run_id <= high:
             pure = False
-    if not mine and first_row(history, ["run_id"], run_id=run_id) is None:
-        raise TableError(f"{history.table_uri} holds no lists of run {run_id}")
-    return mine if pure else None
+    return mine, pure
 
 
 def _add_action(row: Mapping[str, Any]) -> AddAction:

@@ -9,9 +9,7 @@ was served before, and `jobs.rollback` can go back to it.
 """
 
 import argparse
-import json
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
@@ -21,7 +19,6 @@ from multiprocessing import get_context
 from threading import Thread
 
 from deltalake import DeltaTable
-from deltalake.transaction import AddAction, RemoveAction
 
 from conf.errors import PublishError
 from conf.memory import KEPT_MEMORY
@@ -29,9 +26,10 @@ from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY
 from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Attempt, Ledger, StageRecord, recorded
+from jobs.list_files import commit_lists
 from jobs.merged_files import MergedFile, MergeTask, merge_file
 from jobs.progress import Display
-from jobs.publication import Published, base_run, commit_properties, kept_runs, merged_run, publish_run, published
+from jobs.publication import Published, base_run, merged_run, publish_run, published
 from jobs.publish_online import follow_online
 from jobs.reader import artifacts_of, lake_root, open_table
 from jobs.retrieval import CANDIDATES
@@ -106,19 +104,12 @@ def _write_history(root: str, current: Published, task: MergeTask, attempt: Atte
         display.watch("merge", lambda: (len(done), len(sources), "files")),
         ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool,  # a fork would copy FAISS's and Arrow's threads
     ):
-        for file in pool.map(partial(merge_file, task=task), sources):
-            done.append(file)
-    if task.run_id in kept_runs(root):  # an earlier attempt failed behind this commit
-        open_table(root, ITEM_NEIGHBORS_HISTORY).delete(f"run_id = '{task.run_id}'")
-    history = open_table(root, ITEM_NEIGHBORS_HISTORY)
-    moment = int(time.time() * 1000)
-    actions: list[AddAction | RemoveAction] = [
-        AddAction(file.name, file.size, {}, modification_time=moment, data_change=True, stats=json.dumps(file.stats)) for file in done
-    ]
-    properties = commit_properties({"run_id": task.run_id, "stage": STAGE}, fenced=False)
-    history.create_write_transaction(actions, "append", history.schema(), [], commit_properties=properties)
-    attempt.outputs[ITEM_NEIGHBORS_HISTORY.name] = open_table(root, ITEM_NEIGHBORS_HISTORY).version()
-    sums = {name: sum(file.sums[name] for file in done) for name in done[0].sums}
+        for merged in pool.map(partial(merge_file, task=task), sources):
+            done.append(merged)
+    files = [merged.file for merged in done if merged.file is not None]
+    version = commit_lists(root, task.run_id, files, metadata={"run_id": task.run_id, "stage": STAGE})
+    attempt.outputs[ITEM_NEIGHBORS_HISTORY.name] = version
+    sums = {name: sum(merged.sums[name] for merged in done) for name in done[0].sums}
     num_lists = sums.pop("num_lists")
     attempt.metrics |= sums | {"churn": sums["churn"] / max(1.0, num_lists)}
 

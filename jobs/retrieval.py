@@ -20,7 +20,8 @@ from pyspark.sql import functions as F
 
 from conf.faults import reach
 from conf.settings import LakeSettings, RetrievalSettings
-from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_EMBEDDINGS, ITEM_FEATURES, ITEM_POPULARITY, MERGE_POLICY, NEIGHBOR_STRUCT
+from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_EMBEDDINGS, ITEM_FEATURES, ITEM_POPULARITY, MERGE_POLICY
+from jobs.list_files import MakeLists
 from jobs.reader import shared_folder
 from jobs.stage import StageRun
 from models.data import TableRef, read_table
@@ -34,7 +35,6 @@ CANDIDATES = "candidates"
 """Artefact of a night: what its lists were merged from, a file per block of triggers."""
 _TRIGGERS_PER_TASK = 4_096
 _MOST_TAGS = 8  # of an item that reasons may name: comparing all with all grows with the square
-_LISTS_DDL = f"item_id string, head string, neighbors array<{NEIGHBOR_STRUCT}>, list_hash string"
 Rows = npt.NDArray[np.float32]
 
 
@@ -136,11 +136,8 @@ def _aligned(table: pa.Table, column: str, item_ids: pa.Array) -> npt.NDArray[np
     return np.asarray(pc.fill_null(table[column].combine_chunks().take(found), 0.0).to_numpy(zero_copy_only=False), np.float32)
 
 
-def retrieved_lists(run: StageRun, index: Path) -> DataFrame:
-    """item_id, head, neighbors, list_hash: one row per catalog item and head, from Spark tasks that map one index.
-
-    Each partition holds all lists of a range of items, so that history and published table need no further exchange.
-    """
+def list_tasks(run: StageRun, index: Path) -> tuple[DataFrame, MakeLists]:
+    """Triggers with their counted pairs, a partition a range of items, and what makes their lists in Spark tasks that map one index."""
     triggers = run.read(ITEM_FEATURES).where("in_catalog").select("item_index")
     num_items = run.read(ITEM_FEATURES).count()
     num_tasks = max(2, -(-num_items // _TRIGGERS_PER_TASK))
@@ -153,7 +150,7 @@ def retrieved_lists(run: StageRun, index: Path) -> DataFrame:
     read_policies(policies)  # a bad row is reported here, not by a task
     keep = str(new_candidates(run)) if run.settings.retrieval.keep_candidates else None
     search = partial(search_batches, index=str(index), policies=policies, settings=run.settings.retrieval, keep=keep)
-    return blocks.mapInArrow(search, _LISTS_DDL)
+    return blocks, search
 
 
 def new_candidates(run: StageRun) -> Path:

@@ -129,14 +129,23 @@ class StageRun:
     def replace(self, table: Table, frame: DataFrame, *, where: str | None = None, presorted: bool = False) -> None:
         """Replace rows of a table in one commit, after a check of the frame's columns and types; see `Lake.replace`."""
         check_schema(frame.dtypes, table)
-        lake, point = self.night.lake, f"{self.stage}.{table.name}"
         if where is not None and not table.kept_on_failure:
             self._put_back(table)
+        lake, metadata = self.night.lake, self.metadata
+        self.write(table, lambda: lake.replace(table, frame, where=where, presorted=presorted, metadata=metadata))
+
+    def write(self, table: Table, write: Callable[[], int]) -> None:
+        """Write a table by a function that commits, and returns the version of its commit."""
+        lake, point = self.night.lake, f"{self.stage}.{table.name}"
         self._before.setdefault(table.name, lake.version(table) if lake.exists(table) else None)
-        metadata = {"run_id": self.night.run_id, "stage": self.stage}
         with while_writing(f"{point}.writing", lake.path(table)):
-            self.outputs[table.name] = lake.replace(table, frame, where=where, presorted=presorted, metadata=metadata)
+            self.outputs[table.name] = write()
         reach(f"{point}.written")
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        """What every commit of this stage says of itself."""
+        return {"run_id": self.night.run_id, "stage": self.stage}
 
     def _put_back(self, table: Table) -> None:
         """Undo what a night that was killed left in a table of which this one keeps a part; what others changed, stays."""
@@ -153,7 +162,7 @@ class StageRun:
             tables: by the kind that a file's row names, with the day column of each.
             write: given the folder of each kind; returns rows of `features.pair_files.FILE_SCHEMA`.
         """
-        lake, metadata = self.night.lake, {"run_id": self.night.run_id, "stage": self.stage}
+        lake, metadata = self.night.lake, self.metadata
         for table, _ in tables.values():
             self._before.setdefault(table.name, lake.version(table) if lake.exists(table) else None)
             lake.create(table)

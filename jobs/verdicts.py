@@ -3,7 +3,8 @@
 A list can buy relevance with recall and the other way round, so lists are compared where one axis is held: `at recall kept` is the most
 relevant mix whose validation recall is not below the best engagement-only baseline's, `at relevance kept` the mix of most recall whose
 validation relevance is not below that baseline's. The popularity dial is turned as far as plain recall stays at least that of raw counts:
-`at recall of counts` is the exponent of most debiased recall among these.
+`at recall of counts` is the exponent of most debiased recall among these. Not below means: not even at the lower end of the 95 % interval
+of the paired difference. The largest mix whose mean is not below is one that luck has helped, and falls below on the next slice.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ CONTENT: Method = ("content", "-")
 COUNTS: Method = ("counts", "-")
 DIAL = "mtmh_dial"
 _BLEND = SWEPT[0]
+_TWO_SIDED_95 = 1.96  # standard errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +65,16 @@ def choose(boards: Sequence[Board]) -> Choice:
 
     relevance = boards[0].exam.relevance_metric
     baseline = max(boards[0].engagement_only, key=lambda method: mean([board.methods[method] for board in boards], RECALL))
-    held = {key: mean([board.methods[baseline] for board in boards], key) for key in (RECALL, relevance)}
 
     def best(family: str, kept: Key, wanted: Key) -> str | None:
         points = {mix: [board.families[family][mix] for board in boards] for mix in boards[0].families[family]}
-        holding = [mix for mix, scored in points.items() if mean(scored, kept) >= held[kept]]
+        holding = [mix for mix, scored in points.items() if _holds(scored, [board.methods[baseline] for board in boards], kept)]
         return max(holding, key=lambda mix: mean(points[mix], wanted), default=None)
 
     def turned() -> str | None:
         points = {exponent: [board.families[DIAL][exponent] for board in boards] for exponent in boards[0].families.get(DIAL, {})}
-        least = mean([board.methods[COUNTS] for board in boards], RECALL)
-        holding = [exponent for exponent, scored in points.items() if mean(scored, RECALL) >= least]
+        counts = [board.methods[COUNTS] for board in boards]
+        holding = [exponent for exponent, scored in points.items() if _holds(scored, counts, RECALL)]
         return max(holding, key=lambda exponent: mean(points[exponent], DEBIASED), default=None)
 
     families = list(boards[0].families)
@@ -83,6 +84,14 @@ def choose(boards: Sequence[Board]) -> Choice:
         at_relevance={family: best(family, relevance, RECALL) for family in families},
         exponent=turned(),
     )
+
+
+def _holds(ours: Sequence[Scored], theirs: Sequence[Scored], key: Key) -> bool:
+    """Whether the mean over slices of the paired differences is above 0 or 0 at the lower end of its 95 % interval (normal)."""
+    differences = [mine.values[key] - other.values[key] for mine, other in zip(ours, theirs, strict=True)]
+    known = [difference[~np.isnan(difference)] for difference in differences]
+    error = np.sqrt(sum(part.var() / len(part) for part in known)) / len(known)
+    return bool(np.mean([part.mean() for part in known]) - _TWO_SIDED_95 * error >= 0)
 
 
 def compare(board: Board, choice: Choice, *, num_resamples: int, seed: int) -> list[Comparison]:

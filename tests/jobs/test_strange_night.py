@@ -405,7 +405,7 @@ def test_lists_that_defects_have_spoilt_are_not_published(strange: Strange) -> N
     assert strange.metric("publish_neighbors", "counted_share") > 0.9
     run = StageRun(night=night, stage="publish_neighbors")
     with pytest.raises(GateError):
-        publish_lists(run, _broken(lists), model_version="spoilt", expected=before)
+        publish_lists(run, _broken(lists), lambda batches: batches, model_version="spoilt", expected=before)
     assert run.report is not None
     assert {failure.rule.metric for failure in run.report.failures} == {
         "coverage",

@@ -68,6 +68,15 @@ def test_several_validation_slices_decide_by_their_mean():
     assert choose([board(), second]).at_recall["mtmh_blend"] == "0"  # 0.1 reaches (.55 + .40) / 2 < .5
 
 
+def test_a_mix_that_only_luck_may_have_kept_is_not_chosen():
+    lucky = board()
+    values = np.array([0.52, 0.49, 0.51])  # .0067 above the baseline's mean, and as far below on another draw
+    lucky.families["mtmh_blend"]["1"] = Scored(values={**scored(0.5, 0.9).values, RECALL: values})
+    assert choose([lucky]).at_recall["mtmh_blend"] == "0.1"
+    lucky.families["mtmh_blend"]["1"].values[RECALL] = values + 0.04
+    assert choose([lucky]).at_recall["mtmh_blend"] == "1"
+
+
 def test_comparisons_are_paired_and_skip_what_holds_nothing():
     found = {(c.name, c.what, c.theirs): c for c in compare(board(), choose([board()]), num_resamples=50, seed=0)}
     headline = found["relevance at recall kept", "relevance@100", "smooth"]
