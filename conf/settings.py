@@ -362,6 +362,9 @@ class ModelSettings(Section):
     """The encoder and its heads."""
 
     heads: dict[str, HeadSettings] = Field(min_length=1, description="Heads by name; engagement and relevance feed the merged list.")
+    encoder: Literal["shared", "separate"] = Field(
+        "shared", description="shared: one encoder for all heads; separate: one for each, at their added cost, to see what sharing does."
+    )
     dimension: int = Field(128, ge=2, le=1024, description="Length of the factorization each side of the encoder starts from.")
     hidden_dimension: int = Field(256, ge=1, description="Width of the residual layer that reads id and content.")
     id_dropout: float = Field(0.1, ge=0, lt=1, description="Share of training items whose id is replaced by its content prediction.")

@@ -93,8 +93,8 @@ def _note_reach(run: StageRun, data: CutData) -> None:
 
 def _num_methods(run: StageRun) -> int:
     settings = run.settings.backtest
-    ours = len(run.settings.list_names) + 1 + len(settings.blend_values) + len(settings.popularity_exponents)
-    return ours + _NUM_BASELINES + len(settings.blend_values) + 2 * len(settings.content_shares)
+    families = len(settings.blend_values) + 2 * len(settings.content_shares)  # of ours, and of the baselines'
+    return len(run.settings.list_names) + 1 + 2 * families + len(settings.popularity_exponents) + _NUM_BASELINES
 
 
 # --- boards ---
@@ -130,7 +130,7 @@ def _with_overlap(scored: Scored, lists: Ints, other: Ints) -> Scored:
 
 
 def _our_lists(run: StageRun, data: CutData) -> tuple[dict[str, Ints], dict[str, dict[str, Ints]]]:
-    """(T, K) lists of every head and of the merged list; and merged lists swept over lambda and over the popularity discount."""
+    """(T, K) lists of every head and of the merged list; and merged lists swept over each kind of policy and the popularity discount."""
     settings = run.settings
     retriever, counted, triggers = _opened(run, data)
     policies, length = _policies(run), _list_settings(settings)
@@ -141,14 +141,16 @@ def _our_lists(run: StageRun, data: CutData) -> tuple[dict[str, Ints], dict[str,
     heads = {head: _matrix(neighbors, num_rows, rows) for head, neighbors in found.heads.items()}
     heads[ENCODER] = np.full((num_rows, LIST_LENGTH), -1, np.int32)
     heads[ENCODER][rows] = _encoder_lists(retriever, triggers)
-    blends = {
-        f"{v:g}": Policy(kind="blend", value=v, popularity_exponent=default.popularity_exponent) for v in settings.backtest.blend_values
+    exponent, value = default.popularity_exponent, default.value if default.kind == "blend" else 0.0
+    mixes = {
+        _BLEND: {v: Policy(kind="blend", value=v, popularity_exponent=exponent) for v in settings.backtest.blend_values},
+        "mtmh_quota": {v: Policy(kind="quota", value=v, popularity_exponent=exponent) for v in settings.backtest.content_shares},
+        "mtmh_rrf": {v: Policy(kind="rrf", value=v, popularity_exponent=exponent) for v in settings.backtest.content_shares},
+        DIAL: {x: Policy(kind="blend", value=value, popularity_exponent=x) for x in settings.backtest.popularity_exponents},
     }
-    value = default.value if default.kind == "blend" else 0.0
-    dial = {f"{x:g}": Policy(kind="blend", value=value, popularity_exponent=x) for x in settings.backtest.popularity_exponents}
-    merged = retriever.merge_under(triggers, counted, [*blends.values(), *dial.values()], settings=length)
-    lists = [_matrix(neighbors, num_rows, rows) for neighbors in merged]
-    swept = {_BLEND: dict(zip(blends, lists, strict=False)), DIAL: dict(zip(dial, lists[len(blends) :], strict=True))}
+    flat = [policy for family in mixes.values() for policy in family.values()]
+    merged = iter(retriever.merge_under(triggers, counted, flat, settings=length))
+    swept = {family: {f"{mix:g}": _matrix(next(merged), num_rows, rows) for mix in of} for family, of in mixes.items()}
     return heads, swept
 
 

@@ -66,7 +66,8 @@ def model_config(model: Mtmh) -> dict[str, Any]:
         "num_items": model.num_items,
         "dimension": model.dimension,
         "content_dimension": model.content.shape[1],
-        "hidden_dimension": model.inner.out_features,
+        "hidden_dimension": model.hidden_dimension,
+        "shared": model.shared,
         "signals": list(model.signals),
         "heads": {name: model.head(name).task_weights for name in model.heads},
     }
@@ -91,4 +92,5 @@ def _empty(config: Mapping[str, Any]) -> Mtmh:
         temperature=1.0,
         popularity_weight=0.0,
         content_share=0.5,
+        shared=config["shared"],
     )

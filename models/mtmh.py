@@ -1,4 +1,4 @@
-"""The shared item encoder and its heads.
+"""The item encoder that all heads share (or one for each, to see what sharing does), and its heads.
 
     trunk(i)   = [id_i, content_i] + MLP([id_i, content_i]),   the MLP's last layer starts at zero
     trigger(i) = head's trigger projection of trunk(i)
@@ -22,6 +22,7 @@ from torch.nn import functional
 
 COSINE_TASKS = frozenset({"relevance", "affinity"})
 """Every other task is a softmax over the catalog to co-engagement: `engagement`, and signals by name."""
+_SHARED = "shared"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,31 @@ class Head(nn.Module):
         return vectors if self.has_bias else functional.normalize(vectors, dim=1, eps=1e-6)
 
 
+class Encoder(nn.Module):
+    """Id rows and content of items to the representation that heads project."""
+
+    def __init__(self, start: Start, hidden_dimension: int) -> None:
+        super().__init__()
+        rows = start.id_rows
+        width = rows.shape[1] + start.content.shape[1]
+        self.ids = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows)
+        self.content_to_id = nn.Linear(start.content.shape[1], rows.shape[1], bias=False)
+        with torch.no_grad():
+            self.content_to_id.weight.copy_(start.content_to_id.T)
+        self.inner, self.outer = nn.Linear(width, hidden_dimension), nn.Linear(hidden_dimension, width)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, items: Tensor, content: Tensor, by_content: Tensor) -> Tensor:
+        """(B,) item indices, (B, C) their content, (B,) whose id row is replaced by its content prediction -> (B, D)."""
+        ids = torch.where(by_content[:, None], self.content_to_id(content), self.ids(items))  # (B, 2KF)
+        features = torch.cat([ids, content], dim=1)  # (B, D)
+        residual: Tensor = self.outer(functional.gelu(self.inner(features)))
+        return features + residual
+
+
 class Mtmh(nn.Module):
-    """Shared encoder plus heads.
+    """Encoder plus heads.
 
     Args:
         start: factorization and content.
@@ -123,6 +147,7 @@ class Mtmh(nn.Module):
         temperature: T of the calibrated factorization.
         popularity_weight: rho of the calibrated factorization.
         content_share: 1 - l, share of content cosine in the start of a head without a softmax task.
+        shared: one encoder for all heads; False: each head has its own, which starts alike.
     """
 
     def __init__(
@@ -134,19 +159,14 @@ class Mtmh(nn.Module):
         temperature: float,
         popularity_weight: float,
         content_share: float,
+        shared: bool = True,
     ) -> None:
         super().__init__()
         num_items, dimension = start.trigger.shape
-        rows = start.id_rows
-        width = rows.shape[1] + start.content.shape[1]
         self.num_items, self.dimension, self.signals = num_items, dimension, tuple(start.signals)
-        self.ids = nn.Embedding(num_items, rows.shape[1], _weight=rows)
-        self.content_to_id = nn.Linear(start.content.shape[1], rows.shape[1], bias=False)
-        with torch.no_grad():
-            self.content_to_id.weight.copy_(start.content_to_id.T)
-        self.inner, self.outer = nn.Linear(width, hidden_dimension), nn.Linear(hidden_dimension, width)
-        nn.init.zeros_(self.outer.weight)
-        nn.init.zeros_(self.outer.bias)
+        self.hidden_dimension, self.shared = hidden_dimension, shared
+        names = [_SHARED] if shared else list(heads)
+        self.encoders = nn.ModuleDict({name: Encoder(start, hidden_dimension) for name in names})
         for name in ("content", "log_popularity", "known"):
             self.register_buffer(name, getattr(start, name))  # kept in the checkpoint, which so needs no table to be used
         self.content: Tensor
@@ -156,22 +176,25 @@ class Mtmh(nn.Module):
         built = (_build_head(name, tasks, selectors, temperature, popularity_weight, content_share) for name, tasks in heads.items())
         self.heads = nn.ModuleDict({head.name: head for head in built})
 
-    def trunk(self, items: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Shared representation.
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Names of the encoders, and of the heads that read each."""
+        return {_SHARED: list(self.heads)} if self.shared else {name: [name] for name in self.heads}
+
+    def trunk(self, encoder: str, items: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Representation by an encoder.
 
         Args:
+            encoder: one of `groups`.
             items: (B,) item indices.
             dropped: (B,) boolean, the id row is replaced by its content prediction (always so for items without history).
 
         Returns:
             (B, D).
         """
-        content = self.content[items]  # (B, C)
         by_content = ~self.known[items] if dropped is None else ~self.known[items] | dropped
-        ids = torch.where(by_content[:, None], self.content_to_id(content), self.ids(items))  # (B, 2KF)
-        features = torch.cat([ids, content], dim=1)  # (B, D)
-        residual: Tensor = self.outer(functional.gelu(self.inner(features)))
-        return features + residual
+        rows: Tensor = self.encoders[encoder](items, self.content[items], by_content)
+        return rows
 
     def head(self, name: str) -> Head:
         """A head by name."""
@@ -181,10 +204,11 @@ class Mtmh(nn.Module):
 
     def forward(self, items: Tensor, dropped: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """(B,) items -> per head their (B, V) trigger and (B, V) target vectors."""
-        trunk = self.trunk(items, dropped)
-        bias = self.log_popularity[items]
-        heads = (self.head(name) for name in self.heads)
-        return {head.name: (head.trigger_vectors(trunk), head.target_vectors(trunk, bias)) for head in heads}
+        bias, found = self.log_popularity[items], dict[str, tuple[Tensor, Tensor]]()
+        for encoder, names in self.groups.items():
+            trunk = self.trunk(encoder, items, dropped)
+            found |= {name: (self.head(name).trigger_vectors(trunk), self.head(name).target_vectors(trunk, bias)) for name in names}
+        return found
 
     @torch.no_grad()
     def vectors(self, block: int = 8192) -> dict[str, tuple[Tensor, Tensor]]:

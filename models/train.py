@@ -454,6 +454,7 @@ def build_model(
             temperature=start.weights.temperature,
             popularity_weight=start.weights.popularity_weight,
             content_share=content_share,
+            shared=settings.encoder == "shared",
         )
 
 
@@ -626,29 +627,31 @@ Term = tuple[str, float, Loss]
 def backward(model: Mtmh, batch: Batch, workers: Workers, *, affinity_weight: float, compare: bool) -> dict[str, float]:
     """Add the gradient of this worker's rows to every parameter; returns their losses.
 
-    The trunk is computed once per distinct item of the global batch, by one of the workers, and gathered. Each task is sent back to the
-    trunk's output by itself, which costs the same as all at once and leaves each task's gradient on the shared representation to
-    `compare`: a cosine below 0 means that two tasks pull apart.
+    An encoder's trunk is computed once per distinct item of the global batch, by one of the workers, and gathered. Each task is sent back
+    to the trunk's output by itself, which costs the same as all at once and leaves each task's gradient on the shared representation to
+    `compare`: a cosine below 0 means that two tasks pull apart. Tasks of separate encoders have nothing to compare.
     """
     index, mine = torch.from_numpy(batch.items).long(), workers.part(len(batch.items))
-    share = model.trunk(index[mine], torch.from_numpy(batch.dropped[batch.items[mine]]))
-    trunk = workers.gather(share, len(index))  # (I, D)
+    dropped = torch.from_numpy(batch.dropped[batch.items[mine]])
     partners = {task: positives.partners for task, positives in batch.positives.items()}
     wanted = (batch.triggers, batch.candidates, batch.examples, batch.random, *partners.values())
     places = [torch.from_numpy(np.searchsorted(batch.items, part.ravel())) for part in wanted]
     rows = _Rows(dict(zip(partners, places[4:], strict=True)), *places[:4])
-    shared = trunk.detach().requires_grad_()
-    entry, gradients = {"loss": 0.0}, {}
-    for name in model.heads:
-        for term, weight, loss in head_terms(model.head(name), shared, model.log_popularity[index], rows, batch, affinity_weight):
-            before = torch.zeros_like(trunk) if shared.grad is None else shared.grad.clone()
-            torch.autograd.backward(weight * loss.value, retain_graph=True)
-            if compare and shared.grad is not None:
-                gradients[term] = (shared.grad - before).flatten()
-            entry["loss"] += float(weight * loss.value.detach())
-            entry |= {f"{name}/{part}": value for part, value in loss.parts.items()}
-    torch.autograd.backward(trunk, shared.grad)
-    return entry | _cosines(gradients)
+    entry = {"loss": 0.0}
+    for encoder, names in model.groups.items():
+        trunk = workers.gather(model.trunk(encoder, index[mine], dropped), len(index))  # (I, D)
+        shared, gradients = trunk.detach().requires_grad_(), dict[str, Tensor]()
+        for name in names:
+            for term, weight, loss in head_terms(model.head(name), shared, model.log_popularity[index], rows, batch, affinity_weight):
+                before = torch.zeros_like(trunk) if shared.grad is None else shared.grad.clone()
+                torch.autograd.backward(weight * loss.value, retain_graph=True)
+                if compare and shared.grad is not None:
+                    gradients[term] = (shared.grad - before).flatten()
+                entry["loss"] += float(weight * loss.value.detach())
+                entry |= {f"{name}/{part}": value for part, value in loss.parts.items()}
+        torch.autograd.backward(trunk, shared.grad)
+        entry |= _cosines(gradients)
+    return entry
 
 
 def _cosines(gradients: dict[str, Tensor]) -> dict[str, float]:

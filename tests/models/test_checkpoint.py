@@ -31,7 +31,7 @@ def test_round_trip_and_version(model: Mtmh, data: TrainingData, tmp_path: Path)
         torch.testing.assert_close(loaded.vectors()[name][1], target, rtol=0, atol=0)
     assert save_checkpoint(tmp_path / "b", loaded, vocabulary=data.vocabulary, run={"note": 2}) == version
     with torch.no_grad():
-        loaded.ids.weight[0, 0] += 1e-3
+        loaded.encoders["shared"].ids.weight[0, 0] += 1e-3
     assert save_checkpoint(tmp_path / "b", loaded, vocabulary=data.vocabulary, run={}) != version
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.data import TrainingData
 from models.factorization import Factorization, factorize
 from models.mtmh import Mtmh
@@ -48,13 +49,29 @@ def test_popularity_never_enters_a_head_without_engagement(model: Mtmh, data: Tr
 
 def test_one_step_gives_every_parameter_a_gradient(model: Mtmh, data: TrainingData, tmp_path) -> None:
     with torch.no_grad():
-        model.outer.weight.normal_(std=0.01)  # at exactly zero it keeps the first layer's gradient at zero for one step
+        model.encoders["shared"].outer.weight.normal_(std=0.01)  # at exactly zero it keeps the first layer's gradient at zero for one step
     batch = make_batches(data, make_spec(tmp_path), Workers(), user_level_weight=0.5).batch(0)
     backward(model, batch, Workers(), affinity_weight=1.0, compare=False)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_separate_encoders_start_alike_and_part(start: Factorization, data: TrainingData, tmp_path) -> None:
+    spec = make_spec(tmp_path)
+    settings = spec.model.model_copy(update={"encoder": "separate"})
+    apart = build_model(start, data.content, settings, 0.3, seed=0)
+    before = build_model(start, data.content, spec.model, 0.3, seed=0).vectors()
+    for name, vectors in apart.vectors().items():
+        torch.testing.assert_close(vectors, before[name])
+    history = fine_tune(apart, data, spec, Workers(), user_level_weight=0.5)
+    rows = [apart.encoders[name].ids.weight for name in ("engagement", "relevance")]
+    assert not torch.equal(*rows)
+    assert not [name for entry in history for name in entry if name.startswith("cosine engagement/engagement relevance/")]
+    save_checkpoint(tmp_path / "apart", apart, vocabulary="v", run={})
+    for name, vectors in load_checkpoint(tmp_path / "apart", vocabulary="v")[0].vectors().items():
+        torch.testing.assert_close(vectors, apart.vectors()[name])
 
 
 def test_a_hidden_id_reads_content_alone(model: Mtmh, data: TrainingData) -> None:
