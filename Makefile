@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .NOTPARALLEL:       # the stages of set-up build on each other, and tests share the machine's cores
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo backtest explore bench-explorer bench-neighbors bench-pairs bench-train docs test test-crash test-nights check env jars lock zip clean java
+.PHONY: help demo backtest ablate explore bench-explorer bench-neighbors bench-pairs bench-train docs test test-crash test-nights check env jars lock zip clean java
 
 unexport SPARK_HOME PYTHONHOME PYTHONPATH   # another Spark or another Python's modules would be used instead of the pinned ones
 
@@ -47,6 +47,9 @@ demo: java env jars  ## run a whole night on anonymized grocery baskets, and sho
 
 backtest: java env jars  ## judge lists of past days: CONFIG=demo, and ARGS=--final to read the last slice too
 	$(PY) -m jobs.backtest --config $(or $(CONFIG),demo) $(ARGS)
+
+ablate: java env jars  ## what each part of the model is worth, over three seeds: CONFIG=demo
+	$(PY) -m jobs.ablate --config $(or $(CONFIG),demo) $(ARGS)
 
 explore: env  ## look at the published lists in a browser: CONFIG=demo
 	$(PY) -m jobs.explore --config $(or $(CONFIG),demo) $(ARGS)

@@ -73,7 +73,7 @@ class Backtest:
             SourceError: there is nothing to split.
         """
         started = time.monotonic()
-        *validation, last = self._cuts()
+        *validation, last = self.cuts()
         verdicts: list[Verdict] = []
         tuned: Tuned | None = None
         for cut, until in validation:
@@ -97,14 +97,18 @@ class Backtest:
         fields = self.settings.features.judge_fields
         if not fields:
             raise SettingsError(f"no judge of {self.settings.name} withholds anything: there is nothing to leak; see backtest.judges")
-        return check_leaks(self.trained_cold(self._cuts()[0][0]), fields)
+        return check_leaks(self.trained_cold(self.cuts()[0][0]), fields)
 
     def trained_cold(self, cut: date) -> Night:
         """The night of a cut, trained from nothing, as one must be with which another such training is compared."""
         training = self.settings.training.model_copy(update={"warm_start_days": 0})
-        return replace(self, settings=self.settings.model_copy(update={"training": training}))._trained(cut)
+        return self.with_settings(self.settings.model_copy(update={"training": training}))._trained(cut)
 
-    def _cuts(self) -> list[tuple[date, date]]:
+    def with_settings(self, settings: Settings) -> "Backtest":
+        """The same, in the same lake, under other settings."""
+        return replace(self, settings=settings)
+
+    def cuts(self) -> list[tuple[date, date]]:
         """(cut, last day of its slice), the last slice last."""
         until = self._last_day()
         whole = self.night(until)

@@ -103,7 +103,8 @@ def _num_methods(run: StageRun) -> int:
 def _board(run: StageRun, data: CutData, tuned: Tuned, before: Night | None, steps: _Steps) -> Board:
     settings, exam = run.settings.backtest, data.exam
     methods: dict[tuple[str, str], Scored] = {}
-    heads, swept = _our_lists(run, data)
+    opened = Opened.of(run, data)
+    heads, swept = head_lists(run, opened), _swept_lists(run, opened)
     for head, lists in heads.items():
         methods[OURS, head] = _with_overlap(measure(lists, exam), lists, heads["engagement" if head != "engagement" else "relevance"])
         steps.done += 1
@@ -129,42 +130,60 @@ def _with_overlap(scored: Scored, lists: Ints, other: Ints) -> Scored:
     return scored
 
 
-def _our_lists(run: StageRun, data: CutData) -> tuple[dict[str, Ints], dict[str, dict[str, Ints]]]:
-    """(T, K) lists of every head and of the merged list; and merged lists swept over each kind of policy and the popularity discount."""
-    settings = run.settings
-    retriever, counted, triggers = _opened(run, data)
-    policies, length = _policies(run), _list_settings(settings)
-    default = policies["default"]
-    scopes = retriever.policies_for(policies, triggers)
-    found = retriever.retrieve(triggers, counted, scopes, settings=length)
-    num_rows, rows = len(data.future.triggers), np.flatnonzero(data.future.triggers < data.future.num_known)
-    heads = {head: _matrix(neighbors, num_rows, rows) for head, neighbors in found.heads.items()}
-    heads[ENCODER] = np.full((num_rows, LIST_LENGTH), -1, np.int32)
-    heads[ENCODER][rows] = _encoder_lists(retriever, triggers)
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The index of a cut's night, the judged triggers that it knows, their counted pairs, and their rows among all judged ones."""
+
+    retriever: Retriever
+    triggers: Ints
+    counted: Counted
+    rows: Longs
+    num_rows: int
+
+    @classmethod
+    def of(cls, run: StageRun, data: CutData) -> "Opened":
+        """Writes the index anew."""
+        rows = np.flatnonzero(data.future.triggers < data.future.num_known)
+        triggers = data.future.triggers[rows]
+        retriever = Retriever.open(index_items(run))
+        return cls(retriever=retriever, triggers=triggers, counted=counted_of(run, triggers), rows=rows, num_rows=len(data.future.triggers))
+
+    def matrix(self, neighbors: Neighbors) -> Ints:
+        """(T, K) item indices of all judged triggers, empty for those that the index does not know."""
+        return _matrix(neighbors, self.num_rows, self.rows)
+
+
+def head_lists(run: StageRun, opened: Opened) -> dict[str, Ints]:
+    """(T, K) lists of every head and of the merged list, and of the encoder by itself."""
+    retriever, triggers = opened.retriever, opened.triggers
+    scopes = retriever.policies_for(_policies(run), triggers)
+    found = retriever.retrieve(triggers, opened.counted, scopes, settings=_list_settings(run.settings))
+    heads = {head: opened.matrix(neighbors) for head, neighbors in found.heads.items()}
+    heads[ENCODER] = np.full((opened.num_rows, LIST_LENGTH), -1, np.int32)
+    heads[ENCODER][opened.rows] = _encoder_lists(retriever, triggers)
+    return heads
+
+
+def _swept_lists(run: StageRun, opened: Opened) -> dict[str, dict[str, Ints]]:
+    """Per family (T, K) merged lists, swept over each kind of policy and over the popularity discount."""
+    settings, default = run.settings.backtest, _policies(run)["default"]
     exponent, value = default.popularity_exponent, default.value if default.kind == "blend" else 0.0
     mixes = {
-        _BLEND: {v: Policy(kind="blend", value=v, popularity_exponent=exponent) for v in settings.backtest.blend_values},
-        "mtmh_quota": {v: Policy(kind="quota", value=v, popularity_exponent=exponent) for v in settings.backtest.content_shares},
-        "mtmh_rrf": {v: Policy(kind="rrf", value=v, popularity_exponent=exponent) for v in settings.backtest.content_shares},
-        DIAL: {x: Policy(kind="blend", value=value, popularity_exponent=x) for x in settings.backtest.popularity_exponents},
+        _BLEND: {v: Policy(kind="blend", value=v, popularity_exponent=exponent) for v in settings.blend_values},
+        "mtmh_quota": {v: Policy(kind="quota", value=v, popularity_exponent=exponent) for v in settings.content_shares},
+        "mtmh_rrf": {v: Policy(kind="rrf", value=v, popularity_exponent=exponent) for v in settings.content_shares},
+        DIAL: {x: Policy(kind="blend", value=value, popularity_exponent=x) for x in settings.popularity_exponents},
     }
     flat = [policy for family in mixes.values() for policy in family.values()]
-    merged = iter(retriever.merge_under(triggers, counted, flat, settings=length))
-    swept = {family: {f"{mix:g}": _matrix(next(merged), num_rows, rows) for mix in of} for family, of in mixes.items()}
-    return heads, swept
+    length = _list_settings(run.settings)
+    merged = iter(opened.retriever.merge_under(opened.triggers, opened.counted, flat, settings=length))
+    return {family: {f"{mix:g}": opened.matrix(next(merged)) for mix in of} for family, of in mixes.items()}
 
 
 def _encoder_lists(retriever: Retriever, triggers: Ints) -> Ints:
     """What the encoder finds by itself: its engagement head over the full catalog, without counts, users and trends."""
     head = retriever.heads[ENGAGEMENT]
     return score_lists(triggers, lambda part: head.trigger[part] @ head.target.T, eligible=retriever.eligible, k=LIST_LENGTH)
-
-
-def _opened(run: StageRun, data: CutData) -> tuple[Retriever, Counted, Ints]:
-    """The night's index, and the counted pairs of the judged triggers that it knows."""
-    retriever = Retriever.open(index_items(run))
-    triggers = data.future.triggers[data.future.triggers < data.future.num_known]
-    return retriever, counted_of(run, triggers), triggers
 
 
 def _matrix(neighbors: Neighbors, num_rows: int, rows: Longs) -> Ints:

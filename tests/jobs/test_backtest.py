@@ -16,6 +16,7 @@ from pyspark.sql import SparkSession
 from conf.errors import GateError, SettingsError
 from conf.settings import load_settings
 from conf.tables import EVALUATION, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
+from jobs.ablate import ablate, differences
 from jobs.backtest import Backtest, backtest_settings
 from jobs.backtest_lists import KeptLists
 from jobs.backtest_measures import meaning_of
@@ -165,3 +166,20 @@ def test_shuffled_time_is_chance(spark: SparkSession, tmp_path: Path) -> None:
     chance = 10 / (len(WORLD.items()) - 1)
     for method, head in (("mtmh", "engagement"), ("mtmh", "merged"), ("counts", "-"), ("smooth_svd", "-"), ("content", "-")):
         assert _row(report, method, head, "recall@10").value == pytest.approx(chance, abs=0.06), method
+
+
+def test_an_ablation_trains_on_the_same_pairs_and_is_paired_with_the_default(done: Done) -> None:
+    settings = done.backtest.settings
+    apart = settings.model_copy(update={"model": settings.model.model_copy(update={"encoder": "separate"})})
+    still = settings.model_copy(update={"training": settings.training.model_copy(update={"num_steps": 0})})
+    runs = len(done.backtest.night(done.final.cut).ledger.records(stage="build_pairs"))
+    found = ablate(done.backtest, {"default": settings, "apart": apart, "still": still}, [settings.training.seed])
+    rows = {(row["variant"], row["head"], row["metric"], row["slice"]): row for row in differences(found, num_resamples=50, seed=0)}
+    assert "difference" not in rows["default", "merged", "recall@100", "all"]
+    for name in ("apart", "still"):
+        row = rows[name, "engagement", "recall@100", "all"]
+        assert row["low"] <= row["difference"] <= row["high"]
+        assert row["difference"] == pytest.approx(row["value"] - rows["default", "engagement", "recall@100", "all"]["value"])
+    assert rows["still", "encoder", "recall@100", "all"]["value"] == pytest.approx(1.0)  # the bundle is in the factorization already
+    after = done.backtest.night(done.final.cut).ledger.records(stage="build_pairs")
+    assert len(after) - runs <= 1, "pairs are counted for the default alone"
