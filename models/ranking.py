@@ -63,9 +63,23 @@ def best_per_segment(scores: Floats, offsets: Longs, k: int) -> tuple[Longs, Lon
     Returns:
         (R,) positions among the M, best first per trigger, ties by position; and their (B + 1,) offsets.
     """
-    columns = best_per_row(pad(scores, offsets), k)
+    lengths = np.diff(offsets)
+    columns = np.full((len(lengths), min(k, int(lengths.max(initial=0)))), -1, dtype=np.int64)
+    for rows in _alike(lengths):
+        mine = np.arange(lengths[rows].max())
+        inside = mine < lengths[rows, None]
+        dense = np.full(inside.shape, -np.inf, dtype=np.float32)
+        dense[inside] = scores[(offsets[rows, None] + mine)[inside]]
+        best = best_per_row(dense, k)
+        columns[rows, : best.shape[1]] = best
     found = columns >= 0
     return (columns + offsets[:-1, None])[found], ends(found.sum(axis=1))
+
+
+def _alike(lengths: Longs) -> list[Longs]:
+    """Rows by the power of two that their length needs: as wide as the longest of all, most of a matrix could be its padding."""
+    bits = np.frexp(np.maximum(lengths, 1) - 1)[1]
+    return [np.flatnonzero(bits == number) for number in np.unique(bits[lengths > 0])]
 
 
 def ends(lengths: npt.NDArray[np.integer]) -> Longs:

@@ -37,6 +37,7 @@ _PATIENCE = 8  # passes without a better held-out loss
 _COLD = (0.02, 0.0)  # learning rate, and standard errors by which a held-out loss must be lower than at the start
 _WARM = (0.005, 2.0)  # from last night's weights: what gains less is noise of the slice, and would change every list
 _BATCH = 40  # triggers per step
+_CACHED_ROWS = 8_192  # whose hidden units stay in cache: seven times as fast as all at once
 MIN_TRIGGERS = 50  # fewer cannot be told from noise with F * 17 weights
 
 
@@ -118,8 +119,13 @@ class Scorer:
         if self.hidden is None:
             by_head, by_count = np.log(_HEAD_SHARE) + features[:, 0], np.log(1 - _HEAD_SHARE) + features[:, 1]
             return np.asarray(np.logaddexp(by_head, by_count), dtype=np.float32)
-        z: Floats = (features - self.mean) / self.scale
-        return np.asarray(z @ self.linear + np.tanh(z @ self.hidden + self.hidden_bias) @ self.output, dtype=np.float32)
+        logits = np.empty(len(features), dtype=np.float32)
+        for start in range(0, len(features), _CACHED_ROWS):
+            z = (features[start : start + _CACHED_ROWS] - self.mean) / self.scale
+            units = z @ self.hidden
+            units += self.hidden_bias
+            logits[start : start + len(z)] = z @ self.linear + np.tanh(units, out=units) @ self.output
+        return logits
 
     def log_probability(self, features: Floats, segment: Ints) -> Floats:
         """(M,) log p(j given i) over each trigger's candidates; `segment` ascends."""

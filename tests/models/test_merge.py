@@ -161,3 +161,12 @@ def test_best_per_row_against_a_plain_sort():
             assert (found[len(wanted) :] == -1).all()
     position, offsets = best_per_segment(np.array([1, 3, 3, 2], np.float32), np.array([0, 0, 3, 4]), 2)
     assert (position.tolist(), offsets.tolist()) == ([1, 2, 3], [0, 0, 2, 3])
+    # segments of very unequal lengths are ranked in groups of like ones: the same as one after the other
+    lengths = rng.permutation([0, 1, 2, 3, 5, 8, 9, 64, 65, 700, 1, 0])
+    scores = rng.integers(0, 9, lengths.sum()).astype(np.float32)
+    scores[rng.random(len(scores)) < 0.2] = -np.inf
+    bounds = ends(lengths)
+    position, offsets = best_per_segment(scores, bounds, 6)
+    for number, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        wanted = [p for p in sorted(range(start, stop), key=lambda p: (-scores[p], p)) if scores[p] > -np.inf][:6]
+        assert position[offsets[number] : offsets[number + 1]].tolist() == wanted
