@@ -38,7 +38,7 @@ _COLD = (0.02, 0.0)  # learning rate, and standard errors by which a held-out lo
 _WARM = (0.005, 2.0)  # from last night's weights: what gains less is noise of the slice, and would change every list
 _BATCH = 40  # triggers per step
 _CACHED_ROWS = 8_192  # whose hidden units stay in cache: seven times as fast as all at once
-MIN_TRIGGERS = 50  # fewer cannot be told from noise with F * 17 weights
+MIN_TRIGGERS = 50  # fewer say nothing about (F + 2) * 12 + F weights
 
 
 def candidate_features(
