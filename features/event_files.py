@@ -4,8 +4,9 @@ Spark would hand each engagement to Python as a row, which takes longer than cou
 dictionary from the file to the exchange. A task gets files of about one size: many small ones, or some row groups of a large one.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.pair_files import open_uri
-from features.pair_kernels import PACKED_ROWS, text_hashes
+from features.pair_kernels import PACKED_ROWS, day_number, text_hashes
 
 PART_SCHEMA = "task int, uri string, part int, num_parts int"
 _TASK_BYTES = 32 << 20  # some 2 million engagements
@@ -40,9 +41,15 @@ class FilePart(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EventRule:
-    """Which engagements are read: those up to a day (since 1970-01-01), of some actions (None: of all), in a session or not."""
+    """Which engagements are read: of some days, of some actions (None: of all), in a session or not.
 
-    last_day: int
+    Attributes:
+        days: (first, last) of runs of days since 1970-01-01.
+        actions: that count.
+        by_session: only engagements in a session.
+    """
+
+    days: tuple[tuple[int, int], ...]
     actions: tuple[str, ...] | None
     by_session: bool
 
@@ -89,14 +96,24 @@ def _read(place: FilePart, rule: EventRule, num_buckets: int) -> Iterator[pa.Rec
     with files.open_input_file(path) as source:
         ids = [name for name in _IDS if name in rule.columns]
         file = pq.ParquetFile(source, read_dictionary=ids, coerce_int96_timestamp_unit="us")
-        groups = list(range(place.part, file.num_row_groups, place.num_parts))
+        groups = [n for n in range(place.part, file.num_row_groups, place.num_parts) if _may_hold(file.metadata.row_group(n), rule)]
         for batch in file.iter_batches(PACKED_ROWS, row_groups=groups, columns=rule.columns, use_threads=False):
             yield _prepared(batch, rule, num_buckets)
 
 
+def _may_hold(group: pq.RowGroupMetaData, rule: EventRule) -> bool:
+    """Whether a row group may have engagements of the days, by its statistics."""
+    for number in range(group.num_columns):
+        column = group.column(number)
+        if column.path_in_schema == "event_date" and column.is_stats_set and column.statistics.has_min_max:
+            low, high = (day_number(end) for end in (column.statistics.min, column.statistics.max))
+            return any(first <= high and low <= last for first, last in rule.days)
+    return True
+
+
 def _prepared(batch: pa.RecordBatch, rule: EventRule, num_buckets: int) -> pa.RecordBatch:
     day = batch["event_date"].cast(pa.int32())
-    wanted = pc.less_equal(day, rule.last_day)
+    wanted = _any([pc.and_(pc.greater_equal(day, first), pc.less_equal(day, last)) for first, last in rule.days])
     if rule.actions is not None:
         wanted = pc.and_(wanted, pc.is_in(batch["action"], value_set=pa.array(rule.actions)))
     if rule.by_session:
@@ -111,6 +128,10 @@ def _prepared(batch: pa.RecordBatch, rule: EventRule, num_buckets: int) -> pa.Re
     }
     rows = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
     return rows if wanted.true_count == len(wanted) else rows.filter(wanted)
+
+
+def _any(masks: Sequence[pa.Array]) -> pa.Array:
+    return reduce(pc.or_, masks)
 
 
 def _buckets(users: pa.DictionaryArray, num_buckets: int) -> pa.Array:

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -51,7 +52,7 @@ def write_counted(counted: Iterable[Counted], *, folders: Mapping[str, str], spa
         spans: of `day_spans`.
     """
     starts = [(day - EPOCH).days for day in spans]
-    files: dict[tuple[str, int], _File] = {}
+    files: dict[tuple[str, int], PairFile] = {}
     for part in counted:
         day = part.daily["event_date"].combine_chunks().cast(pa.int32()).to_numpy()
         ends = [*day.searchsorted(starts).tolist(), len(day)]
@@ -60,19 +61,18 @@ def write_counted(counted: Iterable[Counted], *, folders: Mapping[str, str], spa
         if part.totals is not None:
             _add(files, ("totals", 0), part.totals, folders)
     for file in files.values():
-        yield file.close()
+        yield from file.close()
 
 
-def _add(files: dict[tuple[str, int], "_File"], key: tuple[str, int], rows: pa.Table, folders: Mapping[str, str]) -> None:
-    if rows.num_rows:
-        if key not in files:
-            files[key] = _File(kind=key[0], folder=folders[key[0]])
-        files[key].write(rows)
+def _add(files: dict[tuple[str, int], "PairFile"], key: tuple[str, int], rows: pa.Table, folders: Mapping[str, str]) -> None:
+    if key not in files:
+        files[key] = PairFile(kind=key[0], folder=folders[key[0]])
+    files[key].write(rows)
 
 
 @dataclass(kw_only=True)
-class _File:
-    """A Parquet file being written, in row groups as they come."""
+class PairFile:
+    """A Parquet file of a table being written, in row groups as they come; without a row there is no file."""
 
     kind: str
     folder: str
@@ -83,10 +83,14 @@ class _File:
     _place: Any = None
 
     def write(self, rows: pa.Table) -> None:
+        """A row group with the columns of the table, ids coded."""
+        if not rows.num_rows:
+            return
+        schema = DAY_ARROW if self.kind == "daily" else CODED_TOTAL_ARROW
+        rows = rows.select(schema.names).cast(schema)
         if self._writer is None:
             self._place = open_uri(f"{self.folder}/{self.name}")
             files, path = self._place
-            schema = DAY_ARROW if self.kind == "daily" else CODED_TOTAL_ARROW
             coded = [name for name in schema.names if name != "user_hashes"]
             random = {"user_hashes.list.element": "none"} if self.kind == "daily" else {}
             self._writer = pq.ParquetWriter(
@@ -102,11 +106,13 @@ class _File:
         self._writer.write_table(rows, row_group_size=rows.num_rows)
         self.num_rows += rows.num_rows
         if self.kind == "daily":
-            first, last = rows["event_date"][0].as_py(), rows["event_date"][-1].as_py()
+            first, last = pc.min_max(rows["event_date"]).as_py().values()
             self.days = (min(first, self.days[0]), max(last, self.days[1])) if self.days else (first, last)
 
-    def close(self) -> pa.RecordBatch:
+    def close(self) -> Iterator[pa.RecordBatch]:
         """Its row of FILE_SCHEMA."""
+        if self._writer is None:
+            return
         self._writer.close()
         files, path = self._place
         first, last = self.days or (None, None)
@@ -118,7 +124,7 @@ class _File:
             "first_day": pa.array([first], pa.date32()),
             "last_day": pa.array([last], pa.date32()),
         }
-        return pa.RecordBatch.from_pydict(row)
+        yield pa.RecordBatch.from_pydict(row)
 
 
 def open_uri(uri: str) -> tuple[fs.FileSystem, str]:

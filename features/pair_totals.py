@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from features.pair_kernels import (
-    CODED,
     LEAST_EXPONENT,
     OUTPUT_ROWS,
     PACKED_ROWS,
@@ -37,15 +36,6 @@ TOTAL_SCHEMA = "trigger_item_id string, target_item_id string, weight double, nu
 STRONG_SCHEMA = f"{TOTAL_SCHEMA}, conditional double"
 PARTNER_SCHEMA = "item_id string, num_triggers bigint, num_user_days bigint"
 _ENDS_SAY_ALL = 2  # at least two different users: the smallest hash of all is not the largest
-PART_ARROW = pa.schema(
-    [
-        ("trigger_item_id", CODED),
-        ("target_item_id", CODED),
-        ("day", pa.int32()),
-        ("num_users", pa.int32()),
-        ("user_hash", pa.int64()),
-    ]
-)
 TOTAL_ARROW = pa.schema(
     [
         ("trigger_item_id", pa.string()),
@@ -117,21 +107,17 @@ def total_pairs(batches: Iterable[pa.RecordBatch], *, rule: TotalRule, symmetric
     """Totals of whole pairs with enough users: rows of TOTAL_SCHEMA.
 
     Args:
-        batches: blocks of `pack_by_pair`, all of one bucket, with everything of its pairs: rows of co_engagement_daily (`day`, and
-            optionally `counts`: false where the row is part of the total already, and only its fit_weight lacks it), and rows of
-            TOTAL_SCHEMA, the totals of a former night.
+        batches: blocks of `pack_by_pair`, all of one bucket, with all rows of co_engagement_daily of its pairs.
         rule: decay and privacy minimum.
         symmetric: each pair is there once, and comes out in both orders.
     """
-    blocks = list(unpacked(batches))
-    days = [block for block in blocks if "day" in block.column_names] or [PART_ARROW.empty_table()]
-    earlier = [block for block in blocks if "day" not in block.column_names] or [TOTAL_ARROW.empty_table()]
-    if blocks:
-        totals = _totals(pa.concat_tables(days), pa.concat_tables(earlier), rule)
-        yield from totals.to_batches(max_chunksize=OUTPUT_ROWS)
-        if symmetric:
-            mirrored = totals.select([1, 0, *range(2, totals.num_columns)]).rename_columns(totals.column_names)
-            yield from mirrored.to_batches(max_chunksize=OUTPUT_ROWS)
+    if not (blocks := list(unpacked(batches))):
+        return
+    totals = _totals(pa.concat_tables(blocks), rule)
+    yield from totals.to_batches(max_chunksize=OUTPUT_ROWS)
+    if symmetric:
+        mirrored = totals.select([1, 0, *range(2, totals.num_columns)]).rename_columns(totals.column_names)
+        yield from mirrored.to_batches(max_chunksize=OUTPUT_ROWS)
 
 
 def strongest_pairs(batches: Iterable[pa.RecordBatch], *, max_pairs: int) -> Iterator[pa.RecordBatch]:
@@ -170,42 +156,26 @@ def count_partners(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
             yield pa.RecordBatch.from_arrays([ids, *map(pa.array, counts)], names=["item_id", "num_triggers", "num_user_days"])
 
 
-def _totals(days: pa.Table, earlier: pa.Table, rule: TotalRule) -> pa.Table:
-    """Earlier totals and rows of days, added up. An earlier total has reached the minimum, and so has its sum with more days."""
-    names = ("trigger_item_id", "target_item_id")
-    trigger, target = (encode(pa.chunked_array(days[name].chunks + earlier[name].cast(CODED).chunks, CODED)) for name in names)
+def _totals(days: pa.Table, rule: TotalRule) -> pa.Table:
+    """Rows of days added up."""
+    trigger, target = (encode(days[name]) for name in ("trigger_item_id", "target_item_id"))
     bits = num_bits(len(target[1]))
-    pair, num_days = (trigger[0] << bits) | target[0], days.num_rows
-    day, all_users = ints(days, "day"), np.concatenate([ints(days, "num_users"), ints(earlier, "num_user_days")])
-    before = np.full(earlier.num_rows, (int(day.min()) if num_days else 0) - 1)
-    order = row_order(pair, np.concatenate([day, before]))  # sums in one order, whatever that of the rows
-    order, starts = _frequent(pair, all_users, order, rule.min_users)
-    old, users = order >= num_days, all_users[order]
-    at = np.minimum(order, max(0, num_days - 1))  # of earlier totals: any row, masked below
-    day = day[at] if num_days else before[order]
-    counts = ~old & (days["counts"].to_numpy()[at] if num_days and "counts" in days.column_names else True)
-    fit = ~old & (day < rule.holdout_from)
-    decayed = users * rule.decay(day)
-
-    def added(of_days: NDArray[Any], counted: Mask, of_totals: str) -> NDArray[Any]:
-        values = np.where(counted, of_days, 0)
-        if earlier.num_rows:
-            values = np.where(old, earlier[of_totals].to_numpy()[np.maximum(order - num_days, 0)], values)
-        return sums(values, starts)
-
-    people = People(starts=starts, users=users, hashes=ints(days, "user_hash")[at] if num_days else before[order])
-    fit_weight = added(decayed, fit, "fit_weight")
-    old_fit = old & (earlier["fit_weight"].to_numpy()[np.maximum(order - num_days, 0)] > 0) if earlier.num_rows else old
-    enough = np.logical_or.reduceat(old, starts) | people.enough(counts, rule.min_users)
-    fit_enough = np.logical_or.reduceat(old_fit, starts) | people.enough(fit, rule.min_users)
-    kept = np.flatnonzero(enough)
+    pair, day, users = (trigger[0] << bits) | target[0], ints(days, "day"), ints(days, "num_users")
+    order, starts = _frequent(pair, users, row_order(pair, day), rule.min_users)  # sums in one order, whatever that of the rows
+    if not len(starts):
+        return TOTAL_ARROW.empty_table()
+    day, users = day[order], users[order]
+    fit, decayed = day < rule.holdout_from, users * rule.decay(day)
+    people = People(starts=starts, users=users, hashes=ints(days, "user_hash")[order])
+    kept = np.flatnonzero(people.enough(np.ones_like(fit), rule.min_users))
+    fit_weight = np.where(people.enough(fit, rule.min_users), sums(np.where(fit, decayed, 0.0), starts), 0.0)
     first = pair[order[starts[kept]]]
     columns = [
         trigger[1].take(pa.array(first >> bits)),
         target[1].take(pa.array(first & ((1 << bits) - 1))),
-        pa.array(added(decayed, counts, "weight")[kept]),
-        pa.array(added(users, counts, "num_user_days")[kept]),
-        pa.array(np.where(fit_enough, fit_weight, 0.0)[kept]),
+        pa.array(sums(decayed, starts)[kept]),
+        pa.array(sums(users, starts)[kept]),
+        pa.array(fit_weight[kept]),
     ]
     return pa.table(columns, schema=TOTAL_ARROW)
 

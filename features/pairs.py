@@ -11,7 +11,7 @@ Association scores of a pair are functions of the table's own rows and of item_p
 (`features.swing`).
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
@@ -20,19 +20,28 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ITEM_POPULARITY
+from features.changed_pairs import (
+    DROPPED_SCHEMA,
+    Touched,
+    drop_days,
+    drop_touched,
+    pairs_of_file,
+    rows_of_touched,
+    told_pairs,
+    write_totals,
+)
 from features.event_files import PART_SCHEMA, EventFiles, EventRule, deal_files, read_events
 from features.pair_counts import CountRule, count_cells, decoded_days
 from features.pair_files import FILE_SCHEMA, day_spans, write_counted
-from features.pair_kernels import LEAST_EXPONENT, PACKED_SCHEMA, day_number, encode
+from features.pair_kernels import EPOCH, LEAST_EXPONENT, PACKED_SCHEMA, day_number, encode
 from features.pair_totals import (
     PARTNER_SCHEMA,
-    TOTAL_SCHEMA,
     TotalRule,
     count_partners,
     pack_by_pair,
@@ -48,6 +57,8 @@ if TYPE_CHECKING:
 
 Transform = Callable[[DataFrame], DataFrame]
 Batches = Iterable[pa.RecordBatch]
+Days: TypeAlias = tuple[date, date] | None
+"""First and last day of a file's rows; None: nobody knows."""
 Shared: TypeAlias = "Broadcast[pa.Array]"
 """Ids of all items, broadcast."""
 
@@ -59,8 +70,10 @@ BM25_B = 0.75
 
 _ORDERS = (("trigger_item_id", "target_item_id"), ("target_item_id", "trigger_item_id"))
 _SECONDS_PER_DAY = 86_400
+_FIRST_DAY = -(2**31)
 _ENGAGEMENTS_PER_TASK = 50_000  # a late day of a few hundred engagements is one file, not sixteen
 _ENGAGEMENTS_PER_CELL = 2_000_000  # some 5 to 30 million pairs
+_PAIRS_PER_TASK = 200_000  # touched pairs
 _BUCKET_EVENTS = 2_000_000  # engagements of users that a task holds: some 0.5 GB with what is derived from them
 _MAX_EXPONENT = 500  # 2^1023 is the largest double: sums need room above a single day's factor
 _DAILY_SCHEMA = ", ".join(f"{column.name} {column.type}" for column in CO_ENGAGEMENT_DAILY.columns)
@@ -216,6 +229,116 @@ def write_pairs(
     return cells.mapInArrow(partial(_written, shared=shared, rule=rule, folders=folders, spans=day_spans(days)), FILE_SCHEMA)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairChanges:
+    """What has become of the files of pairs: rows of `FILE_SCHEMA` for those written, names of those replaced, by kind, and the pairs that
+    were added up again.
+    """
+
+    files: Sequence[Row]
+    removed: Mapping[str, Collection[str]]
+    num_touched: int
+
+
+def update_pairs(
+    spark: SparkSession,
+    events: EventFiles,
+    counting: Counting,
+    *,
+    days: Mapping[date, int],
+    stale: Collection[date],
+    moved: Collection[date],
+    reach_days: int | None,
+    items: pa.Array,
+    landmark: date,
+    half_life_days: float,
+    holdout_from: date,
+    before: Mapping[str, Mapping[str, Days]],
+    folders: Mapping[str, str],
+    num_tasks: int | None = None,
+) -> PairChanges:
+    """co_engagement_daily and co_engagement_totals of a night from those of the night before: what `write_pairs` would make of all days.
+
+    Args:
+        spark: whose tasks read, count and write.
+        events: all engagements.
+        counting: how.
+        days: engagements of the stale days that have some.
+        stale: days whose rows may differ from those of the night before.
+        moved: days that left or entered the holdout since.
+        reach_days: days before a target day within which its triggers lie; None: any number.
+        items: ids of all items, ascending.
+        landmark: day d0 of the weights, as in the night before.
+        half_life_days: as in the night before.
+        holdout_from: days from here on do not enter fit_weight.
+        before: by kind, `daily` and `totals`, the files of the night before, and of which days each has rows; None: nobody knows.
+        folders: as in `write_pairs`.
+        num_tasks: as in `count_daily_pairs`.
+    """
+    daily, added = folders["daily"], list[Row]()
+    if days:
+        shared = spark.sparkContext.broadcast(items)
+        blocks = _read_by_user(spark, events, counting.window, days, shared, reach_days=reach_days)
+        rule = CountRule(symmetric=counting.window.symmetric, min_users=counting.min_users)
+        written = partial(_written, shared=shared, rule=rule, folders=folders, spans=day_spans(days))
+        added = _cells(blocks, counting, days, shared, num_tasks).mapInArrow(written, FILE_SCHEMA).collect()
+    either = {*stale, *moved}
+    affected = [uri for uri, span in before["daily"].items() if span is None or any(span[0] <= day <= span[1] for day in either)]
+    drop = partial(drop_days, folder=daily, recounted=_numbers(stale), moved=_numbers(moved))
+    dropped = _per_file(spark, affected).mapInArrow(drop, DROPPED_SCHEMA).collect()
+    gone = {row["replaces"] for row in dropped} - {None}
+    left = [row for row in dropped if row["name"]]
+    told = [told_pairs(row["pairs"]) for row in dropped if row["pairs"]] + [pairs_of_file(f"{daily}/{row['name']}") for row in added]
+    touched = Touched.of(told)
+    kept = [uri for uri in before["daily"] if uri.rpartition("/")[2] not in gone]
+    files = [*added, *left]
+    if len(touched.keys):
+        totals = _total_rule(landmark, half_life_days, holdout_from, counting.min_users)
+        rows = _per_file(spark, kept + [f"{daily}/{row['name']}" for row in files])
+        summed, replaced = _total_touched(rows, _per_file(spark, list(before["totals"])), touched, counting, totals, folders["totals"])
+    else:
+        summed, replaced = [], []
+    removed = {"daily": gone, "totals": {row["replaces"] for row in replaced}}
+    files += [*summed, *(row for row in replaced if row["name"])]
+    return PairChanges(files=files, removed=removed, num_touched=sum(row["num_rows"] for row in summed))
+
+
+def _total_touched(
+    daily: DataFrame, totals: DataFrame, touched: Touched, counting: Counting, rule: TotalRule, folder: str
+) -> tuple[list[Row], list[Row]]:
+    """Files of the touched pairs' totals, and what the files of all totals are without them."""
+    spark, symmetric = daily.sparkSession, counting.window.symmetric
+    tasks = max(1, min(2 * _shuffle_partitions(spark), ceil(len(touched.keys) / _PAIRS_PER_TASK)))
+    shared = spark.sparkContext.broadcast(touched)
+    blocks = daily.mapInArrow(partial(_touched_blocks, shared=shared, num_buckets=tasks), PACKED_SCHEMA)
+    added = partial(_added_up, rule=rule, symmetric=symmetric, folder=folder)
+    summed = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(added, FILE_SCHEMA).collect()
+    replaced = totals.mapInArrow(partial(_without_touched, shared=shared, folder=folder, symmetric=symmetric), DROPPED_SCHEMA).collect()
+    return summed, replaced
+
+
+def _numbers(days: Collection[date]) -> list[int]:
+    return [day_number(day) for day in days]
+
+
+def _per_file(spark: SparkSession, uris: Sequence[str]) -> DataFrame:
+    """A task for each of some files."""
+    names = spark.createDataFrame([(number, uri) for number, uri in enumerate(uris)], "task int, uri string")
+    return names.repartitionById(max(1, len(uris)), F.col("task")).select("uri")
+
+
+def _touched_blocks(batches: Batches, *, shared: Any, num_buckets: int) -> Iterator[pa.RecordBatch]:
+    return pack_by_pair(rows_of_touched(batches, touched=shared.value), num_buckets=num_buckets)
+
+
+def _added_up(batches: Batches, *, rule: TotalRule, symmetric: bool, folder: str) -> Iterator[pa.RecordBatch]:
+    return write_totals(total_pairs(batches, rule=rule, symmetric=symmetric), folder=folder)
+
+
+def _without_touched(batches: Batches, *, shared: Any, folder: str, symmetric: bool) -> Iterator[pa.RecordBatch]:
+    return drop_touched(batches, touched=shared.value, folder=folder, symmetric=symmetric)
+
+
 def _check_days(days: Collection[date]) -> None:
     if not days:
         raise SettingsError("no days to count; name at least one target day")
@@ -283,10 +406,13 @@ def measure_days(counting: Counting, *, days: Mapping[date, int], items: pa.Arra
     return transform
 
 
-def measure_files(spark: SparkSession, events: EventFiles, counting: Counting, *, days: Mapping[date, int], items: pa.Array) -> DataFrame:
-    """What `measure_days` says of all days; the arguments are those of `write_pairs`."""
+def measure_files(
+    spark: SparkSession, events: EventFiles, counting: Counting, *, days: Mapping[date, int], items: pa.Array, reach_days: int | None = None
+) -> DataFrame:
+    """What `measure_days` says of some days; the arguments are those of `write_pairs` and `update_pairs`."""
     shared = spark.sparkContext.broadcast(items)
-    return _cuts(_read_by_user(spark, events, counting.window, days, shared), counting, days, shared)
+    blocks = _read_by_user(spark, events, counting.window, days, shared, reach_days=reach_days)
+    return _cuts(blocks, counting, days, shared)
 
 
 def _cuts(blocks: DataFrame, counting: Counting, days: Mapping[date, int], shared: Shared) -> DataFrame:
@@ -306,47 +432,6 @@ def collect_user_items(engaged: DataFrame, *, hash_key: bytes, max_users: int) -
         max_users: users that count per trigger; those with the smallest keyed hashes.
     """
     return index_user_items(engaged.select("user_id", "item_id").toArrow(), hash_key=hash_key, max_users=max_users)
-
-
-def sum_totals(
-    *,
-    landmark: date,
-    half_life_days: float,
-    holdout_from: date,
-    min_users: int,
-    earlier: DataFrame | None = None,
-    symmetric: bool = False,
-    num_tasks: int | None = None,
-) -> Transform:
-    """Rows of co_engagement_daily to co_engagement_totals.
-
-    Args:
-        landmark: day d0 of the weights.
-        half_life_days: days after which a co-engagement counts half.
-        holdout_from: days from here on do not enter fit_weight.
-        min_users: the privacy minimum of distinct users; at most the number of hashes that the daily table keeps.
-        earlier: totals of a former night that the rows are added to; rows may then have `counts`, false where a row is part of its
-            total already and only left the holdout (`features.increments.night_parts`). None: the rows are all there is.
-        symmetric: the rows are of a symmetric window, and so are the earlier totals, in `one_order`; the result has both orders.
-        num_tasks: tasks; None: four times `spark.sql.shuffle.partitions`. Each holds all rows of its pairs in memory, and pairs go to
-            tasks by the hash of both items, so that tasks are of one size.
-    """
-    rule = _total_rule(landmark, half_life_days, holdout_from, min_users)
-
-    def transform(daily: DataFrame) -> DataFrame:
-        tasks = num_tasks or 4 * _shuffle_partitions(daily.sparkSession)
-        pack = partial(pack_by_pair, num_buckets=tasks)
-        day, more = F.unix_date("event_date").alias("day"), [name for name in daily.columns if name == "counts"]
-        rows = daily.select("trigger_item_id", "target_item_id", day, "num_users", "user_hashes", *more)
-        blocks = rows.mapInArrow(pack, PACKED_SCHEMA)
-        if earlier is not None:
-            blocks = blocks.union(earlier.select(*CO_ENGAGEMENT_TOTALS.column_names).mapInArrow(pack, PACKED_SCHEMA))
-        totals = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(
-            partial(total_pairs, rule=rule, symmetric=symmetric), TOTAL_SCHEMA
-        )
-        return totals.select(*CO_ENGAGEMENT_TOTALS.column_names)
-
-    return transform
 
 
 def score_pairs(
@@ -428,11 +513,6 @@ def both_orders(pairs: DataFrame) -> DataFrame:
     return pairs.select(*others, mirrored)
 
 
-def one_order(pairs: DataFrame) -> DataFrame:
-    """Of rows in both orders those that co_engagement_daily has of a symmetric window: the smaller id as the trigger."""
-    return pairs.where(F.col("trigger_item_id") < F.col("target_item_id"))
-
-
 def future_pairs(daily: DataFrame, *, symmetric: bool) -> DataFrame:
     """co_engagement_daily to (trigger_item_id, target_item_id, num_user_days): what happened, for judging lists."""
     summed = daily.groupBy("trigger_item_id", "target_item_id").agg(F.sum("num_users").alias("num_user_days"))
@@ -506,14 +586,37 @@ def _by_user(window: WindowSettings, days: Mapping[date, int], shared: Shared) -
     return transform
 
 
-def _read_by_user(spark: SparkSession, events: EventFiles, window: WindowSettings, days: Mapping[date, int], shared: Shared) -> DataFrame:
-    """The same blocks, of files."""
+def _read_by_user(
+    spark: SparkSession,
+    events: EventFiles,
+    window: WindowSettings,
+    days: Mapping[date, int],
+    shared: Shared,
+    *,
+    reach_days: int | None = None,
+) -> DataFrame:
+    """The same blocks, of files; `reach_days` before a target day there may be triggers of it, None: on any day before."""
     buckets = _num_buckets(spark, days)
-    rule = EventRule(last_day=day_number(max(days)), actions=events.actions, by_session=window.kind == "session")
+    last = day_number(max(days))
+    runs = (
+        ((_FIRST_DAY, last),) if reach_days is None else tuple(_runs({day_number(day) - n for day in days for n in range(reach_days + 1)}))
+    )
+    rule = EventRule(days=runs, actions=events.actions, by_session=window.kind == "session")
     parts = deal_files(events.sizes)
     dealt = spark.createDataFrame(parts, PART_SCHEMA).repartitionById(parts[-1].task + 1, F.col("task"))
     blocks = dealt.mapInArrow(partial(_packed_files, rule=rule, shared=shared, num_buckets=buckets), PACKED_SCHEMA)
     return blocks.repartitionById(buckets, F.col("bucket"))
+
+
+def _runs(days: Collection[int]) -> list[tuple[int, int]]:
+    """First and last of each run of days."""
+    runs: list[tuple[int, int]] = []
+    for day in sorted(days):
+        if runs and day - runs[-1][1] == 1:
+            runs[-1] = (runs[-1][0], day)
+        else:
+            runs.append((day, day))
+    return runs
 
 
 def _num_buckets(spark: SparkSession, days: Mapping[date, int]) -> int:
@@ -523,12 +626,7 @@ def _num_buckets(spark: SparkSession, days: Mapping[date, int]) -> int:
 
 def where_days(days: Collection[date]) -> str:
     """An SQL condition on event_date: one range per run of days."""
-    runs: list[list[date]] = []
-    for day in sorted(days):
-        if runs and (day - runs[-1][1]).days == 1:
-            runs[-1][1] = day
-        else:
-            runs.append([day, day])
+    runs = [(EPOCH + timedelta(days=first), EPOCH + timedelta(days=last)) for first, last in _runs([day_number(day) for day in days])]
     return " OR ".join(f"event_date BETWEEN DATE'{first}' AND DATE'{last}'" for first, last in runs) or "false"
 
 

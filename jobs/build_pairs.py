@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-from pyspark.sql import DataFrame, Row
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from conf.errors import SettingsError, SourceError
@@ -31,7 +31,7 @@ from features.pair_kernels import check_num_items
 from jobs.lake import in_memory, only_row
 from jobs.pair_state import PairState, Signal, counting_rule, find_state, totaling_rule
 from jobs.sources import user_hash_key
-from jobs.stage import StageRun, stage_main
+from jobs.stage import FileChanges, StageRun, stage_main
 
 STAGE = "build_pairs"
 _DAY_SECONDS = 86_400
@@ -229,9 +229,9 @@ def _count_all(
 ) -> dict[str, float]:
     """Write co_engagement_daily and co_engagement_totals from nothing."""
 
-    def write(folders: dict[str, str]) -> list[Row]:
+    def write(folders: dict[str, str]) -> FileChanges:
         rule: dict[str, Any] = {"days": plan.recounted, "items": items, "folders": folders, **decay}
-        return pairs.write_pairs(run.night.spark, _files(run, signal), _counting(signal.settings), **rule).collect()
+        return FileChanges(pairs.write_pairs(run.night.spark, _files(run, signal), _counting(signal.settings), **rule).collect())
 
     run.replace_by_files({"daily": (signal.daily, "event_date"), "totals": (signal.totals, None)}, write)
     return {"recounted_days_share": 1.0, "built_from_nothing": 1.0, "touched_pairs_share": 1.0}
@@ -246,37 +246,34 @@ def _count_stale(
 ) -> dict[str, float]:
     """Write the days that changed, and the totals of the pairs that they touch; how much that is."""
     assert plan.before is not None
-    lake, versions = run.night.lake, plan.before.versions
-    if plan.stale:
-        frame = run.night.spark.createDataFrame([], signal.daily.ddl)
-        if plan.recounted:
-            count = pairs.count_daily_pairs(_counting(signal.settings), days=plan.recounted, items=items)
-            frame = engagements.transform(count)
-        run.replace(signal.daily, frame, where=pairs.where_days(plan.stale), presorted=True)
-    else:
-        run.keep(signal.daily)
-    after, totals = run.read_output(signal.daily), lake.read(signal.totals, versions[signal.totals.name])
-    symmetric = signal.settings.window.symmetric
-    totals = pairs.one_order(totals) if symmetric else totals
-    corrections = increments.corrections(
-        lake.read(signal.daily, versions[signal.daily.name]),
-        after,
-        recounted=plan.stale,
-        holdout_before=plan.before.common("holdout_from"),
-        holdout_from=plan.holdout_from,
-    )
-    with in_memory(corrections) as rows, in_memory(increments.touched_pairs(rows, totals, holdout_from=plan.holdout_from)) as touched:
-        num_touched = touched.count()
-        parts, earlier = increments.night_parts(rows, touched, after=after, totals=totals, num_touched=num_touched)
-        summed = pairs.sum_totals(earlier=earlier, min_users=signal.settings.min_users_per_pair, symmetric=symmetric, **decay)
-        run.replace(signal.totals, parts.transform(summed), presorted=True)
-        found = run.read_output(signal.totals).join(touched, on=list(signal.totals.key), how="left_semi").count()
-    touched_share = (1 + symmetric) * found / max(1, run.read_output(signal.totals).count())
+    lake, versions, num_touched = run.night.lake, plan.before.versions, list[int]()
+    tables = {"daily": (signal.daily, "event_date"), "totals": (signal.totals, None)}
+    rule: dict[str, Any] = {
+        "days": plan.recounted,
+        "stale": plan.stale,
+        "moved": increments.moved_days(plan.before.common("holdout_from"), plan.holdout_from),
+        "reach_days": _reach(signal, plan),
+        "items": items,
+        "before": {kind: lake.file_spans(table, versions[table.name], day) for kind, (table, day) in tables.items()},
+        **decay,
+    }
+
+    def write(folders: dict[str, str]) -> FileChanges:
+        changes = pairs.update_pairs(run.night.spark, _files(run, signal), _counting(signal.settings), folders=folders, **rule)
+        num_touched.append(changes.num_touched)
+        return FileChanges(changes.files, changes.removed)
+
+    run.replace_by_files(tables, write)
+    touched_share = num_touched[0] / max(1, run.read_output(signal.totals).count())
     run.night.display.say(
         f"  {signal.label}: counted {len(plan.recounted)} of {len(plan.days)} days again, touched {touched_share:.1%} of pairs"
     )
     shares = {"recounted_days_share": len(plan.recounted) / len(plan.days), "built_from_nothing": 0.0}
     return shares | {"touched_pairs_share": touched_share}
+
+
+def _reach(signal: Signal, plan: Plan) -> int | None:
+    return increments.window_reach(signal.settings.window, longest_session_days=plan.reach_days)
 
 
 def _day_rows(run: StageRun, signal: Signal, engagements: DataFrame, plan: Plan, *, items: pa.Array) -> DataFrame:
@@ -286,11 +283,8 @@ def _day_rows(run: StageRun, signal: Signal, engagements: DataFrame, plan: Plan,
     if plan.before:
         cuts = {day: (row["num_capped_groups"], row["num_cut_items"]) for day, row in plan.before.days.items()}
     if plan.recounted:
-        counting, which = _counting(settings), {"days": plan.recounted, "items": items}
-        if plan.before is None:
-            rows = pairs.measure_files(run.night.spark, _files(run, signal), counting, **which)
-        else:
-            rows = engagements.transform(pairs.measure_days(counting, **which))
+        which: dict[str, Any] = {"days": plan.recounted, "items": items, "reach_days": _reach(signal, plan) if plan.before else None}
+        rows = pairs.measure_files(run.night.spark, _files(run, signal), _counting(settings), **which)
         measured = {row["event_date"]: tuple(row)[1:] for row in rows.collect()}
         cuts |= {day: measured.get(day, (0, 0)) for day in plan.recounted}
     common = (

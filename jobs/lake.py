@@ -5,13 +5,15 @@ A write first selects and casts exactly the declared columns, so that a wrong fr
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
+import pyarrow as pa
 from delta import exceptions
 from delta.tables import DeltaTable
 from deltalake import CommitProperties
@@ -139,26 +141,46 @@ class Lake:
                     ) from error
 
     def replace_by_files(
-        self, table: Table, files: Sequence[Row], *, day: str | None = None, metadata: Mapping[str, object] | None = None
+        self,
+        table: Table,
+        files: Sequence[Row],
+        *,
+        removed: Collection[str] | None = None,
+        day: str | None = None,
+        metadata: Mapping[str, object] | None = None,
     ) -> int:
-        """Replace all rows by files that tasks have written into the table's folder, in one commit, and return its version.
+        """Replace rows by files that tasks have written into the table's folder, in one commit, and return its version.
 
         Args:
             table: exists; its files hold the declared columns.
             files: rows of `features.pair_files.FILE_SCHEMA`.
+            removed: names of the files that they replace; None: all.
             day: the column that `first_day` and `last_day` are of, for readers that skip files; None where the table has none.
             metadata: of the commit.
         """
         target, moment, token = open_table(self.root, table), int(time.time() * 1000), uuid4().hex
-        actions: list[AddAction | RemoveAction] = []
+        actions: list[AddAction | RemoveAction] = [RemoveAction(name, True, moment) for name in sorted(removed or ())]
         for file in files:
             first, last = ({day: file[end].isoformat()} if day else {} for end in ("first_day", "last_day"))
             ends = {"minValues": first, "maxValues": last}
             stats = json.dumps({"numRecords": file["num_rows"], **ends, "nullCount": dict.fromkeys(table.column_names, 0)})
             actions.append(AddAction(file["name"], file["size"], {}, modification_time=moment, data_change=True, stats=stats))
         seen, properties = target.version(), commit_properties(dict(metadata or {}) | {"commit": token}, fenced=False)
-        target.create_write_transaction(actions, "overwrite", target.schema(), [], commit_properties=properties)
+        if actions or removed is None:
+            mode: Literal["overwrite", "append"] = "overwrite" if removed is None else "append"
+            target.create_write_transaction(actions, mode, target.schema(), [], commit_properties=properties)
         return self._committed(table, seen, token)
+
+    def file_spans(self, table: Table, version: int, day: str | None) -> dict[str, tuple[date, date] | None]:
+        """By path or URI of each file that makes up a version, first and last value of a column of days; None where nobody knows.
+
+        Raises:
+            TableError: as `file_sizes`.
+        """
+        sizes = self.file_sizes(table, version)
+        rows = pa.table(open_table(self.root, table, same_rows(self.root, table, version)).get_add_actions(flatten=True)).to_pylist()
+        ends = {f"{self.path(table)}/{row['path']}": (row.get(f"min.{day}"), row.get(f"max.{day}")) for row in rows}
+        return {uri: None if None in ends[uri] else ends[uri] for uri in sizes}
 
     def restore(self, table: Table, version: int) -> None:
         """Make an earlier version the latest one, by a commit of its own; without Spark, whose session may be what has failed.

@@ -5,7 +5,7 @@ gates through it; the run notes versions and metrics on the way, so that the led
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
@@ -89,6 +89,14 @@ class Night:
         return artifacts_of(self.settings.lake, self.run_id) / "report.html"
 
 
+@dataclass(frozen=True)
+class FileChanges:
+    """Files written for tables, rows of `features.pair_files.FILE_SCHEMA`, and by kind the names of those replaced; None: all."""
+
+    files: Sequence[Row]
+    removed: Mapping[str, Collection[str]] | None = None
+
+
 @dataclass(kw_only=True)
 class StageRun:
     """One attempt at one stage; collects what the ledger row will say. `force` asks for a run that builds on no earlier one."""
@@ -155,12 +163,12 @@ class StageRun:
             if all('"stage"' in commit.get("userMetadata", "") for commit in changes_since(lake.root, table, good)):
                 lake.restore(table, good)
 
-    def replace_by_files(self, tables: Mapping[str, tuple[Table, str | None]], write: Callable[[dict[str, str]], Sequence[Row]]) -> None:
-        """Replace all rows of tables by files that `write` puts into the tables' folders; see `Lake.replace_by_files`.
+    def replace_by_files(self, tables: Mapping[str, tuple[Table, str | None]], write: "Callable[[dict[str, str]], FileChanges]") -> None:
+        """Replace files of tables by files that `write` puts into the tables' folders; see `Lake.replace_by_files`.
 
         Args:
             tables: by the kind that a file's row names, with the day column of each.
-            write: given the folder of each kind; returns rows of `features.pair_files.FILE_SCHEMA`.
+            write: given the folder of each kind; says what it has written.
         """
         lake, metadata = self.night.lake, self.metadata
         for table, _ in tables.values():
@@ -169,10 +177,11 @@ class StageRun:
         with ExitStack() as writing:
             for table, _ in tables.values():
                 writing.enter_context(while_writing(f"{self.stage}.{table.name}.writing", lake.path(table)))
-            files = write({kind: lake.path(table) for kind, (table, _) in tables.items()})
+            changes = write({kind: lake.path(table) for kind, (table, _) in tables.items()})
         for kind, (table, day) in tables.items():
-            found = [file for file in files if file["kind"] == kind]
-            self.outputs[table.name] = lake.replace_by_files(table, found, day=day, metadata=metadata)
+            found = [file for file in changes.files if file["kind"] == kind]
+            removed = None if changes.removed is None else changes.removed[kind]
+            self.outputs[table.name] = lake.replace_by_files(table, found, removed=removed, day=day, metadata=metadata)
             reach(f"{self.stage}.{table.name}.written")
 
     def keep(self, table: Table) -> None:

@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from conf.tables import ENGAGEMENTS
 from features import swing
 from features.pair_kernels import keyed_hash
-from features.pairs import BM25_B, BM25_K1, score_pairs, sum_totals
+from features.pairs import BM25_B, BM25_K1, score_pairs
 from tests.features.test_pairs import (
     AS_OF,
     DECAY,
@@ -24,6 +24,7 @@ from tests.features.test_pairs import (
     SESSION_DIRECTED,
     counter,
     popular,
+    sum_totals,
     to_spark,
     totals_oracle,
     who,

@@ -39,7 +39,7 @@ def test_parts_hold_every_row_once(files: dict[str, int], task_bytes: int) -> No
     parts = deal_files(files, task_bytes=task_bytes)
     assert [part.task for part in parts] == sorted(part.task for part in parts)
     assert {part.task for part in parts} == set(range(parts[-1].task + 1))
-    read = _read(files, EventRule(last_day=day_number(date(2030, 1, 1)), actions=None, by_session=False), task_bytes=task_bytes)
+    read = _read(files, EventRule(days=((0, day_number(date(2030, 1, 1))),), actions=None, by_session=False), task_bytes=task_bytes)
     assert sorted(read["item_id"].to_pylist()) == sorted(f"i{n}" for n in range(36))
     micros = dict(zip(read["item_id"].to_pylist(), read["time"].to_pylist(), strict=True))
     assert micros["i9"] == int(datetime(2024, 3, 1, tzinfo=UTC).timestamp() + 7 * 9 * 3600) * 1_000_000 + 9
@@ -49,10 +49,22 @@ def test_parts_hold_every_row_once(files: dict[str, int], task_bytes: int) -> No
 
 
 def test_only_what_counts_is_read(files: dict[str, int]) -> None:
-    read = _read(files, EventRule(last_day=day_number(FIRST) + 4, actions=("buy",), by_session=True))
+    read = _read(files, EventRule(days=((0, day_number(FIRST) + 4),), actions=("buy",), by_session=True))
     expected = {f"i{n}" for n in range(36) if n % 3 and n % 5 and 7 * n < 5 * 24}
     assert set(read["item_id"].to_pylist()) == expected
     assert read.column_names == ["bucket", "user_id", "session_id", "item_id", "day", "time"]
+
+
+def test_days_are_read_and_other_row_groups_are_left_alone(files: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, groups = day_number(FIRST), list[int]()
+    read_groups = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile, "iter_batches", lambda *a, row_groups, **k: groups.extend(row_groups) or read_groups(*a, row_groups=row_groups, **k)
+    )
+    read = _read(files, EventRule(days=((first, first), (first + 4, first + 5)), actions=None, by_session=False))
+    wanted = {n for n in range(36) if 7 * n // 24 in (0, 4, 5)}
+    assert set(read["item_id"].to_pylist()) == {f"i{n}" for n in wanted}
+    assert len(groups) == len({n // 4 for n in wanted}), "row groups of four events each"
 
 
 def test_small_files_share_a_task() -> None:

@@ -1,32 +1,25 @@
 """A night that builds on another one equals a night that starts from nothing, whatever happened to the events in between."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import date, timedelta
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Row, SparkSession
 
 from conf.settings import WindowSettings
-from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_TOTALS
-from features.increments import (
-    DayState,
-    changed_days,
-    corrections,
-    fingerprint_days,
-    longest_session,
-    night_parts,
-    stale_days,
-    touched_pairs,
-    window_reach,
-)
+from conf.tables import CO_ENGAGEMENT_TOTALS
+from features.changed_pairs import Touched
+from features.event_files import EventFiles
+from features.increments import DayState, changed_days, fingerprint_days, longest_session, moved_days, stale_days, window_reach
 from features.pair_counts import CountRule, count_cells
-from features.pair_totals import TotalRule, pack_by_pair, total_pairs
-from features.pairs import count_daily_pairs, holdout_start, one_order, sum_totals, where_days
+from features.pairs import Days, holdout_start, update_pairs, where_days, write_pairs
 from tests.features.test_pairs import (
     DAY,
     FIRST,
@@ -117,101 +110,113 @@ def test_reach_is_as_far_as_the_window() -> None:
     assert where_days([]) == "false"
 
 
-def days_of(rows: list[dict[str, object]], *, flagged: bool = False) -> pa.Table:
-    """Rows of co_engagement_daily as the kernel that adds them up reads them."""
-    schema = pa.schema(
-        [("trigger_item_id", pa.string()), ("target_item_id", pa.string()), ("day", pa.int32()), ("num_users", pa.int64())]
-        + [("user_hashes", pa.list_(pa.int64()))]
-        + ([("counts", pa.bool_())] if flagged else [])
-    )
-    return pa.Table.from_pylist(rows, schema=schema)
+def test_touched_pairs_are_found_in_either_order() -> None:
+    rng = random.Random(1)
+    names = [f"i{n}" for n in range(40)]
+    pairs = {tuple(sorted(rng.sample(names, 2))) for _ in range(60)}
 
+    def coded(rows: Sequence[tuple[str, str]]) -> pa.Table:
+        return pa.table({side: pa.array([row[n] for row in rows]).dictionary_encode() for n, side in enumerate(CO_ENGAGEMENT_TOTALS.key)})
 
-def added_up(*tables: pa.Table, holdout_from: int) -> pa.Table:
-    rule = TotalRule(landmark=0, half_life_days=3.0, holdout_from=holdout_from, min_users=2)
-    blocks = [block for table in tables for block in pack_by_pair(table.to_batches(), num_buckets=1)]
-    return pa.Table.from_batches(list(total_pairs(blocks, rule=rule)))
-
-
-@settings(max_examples=80, deadline=None)
-@given(seed=st.integers(0, 10**6), moved=st.integers(0, 2))
-def test_a_total_grows_by_what_is_added_to_it(seed: int, moved: int) -> None:
-    rng = random.Random(seed)
-    cells = {(rng.choice("abcd"), rng.choice("wxyz"), rng.randrange(7)) for _ in range(60)}
-    rows = []
-    for i, j, day in sorted(cells):
-        users = sorted(rng.sample(range(5), rng.randint(1, 3)))
-        rows.append({"trigger_item_id": i, "target_item_id": j, "day": day, "num_users": len(users), "user_hashes": users[:2]})
-    holdout = 3 + moved
-    was = added_up(days_of([row for row in rows if row["day"] < 6]), holdout_from=3)
-    known = {(row["trigger_item_id"], row["target_item_id"]): row["fit_weight"] for row in was.to_pylist()}
-    parts = []
-    for row in rows:
-        pair = (row["trigger_item_id"], row["target_item_id"])
-        left_holdout = any(r["day"] in range(3, holdout) for r in rows if (r["trigger_item_id"], r["target_item_id"]) == pair)
-        if pair not in known or (left_holdout and not known[pair]):
-            parts.append(row | {"counts": True})
-            known.pop(pair, None)
-        elif row["day"] == 6 or row["day"] in range(3, holdout):
-            parts.append(row | {"counts": row["day"] == 6})
-    kept = pa.array([(row["trigger_item_id"], row["target_item_id"]) in known for row in was.to_pylist()], pa.bool_())
-    mine = added_up(days_of(parts, flagged=True), was.filter(kept), holdout_from=holdout).to_pandas()
-    pd.testing.assert_frame_equal(mine, added_up(days_of(rows), holdout_from=holdout).to_pandas(), rtol=1e-12)
+    rows = sorted(pairs)
+    touched = Touched.of([coded(rows[:20]), coded(rows[10:])])
+    assert len(touched.keys) == len(pairs)
+    asked = [(rng.choice([*names, "unknown"]), rng.choice([*names, "another"])) for _ in range(900)]
+    assert touched.among(coded(asked), either_order=False).tolist() == [pair in pairs for pair in asked]
+    assert touched.among(coded(asked), either_order=True).tolist() == [tuple(sorted(pair)) in pairs for pair in asked]
+    nothing = Touched.of([])
+    assert not nothing.among(coded(asked), either_order=True).any()
 
 
 # --- With Spark: nights that build on each other -------------------------------------------------------------------------------
 
 
 def nights(pool: pd.DataFrame, rng: random.Random) -> Iterator[tuple[date, pd.DataFrame]]:
-    """Run dates and the events as they stand then: forward, twice the same, and back."""
+    """Run dates and the events as they stand then: a day more and nothing else, a day more and much else, the same day again, and back."""
     events = pool[[rng.random() < 0.9 for _ in range(len(pool))]]
-    for step in (4, 5, 5, 3):
+    for step in (3, 4, 5, 5, 3):
         run_date = FIRST + timedelta(days=step - 1)
         yield run_date, events[events.event_date <= run_date]
-        events = tampered(events, pool, rng)
+        events = tampered(events, pool, rng) if step > 3 else events
 
 
-def sorted_frame(frame: DataFrame) -> pd.DataFrame:
-    return frame.toPandas().sort_values(list(CO_ENGAGEMENT_TOTALS.key)).reset_index(drop=True)
+def sorted_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    rows = frame.sort_values(list(CO_ENGAGEMENT_TOTALS.key)).reset_index(drop=True)
+    return rows[list(CO_ENGAGEMENT_TOTALS.column_names)]
 
 
-def rows_of(daily: DataFrame) -> Rows:
-    return sorted((*row[:4], tuple(row[4])) for row in daily.collect())
+class Lake:
+    """Tables as folders of files, and which files are the current ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folders = {kind: str(folder / kind) for kind in ("daily", "totals")}
+        self.files: dict[str, dict[str, Days]] = {"daily": {}, "totals": {}}
+        for path in self.folders.values():
+            Path(path).mkdir(parents=True)
+
+    def change(self, files: Sequence[Row], removed: Mapping[str, Collection[str]] | None) -> None:
+        for kind, known in self.files.items():
+            names = set(known) if removed is None else {f"{self.folders[kind]}/{name}" for name in removed[kind]}
+            assert names <= set(known)
+            kept = {uri: days for uri, days in known.items() if uri not in names}
+            new = {f"{self.folders[kind]}/{file.name}": (file.first_day, file.last_day) for file in files if file.kind == kind}
+            self.files[kind] = kept | {uri: days if kind == "daily" else None for uri, days in new.items()}
+
+    def rows(self, kind: str) -> pd.DataFrame:
+        tables = [pq.read_table(uri).to_pandas() for uri in self.files[kind]]
+        return pd.concat(tables) if tables else pd.DataFrame(columns=list(CO_ENGAGEMENT_TOTALS.column_names))
 
 
-@pytest.mark.parametrize("window", [SESSION, TIME], ids=["session", "time"])
-def test_nights_equal_a_rebuild(spark: SparkSession, window: WindowSettings) -> None:
-    """Late, corrected and deleted events, deleted users and a way back: the recounted days and the totals are those of a rebuild."""
+def daily_rows(lake: Lake) -> Rows:
+    return sorted(
+        (row.event_date, str(row.trigger_item_id), str(row.target_item_id), row.num_users, tuple(row.user_hashes))
+        for row in lake.rows("daily").itertuples()
+    )
+
+
+@pytest.mark.parametrize("window", [SESSION, TIME, POSITION], ids=lambda window: window.kind)
+def test_nights_equal_a_rebuild(spark: SparkSession, tmp_path: Path, window: WindowSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late, corrected and deleted events, deleted users and a way back: files of days and totals hold what a rebuild would write."""
+    monkeypatch.setattr("features.pair_files._SPAN_ROWS", 40)
     rng = random.Random(window.kind)
-    pool = world(seed=len(window.kind), num_events=300, num_items=12)
-    daily, totals = (spark.createDataFrame([], table.ddl) for table in (CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_TOTALS))
-    was: dict[date, DayState] = {}
-    kept: Rows = []
-    holdout_before, reach, ways = FIRST, 0, []
-    for run_date, events in nights(pool, rng):
+    pool = world(seed=len(window.kind), num_events=400, num_users=12, num_items=40)
+    mine, was, holdout_before, reach, touched = Lake(tmp_path / "mine"), dict[date, DayState](), FIRST, 0, []
+    for number, (run_date, events) in enumerate(nights(pool, rng)):
         now = states(events)
         changed, reach = changed_days(was, now), max(reach, longest(events))
-        stale = stale_days(changed, was.keys() | now.keys(), reach_days=window_reach(window, longest_session_days=reach))
+        far = window_reach(window, longest_session_days=reach)
+        stale = stale_days(changed, was.keys() | now.keys(), reach_days=far)
         holdout = holdout_start({day: state.num_events for day, state in now.items()}, holdout_share=0.3, run_date=run_date)
+        folder = tmp_path / f"events-{number}"
+        to_spark(spark, events).repartition(2).sortWithinPartitions("event_date").write.parquet(str(folder))
+        files = EventFiles(sizes={str(path): path.stat().st_size for path in folder.glob("*.parquet")})
+        items = pa.array(sorted(set(events.item_id)))
+        counts = {day: state.num_events for day, state in now.items()}
+        rule = {"landmark": LANDMARK, "half_life_days": HALF_LIFE, "holdout_from": holdout, "items": items, "num_tasks": 3}
         how = counting(window, max_items_per_user_day=5)
-        whole = count_daily_pairs(how, days=dict.fromkeys(now, 9), num_tasks=1)
-        scratch = rows_of(to_spark(spark, events).transform(whole))
-        kept = sorted([row for row in kept if row[0] not in stale] + [row for row in scratch if row[0] in stale])
-        assert kept == scratch
-        after = spark.createDataFrame([(*row[:4], list(row[4])) for row in kept], CO_ENGAGEMENT_DAILY.ddl)
-        earlier_totals = one_order(totals) if window.symmetric else totals
-        rows = corrections(daily, after, recounted=stale, holdout_before=holdout_before, holdout_from=holdout)
-        touched = touched_pairs(rows, earlier_totals, holdout_from=holdout).toPandas()
-        assert not touched.duplicated(["trigger_item_id", "target_item_id"]).any()
-        ways.append((int(touched["again"].sum()), len(touched)))
-        rule = {"landmark": LANDMARK, "half_life_days": HALF_LIFE, "holdout_from": holdout, "min_users": 2, "num_tasks": 2}
-        rule["symmetric"] = window.symmetric
-        found = spark.createDataFrame(touched)
-        parts, earlier = night_parts(rows, found, after=after, totals=earlier_totals, num_touched=len(touched))
-        mine = sorted_frame(parts.transform(sum_totals(earlier=earlier, **rule)))
-        pd.testing.assert_frame_equal(mine, sorted_frame(after.transform(sum_totals(**rule))), rtol=1e-12)
-        totals, daily, was, holdout_before = spark.createDataFrame(mine, CO_ENGAGEMENT_TOTALS.ddl), after, now, holdout
-    assert any(0 < again < num for again, num in ways)  # both ways to bring a total up to date were taken
+        changes = update_pairs(
+            spark,
+            files,
+            how,
+            days={day: counts[day] for day in stale & counts.keys()},
+            stale=stale,
+            moved=moved_days(holdout_before, holdout),
+            reach_days=far,
+            before=mine.files,
+            folders=mine.folders,
+            **rule,
+        )
+        mine.change(changes.files, changes.removed)
+        scratch = Lake(tmp_path / f"scratch-{number}")
+        scratch.change(write_pairs(spark, files, how, days=counts, folders=scratch.folders, **rule).collect(), None)
+        assert daily_rows(mine) == daily_rows(scratch)
+        found, wanted = (
+            sorted_frame(lake.rows("totals").astype({"trigger_item_id": str, "target_item_id": str})) for lake in (mine, scratch)
+        )
+        pd.testing.assert_frame_equal(found, wanted, rtol=1e-12)
+        touched.append((changes.num_touched, len(wanted)))
+        was, holdout_before = now, holdout
+    assert any(0 < num < all_ for num, all_ in touched), "some totals stayed as they were"
 
 
 def test_the_longest_session_is_that_of_a_changed_day(spark: SparkSession) -> None:

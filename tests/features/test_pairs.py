@@ -5,6 +5,7 @@ import random
 import zlib
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_
 from features.event_files import EventFiles
 from features.pair_counts import CountRule, count_cells
 from features.pair_files import FILE_SCHEMA, day_spans
-from features.pair_kernels import check_num_items, keyed_hash, row_order
+from features.pair_kernels import PACKED_SCHEMA, check_num_items, day_number, keyed_hash, row_order
+from features.pair_totals import TOTAL_SCHEMA, TotalRule, pack_by_pair, total_pairs
 from features.pairs import (
     Counting,
     all_items,
@@ -36,7 +38,6 @@ from features.pairs import (
     measure_days,
     measure_files,
     score_pairs,
-    sum_totals,
     sum_user_items,
     write_pairs,
 )
@@ -83,6 +84,22 @@ def counter(window: WindowSettings, **over: object) -> Callable[[DataFrame], Dat
 def counting(window: WindowSettings, **over: object) -> Counting:
     given: dict[str, Any] = {"max_items_per_user_day": 200, "max_triggers_per_target": 500, "min_users": 2, "hash_key": KEY}
     return Counting(window=window, **(given | over))
+
+
+def sum_totals(
+    *, landmark: date, half_life_days: float, holdout_from: date, min_users: int, symmetric: bool = False, num_tasks: int = 2
+) -> Callable[[DataFrame], DataFrame]:
+    """Rows of co_engagement_daily to co_engagement_totals, through the kernel that a night adds touched pairs up with."""
+    days = {"landmark": day_number(landmark), "holdout_from": day_number(holdout_from)}
+    add_up = partial(total_pairs, rule=TotalRule(half_life_days=half_life_days, min_users=min_users, **days), symmetric=symmetric)
+
+    def transform(daily: DataFrame) -> DataFrame:
+        day = F.unix_date("event_date").alias("day")
+        rows = daily.select("trigger_item_id", "target_item_id", day, "num_users", "user_hashes")
+        blocks = rows.mapInArrow(partial(pack_by_pair, num_buckets=num_tasks), PACKED_SCHEMA)
+        return blocks.repartitionById(num_tasks, F.col("bucket")).mapInArrow(add_up, TOTAL_SCHEMA)
+
+    return transform
 
 
 def who(frame: DataFrame, *, max_users: int = 60) -> UserItems:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -167,6 +169,6 @@ def test_best_per_row_against_a_plain_sort():
     scores[rng.random(len(scores)) < 0.2] = -np.inf
     bounds = ends(lengths)
     position, offsets = best_per_segment(scores, bounds, 6)
-    for number, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for number, (start, stop) in enumerate(pairwise(bounds)):
         wanted = [p for p in sorted(range(start, stop), key=lambda p: (-scores[p], p)) if scores[p] > -np.inf][:6]
         assert position[offsets[number] : offsets[number + 1]].tolist() == wanted

@@ -1,0 +1,218 @@
+"""What changed days do to counted pairs, file by file and by columns: what the tasks of a night that builds on another one do. No Spark.
+
+The days that a change can reach are counted again. A pair that has, or had, a row on one of them, or on a day that left or entered the
+holdout, is *touched*: its total is added up again from all its daily rows, as distinct users cannot be subtracted. All other totals stay:
+in landmark form a total does not change as it ages. So a night
+
+1. counts the changed days anew (`features.pair_counts`);
+2. writes the files that held them without these days (`drop_days`);
+3. looks through the ids of all daily rows for those of touched pairs (`rows_of_touched`), and adds them up (`features.pair_totals`);
+4. writes the files of totals without the touched pairs (`drop_touched`).
+
+Reading two columns of codes is what most of it costs: a hundredth of counting the pairs.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from features.pair_counts import CODED_TOTAL_ARROW
+from features.pair_files import PairFile, open_uri
+from features.pair_kernels import CODED, Ints, Mask, encode, packed, unpack
+
+DROPPED_SCHEMA = "kind string, name string, size bigint, num_rows bigint, first_day date, last_day date, replaces string, pairs binary"
+"""Columns of FILE_SCHEMA, null where nothing is left of a file; the name of the file that it replaces, null where that stays; and the pairs
+of some of its rows, as a block with trigger_item_id and target_item_id."""
+
+_DROPPED = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("name", pa.string()),
+        ("size", pa.int64()),
+        ("num_rows", pa.int64()),
+        ("first_day", pa.date32()),
+        ("last_day", pa.date32()),
+        ("replaces", pa.string()),
+        ("pairs", pa.binary()),
+    ]
+)
+_IDS = ["trigger_item_id", "target_item_id"]
+_SIEVE_BITS = 25  # 32 MB: most pairs are told apart by one look into it
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing, Knuth, TAOCP 3, 6.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Touched:
+    """A set of pairs.
+
+    Attributes:
+        items: (N,) ids that are in some pair, ascending.
+        keys: (P,) trigger * N + target by these positions, ascending.
+        sieve: whether a key with this hash is among them.
+    """
+
+    items: pa.Array
+    keys: Ints
+    sieve: Mask
+
+    @classmethod
+    def of(cls, tables: Iterable[pa.Table]) -> Self:
+        """The distinct pairs of some tables with trigger_item_id and target_item_id."""
+        parts = [table.select(_IDS).cast(pa.schema([(name, CODED) for name in _IDS])) for table in tables]
+        chunks = [[chunk for part in parts for chunk in part[name].chunks] for name in _IDS]
+        codes, items = encode(pa.chunked_array(chunks[0] + chunks[1], CODED))
+        trigger, target = np.split(codes, [len(codes) // 2])
+        keys = np.unique(trigger * len(items) + target)
+        sieve = np.zeros(1 << _SIEVE_BITS, np.bool_)
+        sieve[_hashes(keys)] = True
+        return cls(items=items, keys=keys, sieve=sieve)
+
+    def among(self, rows: pa.Table, *, either_order: bool) -> Mask:
+        """Which rows, with coded ids, are of one of the pairs; `either_order`: of its mirror image, too, the smaller id first here."""
+        trigger, target = (self._codes(rows[name]) for name in _IDS)
+        if either_order:
+            trigger, target = np.minimum(trigger, target), np.maximum(trigger, target)
+        keys = trigger * len(self.items) + target
+        found = (np.minimum(trigger, target) >= 0) & self.sieve[_hashes(keys)]
+        at = np.flatnonzero(found)
+        place = np.minimum(np.searchsorted(self.keys, keys[at]), len(self.keys) - 1)
+        found[at] = self.keys[place] == keys[at]
+        return found
+
+    def _codes(self, column: pa.ChunkedArray) -> Ints:
+        """Positions among the items, -1 for others."""
+        parts = [np.zeros(0, np.int64)]
+        for chunk in column.chunks:
+            known = pc.fill_null(pc.index_in(chunk.dictionary, value_set=self.items), -1).to_numpy().astype(np.int64)
+            parts.append(known[chunk.indices.to_numpy()])
+        return np.concatenate(parts)
+
+
+def _hashes(keys: Ints) -> Ints:
+    hashes: Ints = ((keys.astype(np.uint64) * _SPREAD) >> np.uint64(64 - _SIEVE_BITS)).astype(np.int64)
+    return hashes
+
+
+def drop_days(
+    batches: Iterable[pa.RecordBatch], *, folder: str, recounted: Collection[int], moved: Collection[int]
+) -> Iterator[pa.RecordBatch]:
+    """Write daily files without the recounted days, and tell the pairs of their rows on recounted and moved days.
+
+    Args:
+        batches: with a column `uri`, of files of co_engagement_daily.
+        folder: path or URI of the table.
+        recounted: days, since 1970-01-01, whose rows are written anew elsewhere.
+        moved: days that left or entered the holdout.
+
+    Returns:
+        A row of DROPPED_SCHEMA for each file that holds such a row.
+    """
+    gone, either = np.array(sorted(recounted), np.int64), np.array(sorted({*recounted, *moved}), np.int64)
+    for uri in _uris(batches):
+        with _opened(uri) as file:
+            groups = range(file.num_row_groups)
+            days = [_days(file.read_row_group(number, columns=["event_date"], use_threads=False)) for number in groups]
+            told = [(number, np.isin(day, either)) for number, day in enumerate(days)]
+            pairs = [_rows(file, number, mask, _IDS) for number, mask in told if mask.any()]
+            stays = [~np.isin(day, gone) for day in days]
+            yield from _replaced(file, uri, PairFile(kind="daily", folder=folder), stays, pairs)
+
+
+def rows_of_touched(batches: Iterable[pa.RecordBatch], *, touched: Touched) -> Iterator[pa.RecordBatch]:
+    """The rows of touched pairs in some daily files, as `features.pair_totals.pack_by_pair` reads them.
+
+    Args:
+        batches: with a column `uri`, of files of co_engagement_daily.
+        touched: pairs.
+    """
+    for uri in _uris(batches):
+        with _opened(uri) as file:
+            for number in range(file.num_row_groups):
+                found = touched.among(file.read_row_group(number, columns=_IDS, use_threads=False), either_order=False)
+                if found.any():
+                    rows = _rows(file, number, found)
+                    day = rows["event_date"].cast(pa.int32())
+                    yield from rows.drop_columns(["event_date"]).append_column("day", day).to_batches()
+
+
+def drop_touched(batches: Iterable[pa.RecordBatch], *, folder: str, touched: Touched, symmetric: bool) -> Iterator[pa.RecordBatch]:
+    """Write files of totals without the touched pairs: a row of DROPPED_SCHEMA for each file that holds some.
+
+    Args:
+        batches: with a column `uri`, of files of co_engagement_totals.
+        folder: path or URI of the table.
+        touched: pairs; of a symmetric window in one order, while totals have both.
+        symmetric: the window is.
+    """
+    for uri in _uris(batches):
+        with _opened(uri) as file:
+            ids = (file.read_row_group(number, columns=_IDS, use_threads=False) for number in range(file.num_row_groups))
+            stays = [~touched.among(rows, either_order=symmetric) for rows in ids]
+            yield from _replaced(file, uri, PairFile(kind="totals", folder=folder), stays, [])
+
+
+def write_totals(batches: Iterable[pa.RecordBatch], *, folder: str) -> Iterator[pa.RecordBatch]:
+    """Rows of TOTAL_SCHEMA to one file of co_engagement_totals: a row of FILE_SCHEMA, none without rows."""
+    new = PairFile(kind="totals", folder=folder)
+    for batch in batches:
+        coded = [column.dictionary_encode() if pa.types.is_string(column.type) else column for column in batch.columns]
+        new.write(pa.table(coded, names=batch.schema.names).cast(CODED_TOTAL_ARROW))
+    yield from new.close()
+
+
+def _replaced(file: pq.ParquetFile, uri: str, new: PairFile, stays: Sequence[Mask], pairs: Sequence[pa.Table]) -> Iterator[pa.RecordBatch]:
+    """A row of DROPPED_SCHEMA, unless all rows stay and there are no pairs to tell."""
+    row: dict[str, Any] = dict.fromkeys(_DROPPED.names)
+    if not all(mask.all() for mask in stays):
+        for number, mask in enumerate(stays):
+            new.write(_rows(file, number, mask))
+        row |= {name: value for batch in new.close() for name, value in batch.to_pylist()[0].items()}
+        row["replaces"] = uri.rpartition("/")[2]
+    if pairs:
+        row["pairs"] = packed(0, _distinct(pairs))["block"][0].as_py()
+    if row["replaces"] or pairs:
+        yield pa.RecordBatch.from_pylist([row], schema=_DROPPED)
+
+
+def _distinct(pairs: Sequence[pa.Table]) -> pa.Table:
+    """In one chunk, with a dictionary that holds no others."""
+    found = Touched.of(pairs)
+    columns = [
+        pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), found.items) for codes in np.divmod(found.keys, len(found.items))
+    ]
+    return pa.table(columns, names=_IDS)
+
+
+def told_pairs(block: bytes) -> pa.Table:
+    """The pairs of a row of DROPPED_SCHEMA."""
+    return unpack(pa.scalar(block, pa.binary()))
+
+
+def pairs_of_file(uri: str) -> pa.Table:
+    """trigger_item_id and target_item_id, coded, of all rows of a file."""
+    with _opened(uri) as file:
+        return file.read(columns=_IDS, use_threads=False)
+
+
+def _uris(batches: Iterable[pa.RecordBatch]) -> Iterator[str]:
+    return (uri for batch in batches for uri in batch["uri"].to_pylist())
+
+
+def _opened(uri: str) -> pq.ParquetFile:
+    files, path = open_uri(uri)
+    return pq.ParquetFile(files.open_input_file(path), read_dictionary=_IDS)
+
+
+def _rows(file: pq.ParquetFile, number: int, wanted: Mask, columns: Sequence[str] | None = None) -> pa.Table:
+    """Some rows of a row group."""
+    return file.read_row_group(number, columns=columns, use_threads=False).filter(pa.array(wanted))
+
+
+def _days(rows: pa.Table) -> Ints:
+    days: Ints = rows["event_date"].cast(pa.int32()).to_numpy().astype(np.int64)
+    return days
