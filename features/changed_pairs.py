@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.pair_counts import CODED_TOTAL_ARROW
 from features.pair_files import PairFile, open_uri
 from features.pair_kernels import CODED, Ints, Mask, encode, packed, unpack
 
@@ -158,11 +157,15 @@ def drop_touched(batches: Iterable[pa.RecordBatch], *, folder: str, touched: Tou
 
 def write_totals(batches: Iterable[pa.RecordBatch], *, folder: str) -> Iterator[pa.RecordBatch]:
     """Rows of TOTAL_SCHEMA to one file of co_engagement_totals: a row of FILE_SCHEMA, none without rows."""
-    new = PairFile(kind="totals", folder=folder)
-    for batch in batches:
-        coded = [column.dictionary_encode() if pa.types.is_string(column.type) else column for column in batch.columns]
-        new.write(pa.table(coded, names=batch.schema.names).cast(CODED_TOTAL_ARROW))
+    new, held = PairFile(kind="totals", folder=folder), list(batches)
+    if held:
+        rows = pa.Table.from_batches(held)
+        new.write(pa.table([_coded(column) for column in rows.columns], names=rows.column_names))
     yield from new.close()
+
+
+def _coded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.combine_chunks().dictionary_encode() if pa.types.is_string(column.type) else column
 
 
 def _replaced(file: pq.ParquetFile, uri: str, new: PairFile, stays: Sequence[Mask], pairs: Sequence[pa.Table]) -> Iterator[pa.RecordBatch]:
