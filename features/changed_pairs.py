@@ -14,6 +14,7 @@ Reading two columns of codes is what most of it costs: a hundredth of counting t
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -22,11 +23,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.pair_files import PairFile, open_uri
-from features.pair_kernels import CODED, Ints, Mask, encode, packed, unpack
+from features.pair_kernels import CODED, Ints, Mask, encode, num_bits, packed, unpack
 
 DROPPED_SCHEMA = "kind string, name string, size bigint, num_rows bigint, first_day date, last_day date, replaces string, pairs binary"
-"""Columns of FILE_SCHEMA, null where nothing is left of a file; the name of the file that it replaces, null where that stays; and the pairs
-of some of its rows, as a block with trigger_item_id and target_item_id."""
+"""A row is a new file (columns of FILE_SCHEMA), or the name of a file that the new ones replace, or pairs, as a block with trigger_item_id
+and target_item_id; or several of these."""
 
 _DROPPED = pa.schema(
     [
@@ -41,7 +42,8 @@ _DROPPED = pa.schema(
     ]
 )
 _IDS = ["trigger_item_id", "target_item_id"]
-_SIEVE_BITS = 25  # 32 MB: most pairs are told apart by one look into it
+_MOST_SIEVE_BITS = 27  # 128 MB
+_SIEVE_ROOM = 16  # places for each pair: most others are told apart by one look
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing, Knuth, TAOCP 3, 6.4
 
 
@@ -52,12 +54,10 @@ class Touched:
     Attributes:
         items: (N,) ids that are in some pair, ascending.
         keys: (P,) trigger * N + target by these positions, ascending.
-        sieve: whether a key with this hash is among them.
     """
 
     items: pa.Array
     keys: Ints
-    sieve: Mask
 
     @classmethod
     def of(cls, tables: Iterable[pa.Table]) -> Self:
@@ -66,10 +66,15 @@ class Touched:
         chunks = [[chunk for part in parts for chunk in part[name].chunks] for name in _IDS]
         codes, items = encode(pa.chunked_array(chunks[0] + chunks[1], CODED))
         trigger, target = np.split(codes, [len(codes) // 2])
-        keys = np.unique(trigger * len(items) + target)
-        sieve = np.zeros(1 << _SIEVE_BITS, np.bool_)
-        sieve[_hashes(keys)] = True
-        return cls(items=items, keys=keys, sieve=sieve)
+        return cls(items=items, keys=np.unique(trigger * len(items) + target))
+
+    @cached_property
+    def _sieve(self) -> Mask:
+        """Whether a key with this hash is among the keys; made by each worker, as sending it takes longer."""
+        bits = min(_MOST_SIEVE_BITS, num_bits(_SIEVE_ROOM * len(self.keys) + 1))
+        sieve = np.zeros(1 << bits, np.bool_)
+        sieve[_hashes(self.keys, bits)] = True
+        return sieve
 
     def among(self, rows: pa.Table, *, either_order: bool) -> Mask:
         """Which rows, with coded ids, are of one of the pairs; `either_order`: of its mirror image, too, the smaller id first here."""
@@ -77,7 +82,7 @@ class Touched:
         if either_order:
             trigger, target = np.minimum(trigger, target), np.maximum(trigger, target)
         keys = trigger * len(self.items) + target
-        found = (np.minimum(trigger, target) >= 0) & self.sieve[_hashes(keys)]
+        found = (np.minimum(trigger, target) >= 0) & self._sieve[_hashes(keys, num_bits(len(self._sieve)))]
         at = np.flatnonzero(found)
         place = np.minimum(np.searchsorted(self.keys, keys[at]), len(self.keys) - 1)
         found[at] = self.keys[place] == keys[at]
@@ -92,8 +97,8 @@ class Touched:
         return np.concatenate(parts)
 
 
-def _hashes(keys: Ints) -> Ints:
-    hashes: Ints = ((keys.astype(np.uint64) * _SPREAD) >> np.uint64(64 - _SIEVE_BITS)).astype(np.int64)
+def _hashes(keys: Ints, bits: int) -> Ints:
+    hashes: Ints = ((keys.astype(np.uint64) * _SPREAD) >> np.uint64(64 - bits)).astype(np.int64)
     return hashes
 
 
@@ -109,7 +114,7 @@ def drop_days(
         moved: days that left or entered the holdout.
 
     Returns:
-        A row of DROPPED_SCHEMA for each file that holds such a row.
+        Rows of DROPPED_SCHEMA; a file stays one of its own, as its days tell a later night whether to open it.
     """
     gone, either = np.array(sorted(recounted), np.int64), np.array(sorted({*recounted, *moved}), np.int64)
     for uri in _uris(batches):
@@ -118,8 +123,11 @@ def drop_days(
             days = [_days(file.read_row_group(number, columns=["event_date"], use_threads=False)) for number in groups]
             told = [(number, np.isin(day, either)) for number, day in enumerate(days)]
             pairs = [_rows(file, number, mask, _IDS) for number, mask in told if mask.any()]
-            stays = [~np.isin(day, gone) for day in days]
-            yield from _replaced(file, uri, PairFile(kind="daily", folder=folder), stays, pairs)
+            stays, new = [~np.isin(day, gone) for day in days], PairFile(kind="daily", folder=folder)
+            replaced = _moved_over(file, stays, new)
+            block = packed(0, _distinct(pairs))["block"][0].as_py() if pairs else None
+            yield _row(replaces=_name(uri) if replaced else None, pairs=block)
+            yield from _closed(new)
 
 
 def rows_of_touched(batches: Iterable[pa.RecordBatch], *, touched: Touched) -> Iterator[pa.RecordBatch]:
@@ -140,7 +148,7 @@ def rows_of_touched(batches: Iterable[pa.RecordBatch], *, touched: Touched) -> I
 
 
 def drop_touched(batches: Iterable[pa.RecordBatch], *, folder: str, touched: Touched, symmetric: bool) -> Iterator[pa.RecordBatch]:
-    """Write files of totals without the touched pairs: a row of DROPPED_SCHEMA for each file that holds some.
+    """Write files of totals without the touched pairs, one for all files of a task that hold some: rows of DROPPED_SCHEMA.
 
     Args:
         batches: with a column `uri`, of files of co_engagement_totals.
@@ -148,11 +156,14 @@ def drop_touched(batches: Iterable[pa.RecordBatch], *, folder: str, touched: Tou
         touched: pairs; of a symmetric window in one order, while totals have both.
         symmetric: the window is.
     """
+    new = PairFile(kind="totals", folder=folder)
     for uri in _uris(batches):
         with _opened(uri) as file:
             ids = (file.read_row_group(number, columns=_IDS, use_threads=False) for number in range(file.num_row_groups))
             stays = [~touched.among(rows, either_order=symmetric) for rows in ids]
-            yield from _replaced(file, uri, PairFile(kind="totals", folder=folder), stays, [])
+            if _moved_over(file, stays, new):
+                yield _row(replaces=_name(uri))
+    yield from _closed(new)
 
 
 def write_totals(batches: Iterable[pa.RecordBatch], *, folder: str) -> Iterator[pa.RecordBatch]:
@@ -168,18 +179,26 @@ def _coded(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.combine_chunks().dictionary_encode() if pa.types.is_string(column.type) else column
 
 
-def _replaced(file: pq.ParquetFile, uri: str, new: PairFile, stays: Sequence[Mask], pairs: Sequence[pa.Table]) -> Iterator[pa.RecordBatch]:
-    """A row of DROPPED_SCHEMA, unless all rows stay and there are no pairs to tell."""
-    row: dict[str, Any] = dict.fromkeys(_DROPPED.names)
-    if not all(mask.all() for mask in stays):
-        for number, mask in enumerate(stays):
-            new.write(_rows(file, number, mask))
-        row |= {name: value for batch in new.close() for name, value in batch.to_pylist()[0].items()}
-        row["replaces"] = uri.rpartition("/")[2]
-    if pairs:
-        row["pairs"] = packed(0, _distinct(pairs))["block"][0].as_py()
-    if row["replaces"] or pairs:
-        yield pa.RecordBatch.from_pylist([row], schema=_DROPPED)
+def _moved_over(file: pq.ParquetFile, stays: Sequence[Mask], new: PairFile) -> bool:
+    """Write the rows that stay to a new file, if not all of them do; whether that is so."""
+    replaced = not all(mask.all() for mask in stays)
+    for number, mask in enumerate(stays if replaced else ()):
+        new.write(_rows(file, number, mask))
+    return replaced
+
+
+def _closed(new: PairFile) -> Iterator[pa.RecordBatch]:
+    for batch in new.close():
+        yield _row(**batch.to_pylist()[0])
+
+
+def _row(**values: Any) -> pa.RecordBatch:
+    """Of DROPPED_SCHEMA, null where there is nothing to say."""
+    return pa.RecordBatch.from_pylist([values], schema=_DROPPED)
+
+
+def _name(uri: str) -> str:
+    return uri.rpartition("/")[2]
 
 
 def _distinct(pairs: Sequence[pa.Table]) -> pa.Table:

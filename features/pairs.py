@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -57,8 +57,6 @@ if TYPE_CHECKING:
 
 Transform = Callable[[DataFrame], DataFrame]
 Batches = Iterable[pa.RecordBatch]
-Days: TypeAlias = tuple[date, date] | None
-"""First and last day of a file's rows; None: nobody knows."""
 Shared: TypeAlias = "Broadcast[pa.Array]"
 """Ids of all items, broadcast."""
 
@@ -73,6 +71,7 @@ _SECONDS_PER_DAY = 86_400
 _FIRST_DAY = -(2**31)
 _ENGAGEMENTS_PER_TASK = 50_000  # a late day of a few hundred engagements is one file, not sixteen
 _ENGAGEMENTS_PER_CELL = 2_000_000  # some 5 to 30 million pairs
+_TASK_BYTES = 16 << 20  # of files of pairs that a task looks through
 _PAIRS_PER_TASK = 200_000  # touched pairs
 _BUCKET_EVENTS = 2_000_000  # engagements of users that a task holds: some 0.5 GB with what is derived from them
 _MAX_EXPONENT = 500  # 2^1023 is the largest double: sums need room above a single day's factor
@@ -229,6 +228,20 @@ def write_pairs(
     return cells.mapInArrow(partial(_written, shared=shared, rule=rule, folders=folders, spans=day_spans(days)), FILE_SCHEMA)
 
 
+class KnownFile(NamedTuple):
+    """A file of pairs: its bytes, and the first and last day of its rows; None: nobody knows, or it is of totals."""
+
+    size: int
+    first_day: date | None = None
+    last_day: date | None = None
+
+    def may_hold(self, days: Collection[date]) -> bool:
+        """Whether it may have rows of one of the days."""
+        if self.first_day is None or self.last_day is None:
+            return True
+        return any(self.first_day <= day <= self.last_day for day in days)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairChanges:
     """What has become of the files of pairs: rows of `FILE_SCHEMA` for those written, names of those replaced, by kind, and the pairs that
@@ -253,7 +266,7 @@ def update_pairs(
     landmark: date,
     half_life_days: float,
     holdout_from: date,
-    before: Mapping[str, Mapping[str, Days]],
+    before: Mapping[str, Mapping[str, KnownFile]],
     folders: Mapping[str, str],
     num_tasks: int | None = None,
 ) -> PairChanges:
@@ -271,7 +284,7 @@ def update_pairs(
         landmark: day d0 of the weights, as in the night before.
         half_life_days: as in the night before.
         holdout_from: days from here on do not enter fit_weight.
-        before: by kind, `daily` and `totals`, the files of the night before, and of which days each has rows; None: nobody knows.
+        before: by kind, `daily` and `totals`, the files of the night before by path or URI.
         folders: as in `write_pairs`.
         num_tasks: as in `count_daily_pairs`.
     """
@@ -282,49 +295,60 @@ def update_pairs(
         rule = CountRule(symmetric=counting.window.symmetric, min_users=counting.min_users)
         written = partial(_written, shared=shared, rule=rule, folders=folders, spans=day_spans(days))
         added = _cells(blocks, counting, days, shared, num_tasks).mapInArrow(written, FILE_SCHEMA).collect()
-    either = {*stale, *moved}
-    affected = [uri for uri, span in before["daily"].items() if span is None or any(span[0] <= day <= span[1] for day in either)]
+    affected = {uri: file for uri, file in before["daily"].items() if file.may_hold({*stale, *moved})}
     drop = partial(drop_days, folder=daily, recounted=_numbers(stale), moved=_numbers(moved))
-    dropped = _per_file(spark, affected).mapInArrow(drop, DROPPED_SCHEMA).collect()
+    dropped = _by_files(spark, affected).mapInArrow(drop, DROPPED_SCHEMA).collect() if affected else []
     gone = {row["replaces"] for row in dropped} - {None}
-    left = [row for row in dropped if row["name"]]
+    files = [*added, *(row for row in dropped if row["name"])]
     told = [told_pairs(row["pairs"]) for row in dropped if row["pairs"]] + [pairs_of_file(f"{daily}/{row['name']}") for row in added]
     touched = Touched.of(told)
-    kept = [uri for uri in before["daily"] if uri.rpartition("/")[2] not in gone]
-    files = [*added, *left]
-    if len(touched.keys):
-        totals = _total_rule(landmark, half_life_days, holdout_from, counting.min_users)
-        rows = _per_file(spark, kept + [f"{daily}/{row['name']}" for row in files])
-        summed, replaced = _total_touched(rows, _per_file(spark, list(before["totals"])), touched, counting, totals, folders["totals"])
-    else:
-        summed, replaced = [], []
-    removed = {"daily": gone, "totals": {row["replaces"] for row in replaced}}
-    files += [*summed, *(row for row in replaced if row["name"])]
-    return PairChanges(files=files, removed=removed, num_touched=sum(row["num_rows"] for row in summed))
+    if not len(touched.keys):
+        return PairChanges(files=files, removed={"daily": gone, "totals": set()}, num_touched=0)
+    now = {uri: file for uri, file in before["daily"].items() if uri.rpartition("/")[2] not in gone}
+    now |= {f"{daily}/{row['name']}": KnownFile(row["size"]) for row in files}
+    totals = _total_rule(landmark, half_life_days, holdout_from, counting.min_users)
+    summed, replaced = _total_touched(spark, now, before["totals"], touched, counting, totals, folders["totals"])
+    return PairChanges(
+        files=[*files, *summed, *(row for row in replaced if row["name"])],
+        removed={"daily": gone, "totals": {row["replaces"] for row in replaced} - {None}},
+        num_touched=sum(row["num_rows"] for row in summed),
+    )
 
 
 def _total_touched(
-    daily: DataFrame, totals: DataFrame, touched: Touched, counting: Counting, rule: TotalRule, folder: str
+    spark: SparkSession,
+    daily: Mapping[str, KnownFile],
+    totals: Mapping[str, KnownFile],
+    touched: Touched,
+    counting: Counting,
+    rule: TotalRule,
+    folder: str,
 ) -> tuple[list[Row], list[Row]]:
     """Files of the touched pairs' totals, and what the files of all totals are without them."""
-    spark, symmetric = daily.sparkSession, counting.window.symmetric
+    symmetric, shared = counting.window.symmetric, spark.sparkContext.broadcast(touched)
     tasks = max(1, min(2 * _shuffle_partitions(spark), ceil(len(touched.keys) / _PAIRS_PER_TASK)))
-    shared = spark.sparkContext.broadcast(touched)
-    blocks = daily.mapInArrow(partial(_touched_blocks, shared=shared, num_buckets=tasks), PACKED_SCHEMA)
-    added = partial(_added_up, rule=rule, symmetric=symmetric, folder=folder)
-    summed = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(added, FILE_SCHEMA).collect()
-    replaced = totals.mapInArrow(partial(_without_touched, shared=shared, folder=folder, symmetric=symmetric), DROPPED_SCHEMA).collect()
-    return summed, replaced
+    blocks = _by_files(spark, daily).mapInArrow(partial(_touched_blocks, shared=shared, num_buckets=tasks), PACKED_SCHEMA)
+    add_up = partial(_added_up, rule=rule, symmetric=symmetric, folder=folder)
+    summed = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(add_up, FILE_SCHEMA).collect()
+    if not totals:
+        return summed, []
+    drop = partial(_without_touched, shared=shared, folder=folder, symmetric=symmetric)
+    return summed, _by_files(spark, totals).mapInArrow(drop, DROPPED_SCHEMA).collect()
 
 
 def _numbers(days: Collection[date]) -> list[int]:
     return [day_number(day) for day in days]
 
 
-def _per_file(spark: SparkSession, uris: Sequence[str]) -> DataFrame:
-    """A task for each of some files."""
-    names = spark.createDataFrame([(number, uri) for number, uri in enumerate(uris)], "task int, uri string")
-    return names.repartitionById(max(1, len(uris)), F.col("task")).select("uri")
+def _by_files(spark: SparkSession, files: Mapping[str, KnownFile]) -> DataFrame:
+    """Paths or URIs of some files, at least one, dealt to tasks of about one size."""
+    dealt, task, held = list[tuple[int, str]](), 0, 0
+    for uri, file in sorted(files.items()):
+        if held and held + file.size > _TASK_BYTES:
+            task, held = task + 1, 0
+        dealt.append((task, uri))
+        held += file.size
+    return spark.createDataFrame(dealt, "task int, uri string").repartitionById(task + 1, F.col("task")).select("uri")
 
 
 def _touched_blocks(batches: Batches, *, shared: Any, num_buckets: int) -> Iterator[pa.RecordBatch]:

@@ -254,7 +254,7 @@ def _count_stale(
         "moved": increments.moved_days(plan.before.common("holdout_from"), plan.holdout_from),
         "reach_days": _reach(signal, plan),
         "items": items,
-        "before": {kind: lake.file_spans(table, versions[table.name], day) for kind, (table, day) in tables.items()},
+        "before": {kind: lake.files(table, versions[table.name], day) for kind, (table, day) in tables.items()},
         **decay,
     }
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -25,6 +24,7 @@ from pyspark.sql.types import StructType
 from conf.errors import MachineError, TableError
 from conf.settings import LakeSettings
 from conf.tables import Table
+from features.pairs import KnownFile
 from jobs.publication import commit_properties
 from jobs.reader import changes_since, check_columns, lake_root, open_table, same_rows, table_exists
 
@@ -171,8 +171,8 @@ class Lake:
             target.create_write_transaction(actions, mode, target.schema(), [], commit_properties=properties)
         return self._committed(table, seen, token)
 
-    def file_spans(self, table: Table, version: int, day: str | None) -> dict[str, tuple[date, date] | None]:
-        """By path or URI of each file that makes up a version, first and last value of a column of days; None where nobody knows.
+    def files(self, table: Table, version: int, day: str | None) -> dict[str, KnownFile]:
+        """What is known of each file that makes up a version, by path or URI: `day` names the column that first and last day are of.
 
         Raises:
             TableError: as `file_sizes`.
@@ -180,7 +180,7 @@ class Lake:
         sizes = self.file_sizes(table, version)
         rows = pa.table(open_table(self.root, table, same_rows(self.root, table, version)).get_add_actions(flatten=True)).to_pylist()
         ends = {f"{self.path(table)}/{row['path']}": (row.get(f"min.{day}"), row.get(f"max.{day}")) for row in rows}
-        return {uri: None if None in ends[uri] else ends[uri] for uri in sizes}
+        return {uri: KnownFile(size, *ends[uri]) for uri, size in sizes.items()}
 
     def restore(self, table: Table, version: int) -> None:
         """Make an earlier version the latest one, by a commit of its own; without Spark, whose session may be what has failed.

@@ -19,7 +19,7 @@ from features.changed_pairs import Touched
 from features.event_files import EventFiles
 from features.increments import DayState, changed_days, fingerprint_days, longest_session, moved_days, stale_days, window_reach
 from features.pair_counts import CountRule, count_cells
-from features.pairs import Days, holdout_start, update_pairs, where_days, write_pairs
+from features.pairs import KnownFile, holdout_start, update_pairs, where_days, write_pairs
 from tests.features.test_pairs import (
     DAY,
     FIRST,
@@ -150,7 +150,7 @@ class Lake:
 
     def __init__(self, folder: Path) -> None:
         self.folders = {kind: str(folder / kind) for kind in ("daily", "totals")}
-        self.files: dict[str, dict[str, Days]] = {"daily": {}, "totals": {}}
+        self.files: dict[str, dict[str, KnownFile]] = {"daily": {}, "totals": {}}
         for path in self.folders.values():
             Path(path).mkdir(parents=True)
 
@@ -158,9 +158,11 @@ class Lake:
         for kind, known in self.files.items():
             names = set(known) if removed is None else {f"{self.folders[kind]}/{name}" for name in removed[kind]}
             assert names <= set(known)
-            kept = {uri: days for uri, days in known.items() if uri not in names}
-            new = {f"{self.folders[kind]}/{file.name}": (file.first_day, file.last_day) for file in files if file.kind == kind}
-            self.files[kind] = kept | {uri: days if kind == "daily" else None for uri, days in new.items()}
+            kept = {uri: file for uri, file in known.items() if uri not in names}
+            mine = (file for file in files if file.kind == kind)
+            self.files[kind] = kept | {
+                f"{self.folders[kind]}/{file.name}": KnownFile(file.size, file.first_day, file.last_day) for file in mine
+            }
 
     def rows(self, kind: str) -> pd.DataFrame:
         tables = [pq.read_table(uri).to_pandas() for uri in self.files[kind]]
