@@ -149,10 +149,13 @@ def _rows(cells: Sequence[str]) -> list[Row]:
     """A line of the table: list, recall@100, debiased recall@100, relevance@100 (each `value ±half`), coverage."""
     name = cells[0]
     mix = re.search(r"^mtmh(?: merged)?, λ = ([\d.]+)", name)
+    if name.startswith(_OTHER_POLICIES):
+        return []
     method = (SWEPT[0], mix.group(1)) if mix else _OUR_HEADS.get(name, (name.partition(" (")[0], "-"))
     return [_row(method, metric, cells[place]) for metric, place in (("recall@100", 1), ("relevance@100", 3))]
 
 
+_OTHER_POLICIES = ("mtmh, quota", "mtmh, rank fusion")  # neither the mixes that are drawn nor baselines
 _OUR_HEADS: Mapping[str, tuple[str, str]] = {
     "mtmh engagement": (OURS, "engagement"),
     "mtmh engagement, the encoder alone": (OURS, "encoder"),
