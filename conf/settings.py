@@ -280,10 +280,16 @@ class PairSettings(Section):
     )
     max_pairs_per_trigger: int = Field(2000, ge=1, description="Strongest pairs kept per trigger.")
     rebuild_below: int = Field(
-        20_000_000,
+        10_000_000,
         ge=0,
-        description="Engagements below which a night counts all days anew: reading and counting by columns then takes less time than "
-        "comparing with what the last night counted. The tables are the same either way.",
+        description="Engagements below which a night counts all days anew, which then takes less time than looking for what changed. "
+        "The tables are the same either way.",
+    )
+    max_stale_share: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Share of days that changes can reach above which a night counts all days anew, for the same reason, and says so.",
     )
     swing_max_users: int = Field(60, ge=2, description="Users per trigger that count for the score swing; the rest is cut by hash.")
     holdout_share: float = Field(0.1, gt=0, lt=0.5, description="Last share of engagements on which scores are calibrated.")

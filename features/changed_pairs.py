@@ -43,6 +43,7 @@ _DROPPED = pa.schema(
 )
 _IDS = ["trigger_item_id", "target_item_id"]
 _MOST_SIEVE_BITS = 27  # 128 MB
+_MOST_DICTIONARIES = 64  # kept by a worker: some 100 MB
 _SIEVE_ROOM = 16  # places for each pair: most others are told apart by one look
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing, Knuth, TAOCP 3, 6.4
 
@@ -90,11 +91,25 @@ class Touched:
 
     def _codes(self, column: pa.ChunkedArray) -> Ints:
         """Positions among the items, -1 for others."""
-        parts = [np.zeros(0, np.int64)]
-        for chunk in column.chunks:
-            known = pc.fill_null(pc.index_in(chunk.dictionary, value_set=self.items), -1).to_numpy().astype(np.int64)
-            parts.append(known[chunk.indices.to_numpy()])
-        return np.concatenate(parts)
+        return np.concatenate(
+            [np.zeros(0, np.int64), *(self._known(chunk.dictionary)[chunk.indices.to_numpy()] for chunk in column.chunks)]
+        )
+
+    def _known(self, ids: pa.Array) -> Ints:
+        """Positions of the ids of a dictionary. All files of a cell have the same one, and looking it up takes longer than its rows."""
+        seen = self._seen.setdefault(len(ids), [])
+        for other, known in seen:
+            if other.equals(ids):
+                return known
+        found: Ints = pc.fill_null(pc.index_in(ids, value_set=self.items), -1).to_numpy().astype(np.int64)
+        if sum(map(len, self._seen.values())) >= _MOST_DICTIONARIES:
+            self._seen.clear()
+        self._seen.setdefault(len(ids), []).append((ids, found))
+        return found
+
+    @cached_property
+    def _seen(self) -> dict[int, list[tuple[pa.Array, Ints]]]:
+        return {}
 
 
 def _hashes(keys: Ints, bits: int) -> Ints:
@@ -103,13 +118,14 @@ def _hashes(keys: Ints, bits: int) -> Ints:
 
 
 def drop_days(
-    batches: Iterable[pa.RecordBatch], *, folder: str, recounted: Collection[int], moved: Collection[int]
+    batches: Iterable[pa.RecordBatch], *, folder: str, added: Collection[str], recounted: Collection[int], moved: Collection[int]
 ) -> Iterator[pa.RecordBatch]:
     """Write daily files without the recounted days, and tell the pairs of their rows on recounted and moved days.
 
     Args:
         batches: with a column `uri`, of files of co_engagement_daily.
         folder: path or URI of the table.
+        added: names of files with the recounted days as they are now, whose pairs are told as well.
         recounted: days, since 1970-01-01, whose rows are written anew elsewhere.
         moved: days that left or entered the holdout.
 
@@ -123,7 +139,8 @@ def drop_days(
             days = [_days(file.read_row_group(number, columns=["event_date"], use_threads=False)) for number in groups]
             told = [(number, np.isin(day, either)) for number, day in enumerate(days)]
             pairs = [_rows(file, number, mask, _IDS) for number, mask in told if mask.any()]
-            stays, new = [~np.isin(day, gone) for day in days], PairFile(kind="daily", folder=folder)
+            stays = [~np.isin(day, gone) | (_name(uri) in added) for day in days]
+            new = PairFile(kind="daily", folder=folder)
             replaced = _moved_over(file, stays, new)
             block = packed(0, _distinct(pairs))["block"][0].as_py() if pairs else None
             yield _row(replaces=_name(uri) if replaced else None, pairs=block)
@@ -140,11 +157,10 @@ def rows_of_touched(batches: Iterable[pa.RecordBatch], *, touched: Touched) -> I
     for uri in _uris(batches):
         with _opened(uri) as file:
             for number in range(file.num_row_groups):
-                found = touched.among(file.read_row_group(number, columns=_IDS, use_threads=False), either_order=False)
-                if found.any():
-                    rows = _rows(file, number, found)
-                    day = rows["event_date"].cast(pa.int32())
-                    yield from rows.drop_columns(["event_date"]).append_column("day", day).to_batches()
+                rows = file.read_row_group(number, use_threads=False)
+                rows = rows.filter(pa.array(touched.among(rows, either_order=False)))
+                day = rows["event_date"].cast(pa.int32())
+                yield from rows.drop_columns(["event_date"]).append_column("day", day).to_batches()
 
 
 def drop_touched(batches: Iterable[pa.RecordBatch], *, folder: str, touched: Touched, symmetric: bool) -> Iterator[pa.RecordBatch]:
@@ -213,12 +229,6 @@ def _distinct(pairs: Sequence[pa.Table]) -> pa.Table:
 def told_pairs(block: bytes) -> pa.Table:
     """The pairs of a row of DROPPED_SCHEMA."""
     return unpack(pa.scalar(block, pa.binary()))
-
-
-def pairs_of_file(uri: str) -> pa.Table:
-    """trigger_item_id and target_item_id, coded, of all rows of a file."""
-    with _opened(uri) as file:
-        return file.read(columns=_IDS, use_threads=False)
 
 
 def _uris(batches: Iterable[pa.RecordBatch]) -> Iterator[str]:

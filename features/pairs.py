@@ -31,7 +31,6 @@ from features.changed_pairs import (
     Touched,
     drop_days,
     drop_touched,
-    pairs_of_file,
     rows_of_touched,
     told_pairs,
     write_totals,
@@ -295,13 +294,14 @@ def update_pairs(
         rule = CountRule(symmetric=counting.window.symmetric, min_users=counting.min_users)
         written = partial(_written, shared=shared, rule=rule, folders=folders, spans=day_spans(days))
         added = _cells(blocks, counting, days, shared, num_tasks).mapInArrow(written, FILE_SCHEMA).collect()
-    affected = {uri: file for uri, file in before["daily"].items() if file.may_hold({*stale, *moved})}
-    drop = partial(drop_days, folder=daily, recounted=_numbers(stale), moved=_numbers(moved))
+    new = {f"{daily}/{row['name']}": KnownFile(row["size"]) for row in added}
+    affected = new | {uri: file for uri, file in before["daily"].items() if file.may_hold({*stale, *moved})}
+    names = frozenset(row["name"] for row in added)
+    drop = partial(drop_days, folder=daily, added=names, recounted=_numbers(stale), moved=_numbers(moved))
     dropped = _by_files(spark, affected).mapInArrow(drop, DROPPED_SCHEMA).collect() if affected else []
     gone = {row["replaces"] for row in dropped} - {None}
     files = [*added, *(row for row in dropped if row["name"])]
-    told = [told_pairs(row["pairs"]) for row in dropped if row["pairs"]] + [pairs_of_file(f"{daily}/{row['name']}") for row in added]
-    touched = Touched.of(told)
+    touched = Touched.of([told_pairs(row["pairs"]) for row in dropped if row["pairs"]])
     if not len(touched.keys):
         return PairChanges(files=files, removed={"daily": gone, "totals": set()}, num_touched=0)
     now = {uri: file for uri, file in before["daily"].items() if uri.rpartition("/")[2] not in gone}

@@ -35,7 +35,6 @@ from jobs.stage import FileChanges, StageRun, stage_main
 
 STAGE = "build_pairs"
 _DAY_SECONDS = 86_400
-_MOST_DAYS = 0.5  # above this share of stale days, comparing old with new rows costs more than starting from nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +157,7 @@ def make_plan(run: StageRun, signal: Signal, engagements: DataFrame) -> Plan:
     reach = increments.window_reach(settings.window, longest_session_days=longest)
     known = days.keys() | (before.days.keys() if before else set())
     stale = increments.stale_days(changed, known, reach_days=reach)
-    if before and len(stale) > _MOST_DAYS * len(known):
+    if before and len(stale) > settings.max_stale_share * len(known):
         run.note(f"{signal.label} are counted from nothing: {len(stale)} of {len(known)} days are touched, which costs more to compare")
         before, stale = None, set(days)
     return Plan(

@@ -87,7 +87,7 @@ def write_config(folder: Path, **sections: object) -> Path:
                 "columns": {"item_id": "sku", "title": "name", "text": "words", "categories": ["section"]},
             },
         },
-        "pairs": {"window": {"kind": "session", "symmetric": True}, "half_life_days": 30, "rebuild_below": 0},
+        "pairs": {"window": {"kind": "session", "symmetric": True}, "half_life_days": 30, "rebuild_below": 0, "max_stale_share": 0.5},
         "features": {"content_dimensions": 8, "num_content_examples": 10},
         "model": {
             "dimension": 16,

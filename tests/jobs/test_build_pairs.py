@@ -69,7 +69,7 @@ def shop(spark: SparkSession, tmp_path: Path) -> Callable[..., Shop]:
     def make(name: str, **pairs: object) -> Shop:
         (tmp_path / name).mkdir()
         given = {"window": {"kind": "session", "symmetric": True}, "half_life_days": 30, "max_items_per_user_day": 5, "holdout_share": 0.3}
-        given |= {"rebuild_below": 0}
+        given |= {"rebuild_below": 0, "max_stale_share": 0.5}
         return Shop(spark=spark, config=str(write_config(tmp_path / name, pairs=given | pairs)))
 
     return make

@@ -256,7 +256,9 @@ class Strange:
 
 
 def _config(folder: Path) -> Path:
-    config = write_config(folder, pairs={"window": {"kind": "session", "symmetric": True}, "half_life_days": 10, "rebuild_below": 0})
+    config = write_config(
+        folder, pairs={"window": {"kind": "session", "symmetric": True}, "half_life_days": 10, "rebuild_below": 0, "max_stale_share": 0.5}
+    )
     content = yaml.safe_load(config.read_text())
     content["log"] = {"format": "json"}
     source = content["source"]
