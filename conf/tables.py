@@ -26,10 +26,8 @@ class Column:
 class Table:
     """A Delta table.
 
-    `key` identifies a row; `row_group_mb` is the raw size of a Parquet row group where the writer's default of 128 MB is too much for a
-    point lookup, which decodes one whole group of rows per column; `restricted` tables hold user-level state and are never exported; what
-    a failed stage wrote is taken back, except where it is `kept_on_failure`, to be looked at. A table `per_signal` has one more of its kind
-    for each of `pairs.signals`.
+    `key` identifies a row; `restricted` tables hold user-level state and are never exported; what a failed stage wrote is taken back,
+    except where it is `kept_on_failure`, to be looked at. A table `per_signal` has one more of its kind for each of `pairs.signals`.
     """
 
     name: str
@@ -37,7 +35,6 @@ class Table:
     key: tuple[str, ...]
     columns: tuple[Column, ...]
     order_by: tuple[str, ...] = ()
-    row_group_mb: int | None = None
     restricted: bool = False
     kept_on_failure: bool = False
     per_signal: bool = False
@@ -222,7 +219,7 @@ CO_ENGAGEMENT_DAYS = Table(
 CO_ENGAGEMENT_TOTALS = Table(
     name="co_engagement_totals",
     per_signal=True,
-    comment="Sums over days of the pairs of at least min_users_per_pair distinct users: what a night adds to.",
+    comment="Sums over days of the pairs of at least min_users_per_pair distinct users, which the next night builds on.",
     key=("trigger_item_id", "target_item_id"),
     order_by=("trigger_item_id", "target_item_id"),
     columns=(
@@ -359,7 +356,6 @@ ITEM_NEIGHBORS_HISTORY = Table(
     comment="Every night's lists, published or not; gates run here.",
     key=("run_date", "run_id", "item_id", "head"),
     order_by=("item_id", "head"),
-    row_group_mb=2,
     kept_on_failure=True,
     columns=_LIST_COLUMNS,
 )
@@ -369,7 +365,6 @@ ITEM_NEIGHBORS = Table(
     comment="The current good night: for every item the list of each head. Replaced by one commit a night.",
     key=("item_id", "head"),
     order_by=("item_id", "head"),
-    row_group_mb=2,
     columns=_LIST_COLUMNS,
 )
 

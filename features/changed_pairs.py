@@ -6,13 +6,14 @@ in landmark form a total does not change as it ages. So a night
 
 1. counts the changed days anew (`features.pair_counts`);
 2. writes the files that held them without these days (`drop_days`);
-3. looks through the ids of all daily rows for those of touched pairs (`rows_of_touched`), and adds them up (`features.pair_totals`);
+3. looks through all daily rows for those of touched pairs (`rows_of_touched`), and adds them up (`features.pair_totals`);
 4. writes the files of totals without the touched pairs (`drop_touched`).
 
-Reading two columns of codes is what most of it costs: a hundredth of counting the pairs.
+Decoding the daily rows is what most of it costs.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -139,11 +140,11 @@ def drop_days(
             days = [_days(file.read_row_group(number, columns=["event_date"], use_threads=False)) for number in groups]
             told = [(number, np.isin(day, either)) for number, day in enumerate(days)]
             pairs = [_rows(file, number, mask, _IDS) for number, mask in told if mask.any()]
-            stays = [~np.isin(day, gone) | (_name(uri) in added) for day in days]
+            stays = [~np.isin(day, gone) | (_below(folder, uri) in added) for day in days]
             new = PairFile(kind="daily", folder=folder)
             replaced = _moved_over(file, stays, new)
             block = packed(0, _distinct(pairs))["block"][0].as_py() if pairs else None
-            yield _row(replaces=_name(uri) if replaced else None, pairs=block)
+            yield _row(replaces=_below(folder, uri) if replaced else None, pairs=block)
             yield from _closed(new)
 
 
@@ -172,13 +173,16 @@ def drop_touched(batches: Iterable[pa.RecordBatch], *, folder: str, touched: Tou
         touched: pairs; of a symmetric window in one order, while totals have both.
         symmetric: the window is.
     """
-    new = PairFile(kind="totals", folder=folder)
+    new, held = PairFile(kind="totals", folder=folder), list[pa.Table]()
     for uri in _uris(batches):
         with _opened(uri) as file:
             ids = (file.read_row_group(number, columns=_IDS, use_threads=False) for number in range(file.num_row_groups))
             stays = [~touched.among(rows, either_order=symmetric) for rows in ids]
-            if _moved_over(file, stays, new):
-                yield _row(replaces=_name(uri))
+            if not all(mask.all() for mask in stays):
+                held += [_rows(file, number, mask) for number, mask in enumerate(stays)]
+                yield _row(replaces=_below(folder, uri))
+    if held:
+        new.write(pa.concat_tables(held))
     yield from _closed(new)
 
 
@@ -213,8 +217,9 @@ def _row(**values: Any) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist([values], schema=_DROPPED)
 
 
-def _name(uri: str) -> str:
-    return uri.rpartition("/")[2]
+def _below(folder: str, uri: str) -> str:
+    """A file's path below the table's folder."""
+    return uri.removeprefix(f"{folder}/")
 
 
 def _distinct(pairs: Sequence[pa.Table]) -> pa.Table:
@@ -235,9 +240,11 @@ def _uris(batches: Iterable[pa.RecordBatch]) -> Iterator[str]:
     return (uri for batch in batches for uri in batch["uri"].to_pylist())
 
 
-def _opened(uri: str) -> pq.ParquetFile:
+@contextmanager
+def _opened(uri: str) -> Iterator[pq.ParquetFile]:
     files, path = open_uri(uri)
-    return pq.ParquetFile(files.open_input_file(path), read_dictionary=_IDS)
+    with files.open_input_file(path) as source:
+        yield pq.ParquetFile(source, read_dictionary=_IDS)
 
 
 def _rows(file: pq.ParquetFile, number: int, wanted: Mask, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Engagements read from their Parquet files by the tasks themselves, for a count of everything.
+"""Engagements read from their Parquet files by the tasks themselves.
 
 Spark would hand each engagement to Python as a row, which takes longer than counting its pairs. Read by columns, ids stay codes of a
 dictionary from the file to the exchange. A task gets files of about one size: many small ones, or some row groups of a large one.

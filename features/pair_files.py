@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from features.pair_counts import CODED_TOTAL_ARROW, DAY_ARROW, Counted
-from features.pair_kernels import EPOCH
+from features.pair_kernels import EPOCH, compacted
 
 FILE_SCHEMA = "kind string, name string, size bigint, num_rows bigint, first_day date, last_day date"
 """What a commit needs to know of a file: `daily` or `totals`, its name below the table's folder, bytes, rows, and the days it is of."""
@@ -87,7 +87,7 @@ class PairFile:
         if not rows.num_rows:
             return
         schema = DAY_ARROW if self.kind == "daily" else CODED_TOTAL_ARROW
-        rows = rows.select(schema.names).cast(schema)
+        rows = _with_small_dictionaries(rows.select(schema.names).cast(schema))
         if self._writer is None:
             self._place = open_uri(f"{self.folder}/{self.name}")
             files, path = self._place
@@ -125,6 +125,15 @@ class PairFile:
             "last_day": pa.array([last], pa.date32()),
         }
         yield pa.RecordBatch.from_pydict(row)
+
+
+def _with_small_dictionaries(rows: pa.Table) -> pa.Table:
+    """One chunk; where most ids of a dictionary are of no row, which a file would hold all the same, only the others."""
+    rows = rows.unify_dictionaries().combine_chunks()
+    for place, column in enumerate(rows.columns):
+        if pa.types.is_dictionary(column.type) and len(column.chunk(0).dictionary) > rows.num_rows:
+            rows = rows.set_column(place, rows.field(place), compacted(column.chunk(0)))
+    return rows
 
 
 def open_uri(uri: str) -> tuple[fs.FileSystem, str]:

@@ -201,11 +201,11 @@ def packed_by(chunk: pa.Table, bucket: Ints, num_buckets: int) -> Iterator[pa.Re
         part = grouped.slice(ends[number], ends[number + 1] - ends[number])
         for place, column in enumerate(part.columns):
             if pa.types.is_dictionary(column.type):
-                part = part.set_column(place, part.column_names[place], _compact(column.combine_chunks()))
+                part = part.set_column(place, part.column_names[place], compacted(column.combine_chunks()))
         yield packed(number, part)
 
 
-def _compact(coded: pa.DictionaryArray) -> pa.DictionaryArray:
+def compacted(coded: pa.DictionaryArray) -> pa.DictionaryArray:
     """The same values with a dictionary that holds no others."""
     used, codes = compact_codes(coded.indices.to_numpy(), len(coded.dictionary))
     return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), coded.dictionary.take(pa.array(used)))

@@ -201,7 +201,7 @@ def write_pairs(
 ) -> DataFrame:
     """co_engagement_daily and co_engagement_totals at once, from files of engagements to files of pairs; rows of `FILE_SCHEMA`.
 
-    What `count_daily_pairs` and `sum_totals` make, of all days up to the last one.
+    What `count_daily_pairs` makes of all days up to the last one, and the sums of it.
 
     Args:
         spark: whose tasks read, count and write.
@@ -243,8 +243,8 @@ class KnownFile(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PairChanges:
-    """What has become of the files of pairs: rows of `FILE_SCHEMA` for those written, names of those replaced, by kind, and the pairs that
-    were added up again.
+    """What has become of the files of pairs: rows of `FILE_SCHEMA` for those written, paths below the table's folder of those replaced, by
+    kind, and how many totals were added up again and stand.
     """
 
     files: Sequence[Row]
@@ -261,6 +261,7 @@ def update_pairs(
     stale: Collection[date],
     moved: Collection[date],
     reach_days: int | None,
+    known: Mapping[date, int],
     items: pa.Array,
     landmark: date,
     half_life_days: float,
@@ -279,6 +280,7 @@ def update_pairs(
         stale: days whose rows may differ from those of the night before.
         moved: days that left or entered the holdout since.
         reach_days: days before a target day within which its triggers lie; None: any number.
+        known: engagements of each day.
         items: ids of all items, ascending.
         landmark: day d0 of the weights, as in the night before.
         half_life_days: as in the night before.
@@ -290,7 +292,7 @@ def update_pairs(
     daily, added = folders["daily"], list[Row]()
     if days:
         shared = spark.sparkContext.broadcast(items)
-        blocks = _read_by_user(spark, events, counting.window, days, shared, reach_days=reach_days)
+        blocks = _read_by_user(spark, events, counting.window, days, shared, known=known, reach_days=reach_days)
         rule = CountRule(symmetric=counting.window.symmetric, min_users=counting.min_users)
         written = partial(_written, shared=shared, rule=rule, folders=folders, spans=day_spans(days))
         added = _cells(blocks, counting, days, shared, num_tasks).mapInArrow(written, FILE_SCHEMA).collect()
@@ -304,7 +306,7 @@ def update_pairs(
     touched = Touched.of([told_pairs(row["pairs"]) for row in dropped if row["pairs"]])
     if not len(touched.keys):
         return PairChanges(files=files, removed={"daily": gone, "totals": set()}, num_touched=0)
-    now = {uri: file for uri, file in before["daily"].items() if uri.rpartition("/")[2] not in gone}
+    now = {uri: file for uri, file in before["daily"].items() if uri.removeprefix(f"{daily}/") not in gone}
     now |= {f"{daily}/{row['name']}": KnownFile(row["size"]) for row in files}
     totals = _total_rule(landmark, half_life_days, holdout_from, counting.min_users)
     summed, replaced = _total_touched(spark, now, before["totals"], touched, counting, totals, folders["totals"])
@@ -431,11 +433,18 @@ def measure_days(counting: Counting, *, days: Mapping[date, int], items: pa.Arra
 
 
 def measure_files(
-    spark: SparkSession, events: EventFiles, counting: Counting, *, days: Mapping[date, int], items: pa.Array, reach_days: int | None = None
+    spark: SparkSession,
+    events: EventFiles,
+    counting: Counting,
+    *,
+    days: Mapping[date, int],
+    items: pa.Array,
+    known: Mapping[date, int] | None = None,
+    reach_days: int | None = None,
 ) -> DataFrame:
     """What `measure_days` says of some days; the arguments are those of `write_pairs` and `update_pairs`."""
     shared = spark.sparkContext.broadcast(items)
-    blocks = _read_by_user(spark, events, counting.window, days, shared, reach_days=reach_days)
+    blocks = _read_by_user(spark, events, counting.window, days, shared, known=known, reach_days=reach_days)
     return _cuts(blocks, counting, days, shared)
 
 
@@ -617,14 +626,20 @@ def _read_by_user(
     days: Mapping[date, int],
     shared: Shared,
     *,
+    known: Mapping[date, int] | None = None,
     reach_days: int | None = None,
 ) -> DataFrame:
-    """The same blocks, of files; `reach_days` before a target day there may be triggers of it, None: on any day before."""
-    buckets = _num_buckets(spark, days)
+    """The same blocks, of files.
+
+    Triggers of a target day may lie `reach_days` before it, None: on any day; `known` says how many engagements each day has, where the
+    target days are not all of them.
+    """
     last = day_number(max(days))
     runs = (
         ((_FIRST_DAY, last),) if reach_days is None else tuple(_runs({day_number(day) - n for day in days for n in range(reach_days + 1)}))
     )
+    read = {day: num for day, num in (known or days).items() if any(first <= day_number(day) <= end for first, end in runs)}
+    buckets = _num_buckets(spark, read)
     rule = EventRule(days=runs, actions=events.actions, by_session=window.kind == "session")
     parts = deal_files(events.sizes)
     dealt = spark.createDataFrame(parts, PART_SCHEMA).repartitionById(parts[-1].task + 1, F.col("task"))

@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the variants, print their tables, write `var/backtest/<config>-ablations.json`."""
     parser = argparse.ArgumentParser(description="what each part of the model is worth")
     add_config(parser, default="demo")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[17, 18, 19], help="of training")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[17, 18, 19], help="of training")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), help=f"some of {', '.join(map(repr, VARIANTS))}")
 
     def run() -> None:

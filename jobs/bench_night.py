@@ -151,6 +151,7 @@ def _add(spark: SparkSession, events: _Events, changed: Collection[date], holdou
         stale=stale,
         moved=moved_days(holdout, _holdout(events)),
         reach_days=reach,
+        known=events.days,
         before=lake.files,
         folders=lake.folders,
         **_decay(events),

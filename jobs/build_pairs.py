@@ -3,10 +3,10 @@
 A pair belongs to the day of its later engagement. Days up to the run date are counted; weights decay from a landmark day, so that the
 weight at the run date is one factor at read time.
 
-A night builds on the last good one: it counts the days again that a change in `engagements` can reach, and adds what differs to the
-totals (`features.increments`). Its tables equal those of a night that starts from nothing, which is what it does where there is nothing
-to build on, and says so, and below `pairs.rebuild_below` engagements, where that is faster. Tables hold as of one run date: a night
-further back takes later days out, the next one counts them again.
+A night builds on the last good one: it counts the days again that a change in `engagements` can reach, and adds the pairs up again that
+these days touch (`features.changed_pairs`). Its tables equal those of a night that starts from nothing. That is what it does where there is
+nothing to build on, or where so much has changed that it does not pay, and says so; and below `pairs.rebuild_below` engagements, where
+that is faster. Tables hold as of one run date: a night further back takes later days out, the next one counts them again.
 
 All of this happens once for all actions together, and once for each of `pairs.signals` in tables of its own (`co_engagement_pairs__click`).
 """
@@ -48,6 +48,11 @@ class Plan:
     landmark: date
     holdout_from: date
 
+    @property
+    def num_events(self) -> dict[date, int]:
+        """Engagements of each day."""
+        return {day: state.num_events for day, state in self.days.items()}
+
     @cached_property
     def recounted(self) -> dict[date, int]:
         """Stale days that have engagements, and how many."""
@@ -80,12 +85,12 @@ def _build(run: StageRun, signal: Signal, engagements: DataFrame) -> dict[str, f
     check_num_items(run.read_output(signal.popularity).count())
     with run.timed(f"{signal.prefix}counts"):
         count = _count_all if plan.before is None else _count_stale
-        changes = count(run, signal, engagements, plan, items=user_items.item_ids, decay=decay)
+        changes = count(run, signal, plan, items=user_items.item_ids, decay=decay)
     with run.timed(f"{signal.prefix}scores"):
         popularity = run.read_output(signal.popularity)
         scored = pairs.score_pairs(popularity, user_items, max_pairs_per_trigger=settings.max_pairs_per_trigger, **as_of)
         run.replace(signal.pairs, run.read_output(signal.totals).transform(scored))
-    run.replace(signal.days, _day_rows(run, signal, engagements, plan, items=user_items.item_ids))
+    run.replace(signal.days, _day_rows(run, signal, plan, items=user_items.item_ids))
     return _metrics(run, signal) | changes | _pruned(run, signal)
 
 
@@ -223,9 +228,7 @@ def _counting(settings: PairSettings) -> pairs.Counting:
     )
 
 
-def _count_all(
-    run: StageRun, signal: Signal, engagements: DataFrame, plan: Plan, *, items: pa.Array, decay: Mapping[str, Any]
-) -> dict[str, float]:
+def _count_all(run: StageRun, signal: Signal, plan: Plan, *, items: pa.Array, decay: Mapping[str, Any]) -> dict[str, float]:
     """Write co_engagement_daily and co_engagement_totals from nothing."""
 
     def write(folders: dict[str, str]) -> FileChanges:
@@ -240,9 +243,7 @@ def _files(run: StageRun, signal: Signal) -> EventFiles:
     return EventFiles(sizes=run.night.lake.file_sizes(ENGAGEMENTS, run.version(ENGAGEMENTS)), actions=signal.actions)
 
 
-def _count_stale(
-    run: StageRun, signal: Signal, engagements: DataFrame, plan: Plan, *, items: pa.Array, decay: Mapping[str, Any]
-) -> dict[str, float]:
+def _count_stale(run: StageRun, signal: Signal, plan: Plan, *, items: pa.Array, decay: Mapping[str, Any]) -> dict[str, float]:
     """Write the days that changed, and the totals of the pairs that they touch; how much that is."""
     assert plan.before is not None
     lake, versions, num_touched = run.night.lake, plan.before.versions, list[int]()
@@ -252,6 +253,7 @@ def _count_stale(
         "stale": plan.stale,
         "moved": increments.moved_days(plan.before.common("holdout_from"), plan.holdout_from),
         "reach_days": _reach(signal, plan),
+        "known": plan.num_events,
         "items": items,
         "before": {kind: lake.files(table, versions[table.name], day) for kind, (table, day) in tables.items()},
         **decay,
@@ -260,7 +262,7 @@ def _count_stale(
     def write(folders: dict[str, str]) -> FileChanges:
         changes = pairs.update_pairs(run.night.spark, _files(run, signal), _counting(signal.settings), folders=folders, **rule)
         num_touched.append(changes.num_touched)
-        return FileChanges(changes.files, changes.removed)
+        return FileChanges(changes.files, changes.removed, versions)
 
     run.replace_by_files(tables, write)
     touched_share = num_touched[0] / max(1, run.read_output(signal.totals).count())
@@ -275,14 +277,15 @@ def _reach(signal: Signal, plan: Plan) -> int | None:
     return increments.window_reach(signal.settings.window, longest_session_days=plan.reach_days)
 
 
-def _day_rows(run: StageRun, signal: Signal, engagements: DataFrame, plan: Plan, *, items: pa.Array) -> DataFrame:
+def _day_rows(run: StageRun, signal: Signal, plan: Plan, *, items: pa.Array) -> DataFrame:
     """Rows of co_engagement_days: of the days counted tonight what is cut from them, of the others what was."""
     settings = signal.settings
     cuts: dict[date, tuple[int, int]] = {}
     if plan.before:
         cuts = {day: (row["num_capped_groups"], row["num_cut_items"]) for day, row in plan.before.days.items()}
     if plan.recounted:
-        which: dict[str, Any] = {"days": plan.recounted, "items": items, "reach_days": _reach(signal, plan) if plan.before else None}
+        which: dict[str, Any] = {"days": plan.recounted, "known": plan.num_events, "items": items}
+        which["reach_days"] = _reach(signal, plan) if plan.before else None
         rows = pairs.measure_files(run.night.spark, _files(run, signal), _counting(settings), **which)
         measured = {row["event_date"]: tuple(row)[1:] for row in rows.collect()}
         cuts |= {day: measured.get(day, (0, 0)) for day in plan.recounted}

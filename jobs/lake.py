@@ -9,13 +9,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
 from delta import exceptions
 from delta.tables import DeltaTable
 from deltalake import CommitProperties
+from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 from pyspark.sql import Column, DataFrame, DataFrameWriter, Row, SparkSession
 from pyspark.sql import functions as F
@@ -25,10 +26,9 @@ from conf.errors import MachineError, TableError
 from conf.settings import LakeSettings
 from conf.tables import Table
 from features.pairs import KnownFile
-from jobs.publication import commit_properties
+from jobs.publication import add_action, commit_properties
 from jobs.reader import changes_since, check_columns, lake_root, open_table, same_rows, table_exists
 
-_ROW_GROUP = "parquet.block.size"
 _CONFLICTS = (exceptions.ConcurrentAppendException, exceptions.ConcurrentDeleteReadException, exceptions.ConcurrentDeleteDeleteException)
 _FILE = ("path", "size_bytes")
 _MOST_ATTEMPTS = 3  # of a write that meets compactions
@@ -76,13 +76,16 @@ class Lake:
             TableError: the files hold deleted rows, which only a list beside them names.
         """
         found = open_table(self.root, table, same_rows(self.root, table, version))
+        self._check_deletion_vectors(found, table)
+        files = found.get_add_actions(flatten=True)
+        return {f"{self.path(table)}/{path}": size for path, size in zip(*(files.column(name).to_pylist() for name in _FILE), strict=True)}
+
+    def _check_deletion_vectors(self, found: Any, table: Table) -> None:
         if "deletionVectors" in (found.protocol().reader_features or []):
             raise TableError(
                 f"{table.name} under {self.root} has deletion vectors, which mtmh does not read; run "
                 f"ALTER TABLE delta.`{self.path(table)}` DROP FEATURE deletionVectors"
             )
-        files = found.get_add_actions(flatten=True)
-        return {f"{self.path(table)}/{path}": size for path, size in zip(*(files.column(name).to_pylist() for name in _FILE), strict=True)}
 
     def create(self, table: Table) -> None:
         """Create an empty table with its comments and NOT NULL constraints, unless it is there.
@@ -102,12 +105,11 @@ class Lake:
         frame: DataFrame,
         *,
         where: str | None = None,
-        presorted: bool = False,
         metadata: Mapping[str, object] | None = None,
     ) -> int:
         """Replace the rows that satisfy `where` (None: all) in one commit, and return its version.
 
-        Rows are sorted by the table's layout inside each file, unless the frame's partitions are `presorted`.
+        Rows are sorted by the table's layout inside each file.
 
         Raises:
             TableError: somebody else changed the table meanwhile; a compaction meanwhile is no change.
@@ -115,12 +117,11 @@ class Lake:
         self.create(table)
         seen, token = self.version(table), uuid4().hex
         conformed = conform(frame, table)
-        writer = (conformed if presorted else _laid_out(conformed, table)).write.format("delta").mode("overwrite")
+        writer = _laid_out(conformed, table).write.format("delta").mode("overwrite")
         writer = writer.option("userMetadata", json.dumps(dict(metadata or {}) | {"commit": token}))
         if where is not None:
             writer = writer.option("replaceWhere", where)
-        with _row_groups(self.spark, table):
-            self._save(writer, table, seen)
+        self._save(writer, table, seen)
         return self._committed(table, seen, token)
 
     def _committed(self, table: Table, seen: int, token: str) -> int:
@@ -135,41 +136,74 @@ class Lake:
                 return
             except _CONFLICTS as error:
                 if changes_since(self.root, table, seen) or attempt == _MOST_ATTEMPTS - 1:
-                    raise TableError(
-                        f"somebody else changed {table.name} under {self.root} while this stage wrote it: is another night running on "
-                        "this lake? Nothing of this write was kept; run the same command again once the other one has ended"
-                    ) from error
+                    raise _changed_meanwhile(table, self.root) from error
 
     def replace_by_files(
-        self,
-        table: Table,
-        files: Sequence[Row],
-        *,
-        removed: Collection[str] | None = None,
-        day: str | None = None,
-        metadata: Mapping[str, object] | None = None,
+        self, table: Table, files: Sequence[Row], *, day: str | None = None, metadata: Mapping[str, object] | None = None
     ) -> int:
-        """Replace rows by files that tasks have written into the table's folder, in one commit, and return its version.
+        """Replace all rows by files that tasks have written into the table's folder, in one commit, and return its version.
 
         Args:
             table: exists; its files hold the declared columns.
             files: rows of `features.pair_files.FILE_SCHEMA`.
-            removed: names of the files that they replace; None: all.
             day: the column that `first_day` and `last_day` are of, for readers that skip files; None where the table has none.
             metadata: of the commit.
         """
-        target, moment, token = open_table(self.root, table), int(time.time() * 1000), uuid4().hex
-        actions: list[AddAction | RemoveAction] = [RemoveAction(name, True, moment) for name in sorted(removed or ())]
-        for file in files:
-            first, last = ({day: file[end].isoformat()} if day else {} for end in ("first_day", "last_day"))
-            ends = {"minValues": first, "maxValues": last}
-            stats = json.dumps({"numRecords": file["num_rows"], **ends, "nullCount": dict.fromkeys(table.column_names, 0)})
-            actions.append(AddAction(file["name"], file["size"], {}, modification_time=moment, data_change=True, stats=stats))
+        target, token = open_table(self.root, table), uuid4().hex
         seen, properties = target.version(), commit_properties(dict(metadata or {}) | {"commit": token}, fenced=False)
-        if actions or removed is None:
-            mode: Literal["overwrite", "append"] = "overwrite" if removed is None else "append"
-            target.create_write_transaction(actions, mode, target.schema(), [], commit_properties=properties)
+        actions: list[AddAction | RemoveAction] = [_added(file, table, day) for file in files]
+        target.create_write_transaction(actions, "overwrite", target.schema(), [], commit_properties=properties)
         return self._committed(table, seen, token)
+
+    def exchange_files(
+        self,
+        table: Table,
+        files: Sequence[Row],
+        *,
+        removed: Collection[str],
+        version: int,
+        day: str | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> int:
+        """Replace some files of a version by others, in one commit, and return the version that it makes.
+
+        The table then holds what is left of that version's files, and the new ones: a compaction meanwhile, which has put the same rows
+        into other files, is undone rather than counted twice.
+
+        Args:
+            table: exists; its files hold the declared columns.
+            files: rows of `features.pair_files.FILE_SCHEMA`, in the table's folder.
+            removed: paths, relative to that folder, of files of the version.
+            version: that the files were read at.
+            day: as in `replace_by_files`.
+            metadata: of the commit.
+
+        Raises:
+            TableError: somebody else changed the table since that version, or a file is none of it.
+        """
+        listed = {action.path: action for action in _actions(open_table(self.root, table, version))}
+        if unknown := set(removed) - set(listed):
+            raise TableError(f"{table.name} version {version} under {self.root} has no files {sorted(unknown)[:3]}: a defect, report it")
+        kept = {path: action for path, action in listed.items() if path not in set(removed)}
+        for _ in range(_MOST_ATTEMPTS):
+            if changes_since(self.root, table, version):
+                break
+            target, moment, token = open_table(self.root, table), int(time.time() * 1000), uuid4().hex
+            active = {action.path: action.size for action in _actions(target)}
+            actions: list[AddAction | RemoveAction] = [
+                RemoveAction(path, True, moment, active[path]) for path in active.keys() - kept.keys()
+            ]
+            actions += [action for path, action in kept.items() if path not in active]
+            actions += [_added(file, table, day) for file in files]
+            if not actions:
+                return target.version()
+            properties = commit_properties(dict(metadata or {}) | {"commit": token}, fenced=True)
+            try:
+                target.create_write_transaction(actions, "append", target.schema(), [], commit_properties=properties)
+            except CommitFailedError:  # somebody committed in between: look again what
+                continue
+            return self._committed(table, target.version(), token)
+        raise _changed_meanwhile(table, self.root)
 
     def files(self, table: Table, version: int, day: str | None) -> dict[str, KnownFile]:
         """What is known of each file that makes up a version, by path or URI: `day` names the column that first and last day are of.
@@ -177,10 +211,11 @@ class Lake:
         Raises:
             TableError: as `file_sizes`.
         """
-        sizes = self.file_sizes(table, version)
-        rows = pa.table(open_table(self.root, table, same_rows(self.root, table, version)).get_add_actions(flatten=True)).to_pylist()
-        ends = {f"{self.path(table)}/{row['path']}": (row.get(f"min.{day}"), row.get(f"max.{day}")) for row in rows}
-        return {uri: KnownFile(size, *ends[uri]) for uri, size in sizes.items()}
+        found = open_table(self.root, table, version)
+        self._check_deletion_vectors(found, table)
+        rows = pa.table(found.get_add_actions(flatten=True)).to_pylist()
+        ends = {row["path"]: (row.get(f"min.{day}"), row.get(f"max.{day}")) for row in rows}
+        return {f"{self.path(table)}/{row['path']}": KnownFile(row["size_bytes"], *ends[row["path"]]) for row in rows}
 
     def restore(self, table: Table, version: int) -> None:
         """Make an earlier version the latest one, by a commit of its own; without Spark, whose session may be what has failed.
@@ -232,17 +267,23 @@ def in_memory(frame: DataFrame) -> Iterator[DataFrame]:
         cached.unpersist()
 
 
-@contextmanager
-def _row_groups(spark: SparkSession, table: Table) -> Iterator[None]:
-    """The table's size of row groups for writes inside the block; Delta passes no such option of a writer on."""
-    if table.row_group_mb is None:
-        yield
-        return
-    spark.conf.set(_ROW_GROUP, str(table.row_group_mb << 20))
-    try:
-        yield
-    finally:
-        spark.conf.unset(_ROW_GROUP)
+def _changed_meanwhile(table: Table, root: str) -> TableError:
+    return TableError(
+        f"somebody else changed {table.name} under {root} while this stage wrote it: is another night running on "
+        "this lake? Nothing of this write was kept; run the same command again once the other one has ended"
+    )
+
+
+def _actions(table: Any) -> list[AddAction]:
+    """What a commit would say to add each file of a table as it stands."""
+    return [add_action(row) for row in pa.table(table.get_add_actions()).to_pylist()]
+
+
+def _added(file: Row, table: Table, day: str | None) -> AddAction:
+    first, last = ({day: file[end].isoformat()} if day else {} for end in ("first_day", "last_day"))
+    stats = {"numRecords": file["num_rows"], "minValues": first, "maxValues": last, "nullCount": dict.fromkeys(table.column_names, 0)}
+    moment = int(time.time() * 1000)
+    return AddAction(file["name"], file["size"], {}, modification_time=moment, data_change=True, stats=json.dumps(stats))
 
 
 def only_row(frame: DataFrame) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from uuid import uuid4
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
 from conf.tables import CONTRACT_VERSION, ITEM_NEIGHBORS_HISTORY
@@ -145,19 +146,26 @@ def _as_json(value: Any) -> Any:
 def commit_lists(root: str, run_id: str, files: Sequence[ListFile], *, metadata: Mapping[str, object]) -> int:
     """Make files the lists of a run in the history, instead of what an earlier attempt left there; returns the new version.
 
+    One commit, but where somebody has compacted the history, so that files hold several runs: there the earlier rows go by a commit before.
+
     Args:
         root: of the lake, whose history exists.
         run_id: of all lists in the files.
         files: in the history's folder.
         metadata: of the commit.
     """
-    history = open_table(root, ITEM_NEIGHBORS_HISTORY)
-    earlier, pure = files_of(history, run_id)
-    if not pure:  # somebody compacted the history, so that a file holds several runs
-        history.delete(f"run_id = '{run_id}'")
-        history, earlier = open_table(root, ITEM_NEIGHBORS_HISTORY), []
-    moment = int(time.time() * 1000)
-    actions: list[AddAction | RemoveAction] = [RemoveAction(action.path, True, moment, action.size) for action in earlier]
-    actions += [AddAction(file.name, file.size, {}, modification_time=moment, data_change=True, stats=file.stats) for file in files]
-    history.create_write_transaction(actions, "append", history.schema(), [], commit_properties=commit_properties(metadata, fenced=False))
-    return open_table(root, ITEM_NEIGHBORS_HISTORY).version()
+    properties = commit_properties(metadata, fenced=True)
+    while True:
+        history = open_table(root, ITEM_NEIGHBORS_HISTORY)
+        earlier, pure = files_of(history, run_id)
+        if not pure:
+            history.delete(f"run_id = '{run_id}'", commit_properties=commit_properties(metadata, fenced=False))
+            history, earlier = open_table(root, ITEM_NEIGHBORS_HISTORY), []
+        moment = int(time.time() * 1000)
+        actions: list[AddAction | RemoveAction] = [RemoveAction(action.path, True, moment, action.size) for action in earlier]
+        actions += [AddAction(file.name, file.size, {}, modification_time=moment, data_change=True, stats=file.stats) for file in files]
+        try:
+            history.create_write_transaction(actions, "append", history.schema(), [], commit_properties=properties)
+        except CommitFailedError:  # somebody added other lists, or compacted, in between: look again
+            continue
+        return open_table(root, ITEM_NEIGHBORS_HISTORY).version()

@@ -1,6 +1,7 @@
 """The numbers that a night's lists pass the gate by: of the files that were written, before any of them is published.
 
-Ids and scores are a tenth of a list's bytes. Tasks read these columns alone, without Spark's rows.
+Ids and scores are a tenth of a list's bytes. Tasks read these columns alone, without Spark's rows; only what filters and limits
+refuse is counted by Spark.
 """
 
 import json
@@ -26,7 +27,7 @@ _MAX_TRIGGERS = 2_000
 """Triggers whose strongest counted partners are looked for in their lists, and how many of them."""
 _NUM_PARTNERS = 10
 _COLUMNS = ["item_id", "head", "neighbors.list.element.neighbor_id", "neighbors.list.element.score"]
-_ROWS = 2_000  # lists that a task holds
+_ROWS = 10_000  # lists that a task holds; each time the eligible ids are hashed anew
 _MERGED = "head = 'merged'"
 
 

@@ -32,7 +32,7 @@ from jobs.publication import kept_runs
 from jobs.reader import lake_root, open_table, shared_folder, table_exists
 
 _GROWING = (ENGAGEMENTS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, RELEVANCE_FEEDBACK, EVALUATION, RUNS)
-"""Tables that a night adds to; the others are written anew, or hold a file a night on purpose, as the history does."""
+"""Tables that a night adds to; the others are written anew, or have files of a night or of some days on purpose, as the history does."""
 
 _LEAST_HOURS = 168  # Delta's own minimum: a reader or writer may take so long
 

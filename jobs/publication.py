@@ -138,13 +138,14 @@ def files_of(history: DeltaTable, run_id: str) -> tuple[list[AddAction], bool]:
     for row in pa.table(history.get_add_actions()).to_pylist():
         low, high = ((row[end] or {}).get("run_id") for end in ("min", "max"))
         if low == high == run_id:
-            mine.append(_add_action(row))
+            mine.append(add_action(row))
         elif low is None or high is None or low <= run_id <= high:
             pure = False
     return mine, pure
 
 
-def _add_action(row: Mapping[str, Any]) -> AddAction:
+def add_action(row: Mapping[str, Any]) -> AddAction:
+    """What a commit would say to add a file, from its row of `DeltaTable.get_add_actions`."""
     counts = {name: count for name, count in (row["null_count"] or {}).items() if isinstance(count, int)}
     stats = {"numRecords": row["num_records"], "minValues": row["min"], "maxValues": row["max"], "nullCount": counts}
     return AddAction(

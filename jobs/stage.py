@@ -91,10 +91,13 @@ class Night:
 
 @dataclass(frozen=True)
 class FileChanges:
-    """Files written for tables, rows of `features.pair_files.FILE_SCHEMA`, and by kind the names of those replaced; None: all."""
+    """Files written for tables, rows of `features.pair_files.FILE_SCHEMA`, and by kind the paths of those replaced, of the versions of the
+    tables by name; None: all files are.
+    """
 
     files: Sequence[Row]
     removed: Mapping[str, Collection[str]] | None = None
+    versions: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -134,13 +137,13 @@ class StageRun:
         """What this stage has just written."""
         return self.night.lake.read(table, self.outputs[table.name])
 
-    def replace(self, table: Table, frame: DataFrame, *, where: str | None = None, presorted: bool = False) -> None:
+    def replace(self, table: Table, frame: DataFrame, *, where: str | None = None) -> None:
         """Replace rows of a table in one commit, after a check of the frame's columns and types; see `Lake.replace`."""
         check_schema(frame.dtypes, table)
         if where is not None and not table.kept_on_failure:
             self._put_back(table)
         lake, metadata = self.night.lake, self.metadata
-        self.write(table, lambda: lake.replace(table, frame, where=where, presorted=presorted, metadata=metadata))
+        self.write(table, lambda: lake.replace(table, frame, where=where, metadata=metadata))
 
     def write(self, table: Table, write: Callable[[], int]) -> None:
         """Write a table by a function that commits, and returns the version of its commit."""
@@ -164,7 +167,7 @@ class StageRun:
                 lake.restore(table, good)
 
     def replace_by_files(self, tables: Mapping[str, tuple[Table, str | None]], write: "Callable[[dict[str, str]], FileChanges]") -> None:
-        """Replace files of tables by files that `write` puts into the tables' folders; see `Lake.replace_by_files`.
+        """Replace files of tables by files that `write` puts there; see `Lake.replace_by_files` and `Lake.exchange_files`.
 
         Args:
             tables: by the kind that a file's row names, with the day column of each.
@@ -180,13 +183,13 @@ class StageRun:
             changes = write({kind: lake.path(table) for kind, (table, _) in tables.items()})
         for kind, (table, day) in tables.items():
             found = [file for file in changes.files if file["kind"] == kind]
-            removed = None if changes.removed is None else changes.removed[kind]
-            self.outputs[table.name] = lake.replace_by_files(table, found, removed=removed, day=day, metadata=metadata)
+            if changes.removed is None:
+                self.outputs[table.name] = lake.replace_by_files(table, found, day=day, metadata=metadata)
+            else:
+                gone, version = changes.removed[kind], changes.versions[table.name]
+                written = lake.exchange_files(table, found, removed=gone, version=version, day=day, metadata=metadata)
+                self.outputs[table.name] = written
             reach(f"{self.stage}.{table.name}.written")
-
-    def keep(self, table: Table) -> None:
-        """Leave a table as it is, and note that this stage has nothing to change in it."""
-        self.outputs[table.name] = self.night.lake.version(table)
 
     def take_back(self) -> None:
         """Restore what this stage has written, after it failed: readers of the latest version then see the last good one.

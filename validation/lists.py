@@ -59,7 +59,7 @@ def inspect_lists(rows: pa.RecordBatch, *, rule: ListRule) -> pa.RecordBatch:
     def lists_with(faulty: NDArray[np.bool_], of: Longs) -> Longs:
         return np.bincount(of[faulty], minlength=len(length))
 
-    key = np.sort(row * (len(coded.dictionary) + 1) + code)
+    key = np.sort(row * (len(coded.dictionary) + 1) + code + 1)
     repeated = np.flatnonzero(key[1:] == key[:-1]) if len(key) else np.zeros(0, np.int64)
     columns = [
         rows["item_id"],

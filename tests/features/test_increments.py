@@ -204,6 +204,7 @@ def test_nights_equal_a_rebuild(spark: SparkSession, tmp_path: Path, window: Win
             stale=stale,
             moved=moved_days(holdout_before, holdout),
             reach_days=far,
+            known=counts,
             before=mine.files,
             folders=mine.folders,
             **rule,

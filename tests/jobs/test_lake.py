@@ -1,11 +1,12 @@
 """Tables: created with their comments, replaced in part, fenced when published, and readable outside Spark."""
 
+import shutil
 from datetime import UTC, date, datetime
 from pathlib import Path
 
 import duckdb
 import pytest
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 
 from conf.errors import TableError
 from conf.settings import LakeSettings
@@ -95,6 +96,41 @@ def test_a_version_outlives_the_files_that_a_compaction_replaced(lake: Lake) -> 
     assert {row["item_id"] for row in lake.read(ITEM_POPULARITY, pinned).collect()} == set("abc")
     assert rows_where(lake.root, ITEM_POPULARITY, "item_id", ["b", "d"], ["item_id"], pinned).to_pydict() == {"item_id": ["b"]}
     assert len(lake.file_sizes(ITEM_POPULARITY, pinned)) == 1
+
+
+def _file_of(lake: Lake, item: str) -> Row:
+    """A file with one item in the folder of item_popularity that no commit names, as a task leaves it."""
+    scratch, name = Path(lake.root) / "scratch", f"part-{item}.parquet"
+    _popularity(lake, (item, 1.0)).coalesce(1).write.parquet(str(scratch))
+    (found,) = scratch.glob("*.parquet")
+    path = found.rename(Path(lake.path(ITEM_POPULARITY)) / name)
+    shutil.rmtree(scratch)
+    return Row(kind="daily", name=name, size=path.stat().st_size, num_rows=1, first_day=date(2024, 1, 2), last_day=date(2024, 1, 2))
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_files_are_exchanged_also_where_a_compaction_came_between(lake: Lake, compacted: bool) -> None:
+    for item in "abc":
+        lake.append(ITEM_POPULARITY, _popularity(lake, (item, 1.0)))
+    version = lake.version(ITEM_POPULARITY)
+    files = {
+        duckdb.execute("SELECT item_id FROM read_parquet(?)", [uri]).fetchone()[0]: uri
+        for uri in lake.files(ITEM_POPULARITY, version, "as_of")
+    }
+    known = lake.files(ITEM_POPULARITY, version, "as_of")[files["a"]]
+    assert (known.size, known.first_day, known.last_day) == (Path(files["a"]).stat().st_size, date(2024, 1, 2), date(2024, 1, 2))
+    if compacted:
+        assert open_table(lake.root, ITEM_POPULARITY).optimize.compact()["numFilesRemoved"] == 3
+    exchange = {"removed": {Path(files["b"]).name}, "version": version, "day": "as_of"}
+    now = lake.exchange_files(ITEM_POPULARITY, [_file_of(lake, "d")], **exchange)
+    assert now == lake.version(ITEM_POPULARITY) > version
+    assert sorted(row["item_id"] for row in lake.read(ITEM_POPULARITY).collect()) == ["a", "c", "d"]
+    assert lake.exchange_files(ITEM_POPULARITY, [], removed=set(), version=now) == now, "nothing to change, no commit"
+    with pytest.raises(TableError, match=r"somebody else changed item_popularity under .* while this stage wrote it"):
+        lake.exchange_files(ITEM_POPULARITY, [_file_of(lake, "e")], **exchange)
+    with pytest.raises(TableError, match=r"has no files \['part-of-nobody.parquet'\]"):
+        lake.exchange_files(ITEM_POPULARITY, [], removed={"part-of-nobody.parquet"}, version=now)
+    assert sorted(row["item_id"] for row in lake.read(ITEM_POPULARITY).collect()) == ["a", "c", "d"]
 
 
 def test_the_ledger_finds_the_newest_success(lake: Lake) -> None:

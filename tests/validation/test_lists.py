@@ -35,6 +35,7 @@ FAULTS: dict[str, tuple[list[dict[str, Any]] | None, dict[str, Any]]] = {
     "not a number": (neighbors(("b", 0.5), ("c", float("nan")), ("d", None)), {"num_nonfinite": 2}),
     "infinite": (neighbors(("b", float("inf")), ("c", 0.5), ("d", 0.1)), {"num_nonfinite": 1}),
     "unknown": (neighbors(("b", 0.9), ("z", 0.5), ("y", 0.1)), {"num_ineligible": 2, "first": ["b", "z", "y"]}),
+    "no ids": (neighbors((None, 0.9), (None, 0.5), ("d", 0.1)), {"num_ineligible": 2, "repeats": True, "first": [None, None, "d"]}),
     "no id": (neighbors(("b", 0.9), (None, 0.5), ("d", 0.1)), {"num_ineligible": 1, "first": ["b", None, "d"]}),
 }
 
@@ -55,7 +56,7 @@ def test_each_fault_is_found_in_its_list_alone(fault: str) -> None:
         "ids": None,
     }
     before, here, after = inspect_lists(batch(b=GOOD[1:], a=spoilt, c=GOOD[:1]), rule=RULE).to_pylist()
-    assert here == clean | found
+    assert here == clean | found == inspect_lists(batch(a=spoilt), rule=RULE).to_pylist()[0]
     others = {name: value for name, value in clean.items() if name not in ("item_id", "num_neighbors", "first", "ids")}
     assert before == {**others, "item_id": "b", "num_neighbors": 2, "first": ["c", "d"], "ids": ["c", "d"]}, "in the sample: whole"
     assert after == {**others, "item_id": "c", "num_neighbors": 1, "first": ["b"], "ids": None}
