@@ -67,15 +67,23 @@ def deal_files(sizes: Mapping[str, int], *, task_bytes: int = _TASK_BYTES) -> li
         sizes: bytes by path or URI.
         task_bytes: of a task; a file larger than this is read by several.
     """
-    parts, task, held = list[FilePart](), 0, 0
+    pieces = list[tuple[str, int, int, int]]()
     for uri, size in sorted(sizes.items()):
         num_parts = max(1, -(-size // task_bytes))
-        for part in range(num_parts):
-            if held and held + size // num_parts > task_bytes:
-                task, held = task + 1, 0
-            parts.append(FilePart(task, uri, part, num_parts))
-            held += size // num_parts
-    return parts
+        pieces += [(uri, part, num_parts, size // num_parts) for part in range(num_parts)]
+    tasks = deal([size for *_, size in pieces], most=task_bytes)
+    return [FilePart(task, uri, part, num_parts) for task, (uri, part, num_parts, _) in zip(tasks, pieces, strict=True)]
+
+
+def deal(sizes: Sequence[int], *, most: int) -> list[int]:
+    """The task of each of some pieces, in their order: a task takes pieces until one more would be too much."""
+    tasks, task, held = list[int](), 0, 0
+    for size in sizes:
+        if held and held + size > most:
+            task, held = task + 1, 0
+        tasks.append(task)
+        held += size
+    return tasks
 
 
 def read_events(parts: Iterable[pa.RecordBatch], *, rule: EventRule, num_buckets: int) -> Iterator[pa.RecordBatch]:

@@ -5,10 +5,10 @@ as long as counting them. A task here writes them with coded ids and returns wha
 are in no commit, and a VACUUM removes them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pyarrow as pa
@@ -24,6 +24,20 @@ FILE_SCHEMA = "kind string, name string, size bigint, num_rows bigint, first_day
 
 _SPAN_ROWS = 250_000  # a first span with fewer engagements grows: its files would be tiny
 _PAGE_BYTES = 64 * 1024 * 1024  # of a dictionary: all ids of a cell stay coded
+
+
+class KnownFile(NamedTuple):
+    """A file of pairs: its bytes, and the first and last day of its rows; None: nobody knows, or it is of totals."""
+
+    size: int
+    first_day: date | None = None
+    last_day: date | None = None
+
+    def may_hold(self, days: Collection[date]) -> bool:
+        """Whether it may have rows of one of the days."""
+        if self.first_day is None or self.last_day is None:
+            return True
+        return any(self.first_day <= day <= self.last_day for day in days)
 
 
 def day_spans(num_engagements: Mapping[date, int]) -> list[date]:

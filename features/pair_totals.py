@@ -73,7 +73,8 @@ def pack_by_trigger(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> I
 
 
 def pack_by_pair(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iterator[pa.RecordBatch]:
-    """As `pack_by_trigger`, but by the hash of both items: the rows of a hot trigger go to all buckets. Ids become dictionaries.
+    """As `pack_by_trigger`, but rows of co_engagement_daily by the hash of both items: those of a hot trigger go to all buckets. Ids become
+    dictionaries.
 
     A list of user hashes becomes a row a hash, of which the first has the users: nearly all lists hold one, and numbers move faster.
     """
@@ -84,11 +85,8 @@ def pack_by_pair(batches: Iterable[pa.RecordBatch], *, num_buckets: int) -> Iter
         for name, code, names in (("trigger_item_id", trigger, triggers), ("target_item_id", target, targets)):
             coded = pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), names)
             chunk = chunk.set_column(chunk.column_names.index(name), name, coded)
-        bucket = (mixed >> 7) % num_buckets
-        if "user_hashes" in chunk.column_names:
-            chunk, rows = _one_hash_a_row(chunk)
-            bucket = bucket[rows]
-        yield from packed_by(chunk, bucket, num_buckets)
+        chunk, rows = _one_hash_a_row(chunk)
+        yield from packed_by(chunk, ((mixed >> 7) % num_buckets)[rows], num_buckets)
 
 
 def _one_hash_a_row(chunk: pa.Table) -> tuple[pa.Table, Ints]:

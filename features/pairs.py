@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +35,9 @@ from features.changed_pairs import (
     told_pairs,
     write_totals,
 )
-from features.event_files import PART_SCHEMA, EventFiles, EventRule, deal_files, read_events
+from features.event_files import PART_SCHEMA, EventFiles, EventRule, deal, deal_files, read_events
 from features.pair_counts import CountRule, count_cells, decoded_days
-from features.pair_files import FILE_SCHEMA, day_spans, write_counted
+from features.pair_files import FILE_SCHEMA, KnownFile, day_spans, write_counted
 from features.pair_kernels import EPOCH, LEAST_EXPONENT, PACKED_SCHEMA, day_number, encode
 from features.pair_totals import (
     PARTNER_SCHEMA,
@@ -227,20 +227,6 @@ def write_pairs(
     return cells.mapInArrow(partial(_written, shared=shared, rule=rule, folders=folders, spans=day_spans(days)), FILE_SCHEMA)
 
 
-class KnownFile(NamedTuple):
-    """A file of pairs: its bytes, and the first and last day of its rows; None: nobody knows, or it is of totals."""
-
-    size: int
-    first_day: date | None = None
-    last_day: date | None = None
-
-    def may_hold(self, days: Collection[date]) -> bool:
-        """Whether it may have rows of one of the days."""
-        if self.first_day is None or self.last_day is None:
-            return True
-        return any(self.first_day <= day <= self.last_day for day in days)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PairChanges:
     """What has become of the files of pairs: rows of `FILE_SCHEMA` for those written, paths below the table's folder of those replaced, by
@@ -344,13 +330,10 @@ def _numbers(days: Collection[date]) -> list[int]:
 
 def _by_files(spark: SparkSession, files: Mapping[str, KnownFile]) -> DataFrame:
     """Paths or URIs of some files, at least one, dealt to tasks of about one size."""
-    dealt, task, held = list[tuple[int, str]](), 0, 0
-    for uri, file in sorted(files.items()):
-        if held and held + file.size > _TASK_BYTES:
-            task, held = task + 1, 0
-        dealt.append((task, uri))
-        held += file.size
-    return spark.createDataFrame(dealt, "task int, uri string").repartitionById(task + 1, F.col("task")).select("uri")
+    uris = sorted(files)
+    tasks = deal([files[uri].size for uri in uris], most=_TASK_BYTES)
+    dealt = spark.createDataFrame(list(zip(tasks, uris, strict=True)), "task int, uri string")
+    return dealt.repartitionById(tasks[-1] + 1, F.col("task")).select("uri")
 
 
 def _touched_blocks(batches: Batches, *, shared: Any, num_buckets: int) -> Iterator[pa.RecordBatch]:

@@ -22,8 +22,9 @@ from conf.errors import MachineError
 from conf.settings import SparkSettings
 from features.event_files import EventFiles
 from features.increments import moved_days, stale_days, window_reach
+from features.pair_files import KnownFile
 from features.pair_kernels import text_hashes
-from features.pairs import Counting, KnownFile, holdout_start, update_pairs, write_pairs
+from features.pairs import Counting, holdout_start, update_pairs, write_pairs
 from jobs.bench_worlds import NUM_DAYS, START, Work
 from jobs.session import start_session
 

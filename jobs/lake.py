@@ -25,7 +25,7 @@ from pyspark.sql.types import StructType
 from conf.errors import MachineError, TableError
 from conf.settings import LakeSettings
 from conf.tables import Table
-from features.pairs import KnownFile
+from features.pair_files import KnownFile
 from jobs.publication import add_action, commit_properties
 from jobs.reader import changes_since, check_columns, lake_root, open_table, same_rows, table_exists
 
@@ -214,8 +214,9 @@ class Lake:
         found = open_table(self.root, table, version)
         self._check_deletion_vectors(found, table)
         rows = pa.table(found.get_add_actions(flatten=True)).to_pylist()
-        ends = {row["path"]: (row.get(f"min.{day}"), row.get(f"max.{day}")) for row in rows}
-        return {f"{self.path(table)}/{row['path']}": KnownFile(row["size_bytes"], *ends[row["path"]]) for row in rows}
+        return {
+            f"{self.path(table)}/{row['path']}": KnownFile(row["size_bytes"], row.get(f"min.{day}"), row.get(f"max.{day}")) for row in rows
+        }
 
     def restore(self, table: Table, version: int) -> None:
         """Make an earlier version the latest one, by a commit of its own; without Spark, whose session may be what has failed.

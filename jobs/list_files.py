@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
+from conf.errors import TableError
 from conf.tables import CONTRACT_VERSION, ITEM_NEIGHBORS_HISTORY
 from features.pair_files import open_uri
 from jobs.publication import commit_properties, files_of
@@ -38,6 +39,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _ROWS_PER_GROUP = 600  # of 100 neighbors: 2 MB
+_MOST_ATTEMPTS = 5  # of a commit that others come before
 _PLAIN = [field.name for field in _SCHEMA if not pa.types.is_nested(field.type)]
 _LAYOUT = [("item_id", "ascending"), ("head", "ascending")]
 
@@ -153,9 +155,12 @@ def commit_lists(root: str, run_id: str, files: Sequence[ListFile], *, metadata:
         run_id: of all lists in the files.
         files: in the history's folder.
         metadata: of the commit.
+
+    Raises:
+        TableError: other commits came in between, time and again.
     """
     properties = commit_properties(metadata, fenced=True)
-    while True:
+    for _ in range(_MOST_ATTEMPTS):
         history = open_table(root, ITEM_NEIGHBORS_HISTORY)
         earlier, pure = files_of(history, run_id)
         if not pure:
@@ -169,3 +174,7 @@ def commit_lists(root: str, run_id: str, files: Sequence[ListFile], *, metadata:
         except CommitFailedError:  # somebody added other lists, or compacted, in between: look again
             continue
         return open_table(root, ITEM_NEIGHBORS_HISTORY).version()
+    raise TableError(
+        f"{_MOST_ATTEMPTS} times another commit to {ITEM_NEIGHBORS_HISTORY.name} under {root} came before that of the lists of {run_id}; "
+        "wanted one to succeed: run the same command again once the other jobs on this lake have ended"
+    )

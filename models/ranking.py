@@ -66,11 +66,9 @@ def best_per_segment(scores: Floats, offsets: Longs, k: int) -> tuple[Longs, Lon
     lengths = np.diff(offsets)
     columns = np.full((len(lengths), min(k, int(lengths.max(initial=0)))), -1, dtype=np.int64)
     for rows in _alike(lengths):
-        mine = np.arange(lengths[rows].max())
-        inside = mine < lengths[rows, None]
-        dense = np.full(inside.shape, -np.inf, dtype=np.float32)
-        dense[inside] = scores[(offsets[rows, None] + mine)[inside]]
-        best = best_per_row(dense, k)
+        bounds = ends(lengths[rows])
+        mine = np.arange(bounds[-1]) + np.repeat(offsets[rows] - bounds[:-1], lengths[rows])
+        best = best_per_row(pad(scores[mine], bounds), k)
         columns[rows, : best.shape[1]] = best
     found = columns >= 0
     return (columns + offsets[:-1, None])[found], ends(found.sum(axis=1))

@@ -19,7 +19,8 @@ from features.changed_pairs import Touched
 from features.event_files import EventFiles
 from features.increments import DayState, changed_days, fingerprint_days, longest_session, moved_days, stale_days, window_reach
 from features.pair_counts import CountRule, count_cells
-from features.pairs import KnownFile, holdout_start, update_pairs, where_days, write_pairs
+from features.pair_files import KnownFile
+from features.pairs import holdout_start, update_pairs, where_days, write_pairs
 from tests.features.test_pairs import (
     DAY,
     FIRST,
