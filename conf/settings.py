@@ -373,6 +373,11 @@ class ModelSettings(Section):
     )
     dimension: int = Field(128, ge=2, le=1024, description="Length of the factorization each side of the encoder starts from.")
     hidden_dimension: int = Field(256, ge=1, description="Width of the residual layer that reads id and content.")
+    content_sides: list[Literal["trigger", "target"]] = Field(
+        ["trigger", "target"],
+        description="Sides on which heads with a softmax task see content; fewer, to see what it does there. Items without history have "
+        "nothing but content, and are predicted from it on both.",
+    )
     id_dropout: float = Field(0.1, ge=0, lt=1, description="Share of training items whose id is replaced by its content prediction.")
     exposure_weight: float = Field(
         1.0,

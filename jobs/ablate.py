@@ -7,7 +7,7 @@ out, and the last slice is not read.
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -44,6 +44,9 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "no relevance loss": ("model.heads.engagement={engagement: 1, relevance: 0}", "model.heads.relevance={relevance: 0, affinity: 2}"),
     "no affinity loss": ("model.heads.relevance={relevance: 1, affinity: 0}",),
     "no relevance in the engagement head": ("model.heads.engagement={engagement: 1, relevance: 0}",),
+    "no content on the engagement head's triggers": ("model.content_sides=[target]",),
+    "no content on the engagement head's targets": ("model.content_sides=[trigger]",),
+    "no content in the engagement head": ("model.content_sides=[]",),
     "no id dropout": ("model.id_dropout=0",),
     "no training steps": ("training.num_steps=0",),
 }
@@ -61,8 +64,8 @@ class Measured:
     seconds: float
 
 
-def ablate(backtest: Backtest, variants: Mapping[str, Settings], seeds: Sequence[int]) -> dict[str, Measured]:
-    """Train and judge every variant with every seed on the first validation cut.
+def ablate(backtest: Backtest, variants: Mapping[str, Settings], seeds: Sequence[int]) -> Iterator[tuple[str, Measured]]:
+    """Train and judge every variant with every seed on the first validation cut, one after the other.
 
     Args:
         backtest: of the configuration; its pairs and features are what all variants train on.
@@ -72,14 +75,12 @@ def ablate(backtest: Backtest, variants: Mapping[str, Settings], seeds: Sequence
     cut, until = backtest.cuts()[0]
     base = backtest.trained_cold(cut)
     data = read_cut(StageRun(night=base, stage=VALIDATION), until=until)
-    found = {}
     for name, settings in variants.items():
         backtest.display.say(f"[bold]{name}[/bold]")
         runs = [_measured(backtest, settings, seed, cut, data) for seed in seeds]
         keys = runs[0][0].keys()
         values = {key: np.mean([run[key] for run, _ in runs], axis=0) for key in keys}
-        found[name] = Measured(values=values, seconds=float(np.mean([seconds for _, seconds in runs])))
-    return found
+        yield name, Measured(values=values, seconds=float(np.mean([seconds for _, seconds in runs])))
 
 
 def _measured(backtest: Backtest, settings: Settings, seed: int, cut: date, data: CutData) -> tuple[dict[tuple[str, Key], Values], float]:
@@ -154,12 +155,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             lay_source(Path(settings.source.events.path).parent)
         spark = start_session(settings.spark, app_name=f"mtmh ablate {settings.name}")
         backtest = Backtest(settings=settings, spark=spark, display=Display(), now=datetime.now(UTC))
-        found = ablate(backtest, variants, values.seeds)
-        rows = differences(found, num_resamples=settings.evaluation.num_bootstrap, seed=settings.training.seed)
-        relevance = next(row["metric"] for row in rows if "relevance" in row["metric"])
-        show(rows, relevance, console)
+        share = settings.source.user_share
         REPORTS.mkdir(parents=True, exist_ok=True)
-        (REPORTS / f"{settings.name}-ablations.json").write_text(json.dumps(rows, indent=1))
+        path = REPORTS / f"{settings.name}{'' if share == 1 else f'-{share:g}-of-users'}-ablations.json"
+        found, rows = dict[str, Measured](), list[dict[str, Any]]()
+        for name, measured in ablate(backtest, variants, values.seeds):
+            found[name] = measured
+            rows = differences(found, num_resamples=settings.evaluation.num_bootstrap, seed=settings.training.seed)
+            path.write_text(json.dumps(rows, indent=1))  # each variant takes minutes; what is measured stays, whatever comes
+        show(rows, next(row["metric"] for row in rows if "relevance" in row["metric"]), console)
         for name, measured in found.items():
             console.print(f"{name}: a training takes {measured.seconds:.0f} s", highlight=False)
 

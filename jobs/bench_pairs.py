@@ -34,7 +34,7 @@ from features.event_files import EventFiles
 from features.pairs import Counting, write_pairs
 from jobs.arguments import report_errors
 from jobs.bench_night import bench_night
-from jobs.bench_peers import answers_differ, duckdb_pairs, polars_pairs, scipy_pairs, self_join_pairs
+from jobs.bench_peers import HALF_LIFE_DAYS, answers_differ, duckdb_pairs, duckdb_state, polars_pairs, scipy_pairs, self_join_pairs
 from jobs.bench_picture import draw_times
 from jobs.bench_rows import FOLDER, Json, keep_row, kept_rows
 from jobs.bench_worlds import NUM_DAYS, START, Work, open_work
@@ -42,8 +42,13 @@ from jobs.session import start_session
 
 _PATH = FOLDER / "pairs.json"
 WORKS = ("clicks-1m", "clicks-4m", "clicks-16m", "grocery", "ifdb_games")
-METHODS = ("mtmh", "duckdb", "polars", "scipy", "self_join", "radix_sort", "simd_sort")
-_PEERS: Mapping[str, Callable[[Work, Path], None]] = {"duckdb": duckdb_pairs, "polars": polars_pairs, "scipy": scipy_pairs}
+METHODS = ("mtmh", "duckdb", "duckdb_state", "polars", "scipy", "self_join", "radix_sort", "simd_sort")
+_PEERS: Mapping[str, Callable[[Work, Path], None]] = {
+    "duckdb": duckdb_pairs,
+    "duckdb_state": duckdb_state,
+    "polars": polars_pairs,
+    "scipy": scipy_pairs,
+}
 _SUITABLE: Mapping[str, Callable[[Work], bool]] = {
     "scipy": lambda work: work.one_session_a_day,
     "radix_sort": lambda work: work.window.kind == "session",
@@ -129,7 +134,7 @@ def _our_pairs(spark: Any, work: Work, out: Path) -> None:
     files = {str(path.absolute()): path.stat().st_size for path in work.folder.glob("*.parquet")}
     items, days = _items_and_days(work.folder)
     counting = Counting(window=work.window, max_items_per_user_day=_NO_CAP, max_triggers_per_target=_NO_CAP, min_users=2, hash_key=b"bench")
-    decay: Json = {"landmark": START.date(), "half_life_days": 1000.0, "holdout_from": START.date()}
+    decay: Json = {"landmark": START.date(), "half_life_days": HALF_LIFE_DAYS, "holdout_from": START.date()}
     folders = {"daily": str(daily.absolute()), "totals": str(out.absolute())}
     write_pairs(spark, EventFiles(sizes=files), counting, days=days, items=items, folders=folders, **decay).collect()
 

@@ -17,38 +17,71 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.bench_worlds import Work
+from jobs.bench_worlds import START, Work
 
 Method = Callable[[Work, Path], None]
 _MICROS = 1_000_000
+HALF_LIFE_DAYS = 1000.0
+"""Of the weights, here and in ours."""
 
 
 def duckdb_pairs(work: Work, out: Path) -> None:
     """DuckDB: ids to integers, a self-join, distinct (pair, day, user), a group-by, ids to text."""
+    counted = f"SELECT i, j, count(*) n FROM ({_found(work)}) GROUP BY i, j HAVING min(u) <> max(u)"
+    _duckdb(work, out, f"CREATE TEMP TABLE counted AS {counted}", _totals_to(out, work, "n num_user_days"))
+
+
+def duckdb_state(work: Work, out: Path) -> None:
+    """DuckDB, writing all that mtmh writes: decayed weights, and the rows of each day with the two smallest user hashes."""
+    weight, early = f"pow(2.0, d / {HALF_LIFE_DAYS})", "FILTER (d < 0)"  # the holdout begins on day 0, as ours does
+    fit = f"CASE WHEN min(u) {early} <> max(u) {early} THEN sum({weight}) {early} ELSE 0 END"
+    rows = "SELECT d, i, j, count(*) n, min(h, 2) h FROM found JOIN hashed USING (u) GROUP BY d, i, j"
+    _duckdb(
+        work,
+        out,
+        f"CREATE TEMP TABLE found AS {_found(work)}",
+        "CREATE TEMP TABLE hashed AS SELECT u, hash(user_id) h FROM users",
+        f"""COPY (SELECT DATE '{START.date()}' + d event_date, x.item_id trigger_item_id, y.item_id target_item_id, n num_users,
+            r.h user_hashes FROM ({rows}) r JOIN items x USING (i) JOIN items y ON y.i = j)
+            TO '{out.with_name("duckdb_state-days.parquet")}' (FORMAT parquet)""",
+        f"""CREATE TEMP TABLE counted AS SELECT i, j, count(*) n, sum({weight}) w, {fit} f FROM found
+            GROUP BY i, j HAVING min(u) <> max(u)""",
+        _totals_to(out, work, "w weight, n num_user_days, f fit_weight"),
+    )
+
+
+def _duckdb(work: Work, out: Path, *statements: str) -> None:
+    """Run statements over `items`, `users` and `e`: the engagements in numbers, days from the first one of the log."""
     import duckdb
 
-    session = work.window.kind == "session"
-    on = "a.s = b.s AND a.i < b.i" if session else f"a.u = b.u AND a.i <> b.i AND b.t BETWEEN a.t AND a.t + {_window(work)}"
-    columns, joined = ("DISTINCT s, i, u", "JOIN sessions USING (session_id)") if session else ("i, u, t", "")
-    mirror = "UNION ALL SELECT j, i, n FROM counted" if session else ""
+    columns, joined = ("DISTINCT s, i, u", "JOIN sessions USING (session_id)") if work.window.kind == "session" else ("i, u, t", "")
     connection = duckdb.connect()
     connection.execute(f"SET temp_directory = '{out.parent}/duckdb'; SET preserve_insertion_order = false; SET threads = 2")
-    ids = (("items", "item_id", "i"), ("users", "user_id", "u"), ("sessions", "session_id", "s"))
     number = "row_number() OVER ()::INT"
+    ids = (("items", "item_id", "i"), ("users", "user_id", "u"), ("sessions", "session_id", "s"))
     coded = (f"CREATE TEMP TABLE {name} AS SELECT {c}, {number} {n} FROM (SELECT DISTINCT {c} FROM events)" for name, c, n in ids)
-    statements = [
-        f"""CREATE TEMP TABLE events AS SELECT user_id, item_id, session_id, epoch_us(engaged_at) t, event_date
-            FROM read_parquet('{work.folder}/*.parquet')""",
-        *coded,
-        f"""CREATE TEMP TABLE e AS SELECT {columns}, (event_date - DATE '1970-01-01')::INT d
-            FROM events JOIN items USING (item_id) JOIN users USING (user_id) {joined}""",
-        f"""CREATE TEMP TABLE counted AS SELECT i, j, count(*) n FROM (SELECT DISTINCT a.i i, b.i j, b.d d, a.u u FROM e a JOIN e b ON {on})
-            GROUP BY i, j HAVING min(u) <> max(u)""",
-        f"""COPY (SELECT x.item_id trigger_item_id, y.item_id target_item_id, n num_user_days
-            FROM (SELECT i, j, n FROM counted {mirror}) JOIN items x USING (i) JOIN items y ON y.i = j) TO '{out}' (FORMAT parquet)""",
-    ]
-    for statement in statements:
+    events = f"""CREATE TEMP TABLE events AS SELECT user_id, item_id, session_id, epoch_us(engaged_at) t, event_date
+        FROM read_parquet('{work.folder}/*.parquet')"""
+    e = f"""CREATE TEMP TABLE e AS SELECT {columns}, (event_date - DATE '{START.date()}')::INT d
+        FROM events JOIN items USING (item_id) JOIN users USING (user_id) {joined}"""
+    for statement in (events, *coded, e, *statements):
         connection.execute(statement)
+
+
+def _found(work: Work) -> str:
+    """Distinct pairs i, j by day d and user u; of sessions, each pair once."""
+    on = "a.s = b.s AND a.i < b.i"
+    if work.window.kind != "session":
+        on = f"a.u = b.u AND a.i <> b.i AND b.t BETWEEN a.t AND a.t + {_window(work)}"
+    return f"SELECT DISTINCT a.i i, b.i j, b.d d, a.u u FROM e a JOIN e b ON {on}"
+
+
+def _totals_to(out: Path, work: Work, columns: str) -> str:
+    """A statement that writes the table `counted` with ids as text, pairs of sessions in both orders."""
+    mirror = "UNION ALL SELECT j, i, * EXCLUDE (i, j) FROM counted" if work.window.kind == "session" else ""
+    return f"""COPY (SELECT x.item_id trigger_item_id, y.item_id target_item_id, {columns}
+        FROM (SELECT i, j, * EXCLUDE (i, j) FROM counted {mirror}) JOIN items x USING (i) JOIN items y ON y.i = j)
+        TO '{out}' (FORMAT parquet)"""
 
 
 def polars_pairs(work: Work, out: Path) -> None:

@@ -13,6 +13,7 @@ from datetime import date
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -89,8 +90,14 @@ def write_lists(tables: Iterable[pa.Table], folder: str) -> ListFile | None:
     """
     writer = _Writer(folder=folder)
     for table in tables:
-        writer.add(table.select(_SCHEMA.names).cast(_SCHEMA).sort_by(_LAYOUT))
+        writer.add(_sorted(table.select(_SCHEMA.names).cast(_SCHEMA)))
     return writer.close()
+
+
+def _sorted(lists: pa.Table) -> pa.Table:
+    """In the order of the layout; lists that are in it are not copied."""
+    order = pc.sort_indices(lists, sort_keys=_LAYOUT)
+    return lists if (np.diff(order.to_numpy()) == 1).all() else lists.take(order)
 
 
 @dataclass(kw_only=True)

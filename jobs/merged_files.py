@@ -1,8 +1,7 @@
 """One file of lists, merged again: what a worker process of `jobs.remerge` does. Imports no Spark, so that a process starts in a second."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from conf.errors import PublishError
 from conf.settings import RetrievalSettings
+from features.pair_kernels import Ints, ranges
 from jobs.list_files import ListFile, write_lists
 from models.kept import KeptCandidates
 from models.merge import Policy
@@ -59,31 +59,29 @@ def merge_file(source: str, *, task: MergeTask) -> MergedFile:
     """
     retriever = Retriever.open(task.index)
     rows = pq.read_table(source, partitioning=None)
-    is_merged = pc.equal(rows["head"], MERGED)
-    before = rows.filter(is_merged).combine_chunks()
-    merged, sums = _merged_again(retriever, before["item_id"], task)
-    at = pc.index_in(before["item_id"].combine_chunks(), merged["item_id"].combine_chunks())
+    is_merged = pc.equal(rows["head"], MERGED).combine_chunks()
+    items = rows["item_id"].filter(is_merged).combine_chunks()
+    merged, sums = _merged_again(retriever, items, task)
+    at = pc.index_in(items, merged["item_id"].combine_chunks())
     if at.null_count:
         raise PublishError(f"candidates of {at.null_count:,} items of {source} were not kept; run the night again to merge its lists anew")
-    merged = merged.take(at)
-    sums["churn"] = _churn(before["neighbors"].combine_chunks(), merged["neighbors"].combine_chunks())
-    new = _with_columns(before, neighbors=merged["neighbors"], list_hash=merged["list_hash"])
-    whole = pa.concat_tables([rows.filter(pc.invert(is_merged)), new])
-    whole = _with_columns(whole, run_id=pa.chunked_array([pa.repeat(task.run_id, len(whole))]))
-    return MergedFile(file=write_lists([whole], task.target), sums=sums)
+    old = np.flatnonzero(is_merged.to_numpy(zero_copy_only=False))
+    new = len(rows) + at.to_numpy()  # of the merged rows, behind the old ones
+    place = np.arange(len(rows))
+    place[old] = new
+    columns = {name: rows[name] for name in rows.column_names}
+    for name in ("neighbors", "list_hash"):
+        both = pa.concat_arrays([*rows[name].chunks, *merged[name].cast(rows.schema.field(name).type).chunks])
+        columns[name] = both.take(pa.array(place))
+        if name == "neighbors":
+            sums["churn"] = _churn(both, old, new)
+    columns["run_id"] = pa.chunked_array([pa.repeat(task.run_id, len(rows))])
+    return MergedFile(file=write_lists([pa.table(columns, schema=rows.schema)], task.target), sums=sums)
 
 
-def _with_columns(table: pa.Table, **columns: pa.ChunkedArray) -> pa.Table:
-    """The table with other values in some columns, its schema unchanged."""
-    for name, values in columns.items():
-        at = table.schema.get_field_index(name)
-        table = table.set_column(at, table.schema.field(at), values.cast(table.schema.field(at).type))
-    return table
-
-
-def _merged_again(retriever: Retriever, items: pa.ChunkedArray, task: MergeTask) -> tuple[pa.Table, dict[str, float]]:
+def _merged_again(retriever: Retriever, items: pa.Array, task: MergeTask) -> tuple[pa.Table, dict[str, float]]:
     """Rows of models.list_rows for (at least) some items, and sums over their lists."""
-    triggers = pc.index_in(items.combine_chunks().cast(pa.string()), retriever.item_ids)
+    triggers = pc.index_in(items.cast(pa.string()), retriever.item_ids)
     low, high = (int(end) for end in pc.min_max(triggers).as_py().values())
     batches, sums = list[pa.RecordBatch](), dict[str, float]()
     for file in _overlapping(task.candidates, low, high):
@@ -121,15 +119,20 @@ def _sums(retriever: Retriever, kept: KeptCandidates, lists: Neighbors, settings
     }
 
 
-def _churn(before: pa.ListArray, now: pa.ListArray) -> float:
-    """Sum over lists of 1 - Jaccard of the first ten."""
-    changed = 0.0
-    for old, new in zip(_first_ids(before), _first_ids(now), strict=True):
-        both = old | new
-        changed += 1 - len(old & new) / len(both) if both else 0.0
-    return changed
+def _churn(lists: pa.ListArray, before: Ints, now: Ints) -> float:
+    """Sum of 1 - Jaccard of the first ten, over the lists that each list before has become."""
+    firsts = [_first_ids(lists, rows) for rows in (before, now)]
+    codes = pa.concat_arrays([ids for _, ids in firsts]).dictionary_encode()
+    number, code = np.concatenate([number for number, _ in firsts]), codes.indices.to_numpy()
+    old, new = np.split(number * len(codes.dictionary) + code, [len(firsts[0][0])])  # an id is in a list once
+    kept = np.bincount(np.intersect1d(old, new, assume_unique=True) // max(1, len(codes.dictionary)), minlength=len(before))
+    either = np.bincount(number, minlength=len(before)) - kept
+    return float((1 - kept[either > 0] / either[either > 0]).sum())
 
 
-def _first_ids(lists: pa.ListArray) -> Sequence[set[str]]:
-    ids, offsets = lists.values.field("neighbor_id").to_pylist(), lists.offsets.to_pylist()
-    return [set(ids[start : min(stop, start + _FIRST)]) for start, stop in pairwise(offsets)]
+def _first_ids(lists: pa.ListArray, rows: Ints) -> tuple[Ints, pa.Array]:
+    """The first ten ids of some lists, and the number, from 0, of the list that each is of."""
+    starts = lists.offsets.to_numpy().astype(np.int64)
+    lengths = np.minimum(np.diff(starts)[rows], _FIRST)
+    ids = lists.values.field("neighbor_id").take(pa.array(ranges(starts[rows], lengths)))
+    return np.repeat(np.arange(len(rows)), lengths), ids

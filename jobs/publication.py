@@ -8,7 +8,7 @@ before or the one after; a publication that is killed in between leaves files th
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -26,6 +26,7 @@ from pyarrow import fs
 from conf.errors import PublishError, TableError
 from conf.faults import reach
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
+from features.pair_kernels import PACKED_ROWS, chunks
 from jobs.reader import changes_since, first_row, open_table, table_exists
 
 _MERGED_AGAIN = ".m"  # between the run id of a night and the version of merge_policy under which its lists were merged again
@@ -180,10 +181,8 @@ def _link(here: Path, there: Path) -> None:
 
 def item_ids_ever(root: str) -> pa.Array:
     """Every trigger item that some kept night had."""
-    batches: Iterator[pa.RecordBatch] = (
-        open_table(root, ITEM_NEIGHBORS_HISTORY).to_pyarrow_dataset().to_batches(columns=["item_id"], filter=ds.field("head") == "merged")
-    )
+    history = open_table(root, ITEM_NEIGHBORS_HISTORY).to_pyarrow_dataset()
     known = pa.array([], pa.string())
-    for batch in batches:
-        known = pc.unique(pa.concat_arrays([known, batch.column(0).cast(pa.string())]))
+    for rows in chunks(history.to_batches(columns=["item_id"], filter=ds.field("head") == "merged"), min_rows=PACKED_ROWS):
+        known = pc.unique(pa.chunked_array([known, *rows["item_id"].cast(pa.string()).chunks]))  # not once per batch of some hundred rows
     return known

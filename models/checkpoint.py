@@ -68,6 +68,7 @@ def model_config(model: Mtmh) -> dict[str, Any]:
         "content_dimension": model.content.shape[1],
         "hidden_dimension": model.hidden_dimension,
         "shared": model.shared,
+        "blind": list(model.blind),
         "signals": list(model.signals),
         "heads": {name: model.head(name).task_weights for name in model.heads},
     }
@@ -93,4 +94,5 @@ def _empty(config: Mapping[str, Any]) -> Mtmh:
         popularity_weight=0.0,
         content_share=0.5,
         shared=config["shared"],
+        blind=config["blind"],
     )

@@ -13,7 +13,7 @@ Shapes: `B` items of a batch, `N` items, `K` dimensions of a factorization, `F` 
 content dimensions, `D` = 2KF + C, `V` vector length.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,13 +83,24 @@ class Head(nn.Module):
         trigger: (V - 1, D) start of the trigger projection.
         target: (V - 1, D) start of the target projection.
         popularity_scale: start of the factor of log popularity in the bias; read only with a softmax task.
+        blind: sides, `trigger` or `target`, that read the second half of a trunk, which has seen no content; only with a softmax task.
     """
 
-    def __init__(self, *, name: str, task_weights: Mapping[str, float], trigger: Tensor, target: Tensor, popularity_scale: float) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        task_weights: Mapping[str, float],
+        trigger: Tensor,
+        target: Tensor,
+        popularity_scale: float,
+        blind: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.name = name
         self.task_weights = dict(task_weights)
         self.has_bias = _is_softmax(self.task_weights)
+        self.blind = frozenset(blind) if self.has_bias else frozenset[str]()
         self.trigger = nn.Linear(trigger.shape[1], trigger.shape[0], bias=False)
         self.target = nn.Linear(target.shape[1], target.shape[0], bias=False)
         with torch.no_grad():
@@ -100,14 +111,18 @@ class Head(nn.Module):
 
     def trigger_vectors(self, trunk: Tensor) -> Tensor:
         """(B, D) -> (B, V); the last dimension is 1."""
-        vectors = self._finish(self.trigger(trunk))  # (B, V - 1)
+        vectors = self._finish(self.trigger(self._seen(trunk, "trigger")))  # (B, V - 1)
         return torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1)
 
     def target_vectors(self, trunk: Tensor, log_popularity: Tensor) -> Tensor:
         """(B, D), (B,) -> (B, V); the last dimension is the bias."""
-        vectors = self._finish(self.target(trunk))  # (B, V - 1)
+        vectors = self._finish(self.target(self._seen(trunk, "target")))  # (B, V - 1)
         bias = self.popularity_scale * log_popularity if self.has_bias else torch.zeros_like(log_popularity)
         return torch.cat([vectors, bias[:, None]], dim=1)
+
+    def _seen(self, trunk: Tensor, side: str) -> Tensor:
+        width = self.trigger.in_features
+        return trunk[:, width:] if side in self.blind else trunk[:, :width]
 
     def _finish(self, vectors: Tensor) -> Tensor:
         """Without a softmax task a score is a cosine; with it, lengths carry how sure the item is."""
@@ -129,10 +144,13 @@ class Encoder(nn.Module):
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def forward(self, items: Tensor, content: Tensor, by_content: Tensor) -> Tensor:
-        """(B,) item indices, (B, C) their content, (B,) whose id row is replaced by its content prediction -> (B, D)."""
+    def forward(self, items: Tensor, content: Tensor, by_content: Tensor, *, blind: bool = False) -> Tensor:
+        """(B,) item indices, (B, C) their content, (B,) whose id row is replaced by its content prediction -> (B, D).
+
+        `blind`: content is seen in that prediction alone.
+        """
         ids = torch.where(by_content[:, None], self.content_to_id(content), self.ids(items))  # (B, 2KF)
-        features = torch.cat([ids, content], dim=1)  # (B, D)
+        features = torch.cat([ids, torch.zeros_like(content) if blind else content], dim=1)  # (B, D)
         residual: Tensor = self.outer(functional.gelu(self.inner(features)))
         return features + residual
 
@@ -148,6 +166,7 @@ class Mtmh(nn.Module):
         popularity_weight: rho of the calibrated factorization.
         content_share: 1 - l, share of content cosine in the start of a head without a softmax task.
         shared: one encoder for all heads; False: each head has its own, which starts alike.
+        blind: sides, `trigger` or `target`, on which heads with a softmax task see no content.
     """
 
     def __init__(
@@ -160,11 +179,12 @@ class Mtmh(nn.Module):
         popularity_weight: float,
         content_share: float,
         shared: bool = True,
+        blind: Collection[str] = (),
     ) -> None:
         super().__init__()
         num_items, dimension = start.trigger.shape
         self.num_items, self.dimension, self.signals = num_items, dimension, tuple(start.signals)
-        self.hidden_dimension, self.shared = hidden_dimension, shared
+        self.hidden_dimension, self.shared, self.blind = hidden_dimension, shared, tuple(sorted(blind))
         names = [_SHARED] if shared else list(heads)
         self.encoders = nn.ModuleDict({name: Encoder(start, hidden_dimension) for name in names})
         for name in ("content", "log_popularity", "known"):
@@ -173,7 +193,8 @@ class Mtmh(nn.Module):
         self.log_popularity: Tensor
         self.known: Tensor
         selectors = _Selectors(dimension, start.content.shape[1], self.signals)
-        built = (_build_head(name, tasks, selectors, temperature, popularity_weight, content_share) for name, tasks in heads.items())
+        begin = _Beginning(temperature=temperature, popularity_weight=popularity_weight, content_share=content_share, blind=self.blind)
+        built = (_build_head(name, tasks, selectors, begin) for name, tasks in heads.items())
         self.heads = nn.ModuleDict({head.name: head for head in built})
 
     @property
@@ -190,11 +211,11 @@ class Mtmh(nn.Module):
             dropped: (B,) boolean, the id row is replaced by its content prediction (always so for items without history).
 
         Returns:
-            (B, D).
+            (B, D); where a side is blind (B, 2D), without content in the second half.
         """
         by_content = ~self.known[items] if dropped is None else ~self.known[items] | dropped
-        rows: Tensor = self.encoders[encoder](items, self.content[items], by_content)
-        return rows
+        views = (False, True) if self.blind else (False,)
+        return torch.cat([self.encoders[encoder](items, self.content[items], by_content, blind=blind) for blind in views], dim=1)
 
     def head(self, name: str) -> Head:
         """A head by name."""
@@ -237,14 +258,25 @@ def _is_softmax(tasks: Iterable[str]) -> bool:
     return bool(set(tasks) - COSINE_TASKS)
 
 
-def _build_head(
-    name: str, tasks: Mapping[str, float], selectors: _Selectors, temperature: float, popularity_weight: float, content_share: float
-) -> Head:
+@dataclass(frozen=True, kw_only=True)
+class _Beginning:
+    """How heads start; see `Mtmh`."""
+
+    temperature: float
+    popularity_weight: float
+    content_share: float
+    blind: Collection[str]
+
+
+def _build_head(name: str, tasks: Mapping[str, float], selectors: _Selectors, begin: _Beginning) -> Head:
     weights = {task: weight for task, weight in tasks.items() if weight > 0}
     if _is_softmax(weights):
         trigger, target = selectors.start_of(weights)
-        trigger = temperature * trigger
+        trigger = begin.temperature * trigger
     else:
-        share = content_share if "affinity" in weights else 1.0  # a head that never learns from engagement does not start from it either
+        share = (
+            begin.content_share if "affinity" in weights else 1.0
+        )  # a head that never learns from engagement does not start from it either
         trigger = target = torch.cat([share**0.5 * selectors.content, (1 - share) ** 0.5 * selectors.trigger])
-    return Head(name=name, task_weights=weights, trigger=trigger, target=target, popularity_scale=temperature * popularity_weight)
+    popularity_scale = begin.temperature * begin.popularity_weight
+    return Head(name=name, task_weights=weights, trigger=trigger, target=target, popularity_scale=popularity_scale, blind=begin.blind)

@@ -455,6 +455,7 @@ def build_model(
             popularity_weight=start.weights.popularity_weight,
             content_share=content_share,
             shared=settings.encoder == "shared",
+            blind={"trigger", "target"} - set(settings.content_sides),
         )
 
 

@@ -173,7 +173,7 @@ def test_an_ablation_trains_on_the_same_pairs_and_is_paired_with_the_default(don
     apart = settings.model_copy(update={"model": settings.model.model_copy(update={"encoder": "separate"})})
     still = settings.model_copy(update={"training": settings.training.model_copy(update={"num_steps": 0})})
     runs = len(done.backtest.night(done.final.cut).ledger.records(stage="build_pairs"))
-    found = ablate(done.backtest, {"default": settings, "apart": apart, "still": still}, [settings.training.seed])
+    found = dict(ablate(done.backtest, {"default": settings, "apart": apart, "still": still}, [settings.training.seed]))
     rows = {(row["variant"], row["head"], row["metric"], row["slice"]): row for row in differences(found, num_resamples=50, seed=0)}
     assert "difference" not in rows["default", "merged", "recall@100", "all"]
     for name in ("apart", "still"):

@@ -74,6 +74,21 @@ def test_separate_encoders_start_alike_and_part(start: Factorization, data: Trai
         torch.testing.assert_close(vectors, apart.vectors()[name])
 
 
+@pytest.mark.parametrize("sees", [["target"], ["trigger"], []])
+def test_a_side_that_sees_no_content_depends_on_none(start: Factorization, data: TrainingData, tmp_path, sees: list[str]) -> None:
+    spec = make_spec(tmp_path)
+    model = build_model(start, data.content, spec.model.model_copy(update={"content_sides": sees}), 0.3, seed=0)
+    fine_tune(model, data, spec, Workers(), user_level_weight=0.5)
+    before, known = model.vectors(), model.known
+    save_checkpoint(tmp_path / "some", model, vocabulary="v", run={})
+    model = load_checkpoint(tmp_path / "some", vocabulary="v")[0]
+    model.content.copy_(model.content.flip(0))
+    after = model.vectors()
+    for side, old, new in zip(("trigger", "target"), before["engagement"], after["engagement"], strict=True):
+        assert torch.allclose(old[known], new[known], atol=1e-5) == (side not in sees), side
+    assert not torch.allclose(before["relevance"][0], after["relevance"][0], atol=1e-2)  # that head lives on content
+
+
 def test_a_hidden_id_reads_content_alone(model: Mtmh, data: TrainingData) -> None:
     items = torch.tensor([0, 5, 10])  # category 0 of three bundles: equal content
     open_, hidden = model(items), model(items, torch.ones(3, dtype=torch.bool))
