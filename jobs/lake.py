@@ -27,7 +27,7 @@ from conf.settings import LakeSettings
 from conf.tables import Table
 from features.pair_files import KnownFile
 from jobs.publication import add_action, commit_properties
-from jobs.reader import changes_since, check_columns, lake_root, open_table, same_rows, table_exists
+from jobs.reader import changes_since, check_columns, kept_days, lake_root, log_properties, open_table, same_rows, table_exists
 
 _CONFLICTS = (exceptions.ConcurrentAppendException, exceptions.ConcurrentDeleteReadException, exceptions.ConcurrentDeleteDeleteException)
 _FILE = ("path", "size_bytes")
@@ -36,10 +36,11 @@ _MOST_ATTEMPTS = 3  # of a write that meets compactions
 
 @dataclass(frozen=True, kw_only=True)
 class Lake:
-    """Tables below one root. Versions are Delta versions, from 0."""
+    """Tables below one root, whose logs go back `log_days`. Versions are Delta versions, from 0."""
 
     spark: SparkSession
     root: str
+    log_days: int
 
     def path(self, table: Table) -> str:
         """Path or URI of a table's folder."""
@@ -97,6 +98,8 @@ class Lake:
             check_columns(self.root, table)
             return
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
+        for name, value in log_properties(self.log_days).items():
+            builder.property(name, value)
         builder.addColumns(_schema(table)).execute()
 
     def replace(
@@ -246,7 +249,7 @@ def open_lake(spark: SparkSession, settings: LakeSettings) -> Lake:
     """
     root = lake_root(settings)
     if "://" in root:
-        return Lake(spark=spark, root=root)
+        return Lake(spark=spark, root=root, log_days=kept_days(settings))
     folder = Path(root)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -255,7 +258,7 @@ def open_lake(spark: SparkSession, settings: LakeSettings) -> Lake:
         probe.unlink(missing_ok=True)  # another job may have looked at the same time
     except OSError as error:
         raise MachineError(f"cannot write the lake at {folder}: {error.strerror}; set lake.root to a writable folder or URI") from error
-    return Lake(spark=spark, root=str(folder))
+    return Lake(spark=spark, root=str(folder), log_days=kept_days(settings))
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from conf.errors import TableError
 from conf.settings import LakeSettings
 from conf.tables import ITEM_FEATURES, ITEM_NEIGHBORS, Table
 
-_REARRANGING = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END"})
+_REARRANGING = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES"})
+_LEAST_DAYS = 7  # Delta's own minimum: a reader or writer may take so long
 
 
 def lake_root(settings: LakeSettings) -> str:
@@ -50,13 +51,23 @@ def open_table(root: str, table: Table, version: int | None = None) -> DeltaTabl
 
 
 def changes_since(root: str, table: Table, version: int) -> list[dict[str, Any]]:
-    """Commits after a version, oldest first, without those of OPTIMIZE and VACUUM: these change no row."""
+    """Commits after a version, oldest first, without those of OPTIMIZE, VACUUM and properties: these change no row."""
     return [commit for commit in _commits_since(root, table, version) if commit["operation"] not in _REARRANGING]
 
 
 def _commits_since(root: str, table: Table, version: int) -> list[dict[str, Any]]:
     latest = open_table(root, table)
     return latest.history(latest.version() - version)[::-1] if latest.version() > version else []
+
+
+def kept_days(lake: LakeSettings) -> int:
+    """Days for which a version of a table can be read after it was replaced."""
+    return max(_LEAST_DAYS, lake.keep_nights)
+
+
+def log_properties(days: int) -> dict[str, str]:
+    """Properties of a table whose log goes back so many days."""
+    return {"delta.logRetentionDuration": f"interval {days} days"}
 
 
 def same_rows(root: str, table: Table, version: int) -> int:
