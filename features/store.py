@@ -12,7 +12,7 @@ Feast is imported inside the functions, as that costs 9 seconds.
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -201,18 +201,15 @@ def online_rows(lists: pa.Table, heads: Sequence[str], *, run_id: str, as_of: st
     return pa.table(columns | {name: pa.repeat(value, len(items)) for name, value in same.items()})
 
 
-def write_online(store: "FeatureStore", shards: Iterable[pa.Table], *, on_shard: Callable[[int], None]) -> None:
-    """Write shards of `online_rows`, one in memory at a time; the last write of an item wins.
+def write_online(store: "FeatureStore", rows: pa.Table) -> None:
+    """Write `online_rows`; the last write of an item wins.
 
     Args:
         store: a store with definitions applied.
-        shards: tables, asked for one after the other.
-        on_shard: told the number of items after each written shard.
+        rows: as many as memory holds, since Feast makes objects of all of them before it writes.
     """
-    for shard in shards:
-        if shard.num_rows:
-            store.write_to_online_store("item_neighbors", df=shard.to_pandas())
-        on_shard(shard.num_rows)
+    if rows.num_rows:
+        store.write_to_online_store("item_neighbors", df=rows.to_pandas())
 
 
 def lookup_online(store: "FeatureStore", item_ids: Sequence[str], *, heads: Sequence[str], k: int) -> dict[str, dict[str, Any]]:

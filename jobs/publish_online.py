@@ -6,9 +6,11 @@ gets empty lists, since an online store never deletes. A killed publication goes
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +18,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from conf.faults import reach
-from conf.settings import Settings
+from conf.settings import LakeSettings, OnlineSettings, Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
+from features.pair_files import open_uri
 from jobs.ledger import Ledger, StageRecord, recorded
-from jobs.online import open_feature_store, reaching_redis
+from jobs.online import feature_store_folder, open_feature_store, reaching_redis, redis_connection
+from jobs.processes import in_processes
 from jobs.progress import Display
 from jobs.publication import item_ids_ever, published
 from jobs.reader import artifacts_of, lake_root, open_table
@@ -29,6 +33,7 @@ from validation.gates import run_gate
 from validation.suites import GateContext, rules_for
 
 STAGE = "publish_online"
+_MOST_WRITERS = 4  # sqlite lets one write at a time, which is a quarter of the work
 _LISTS = pa.schema([("item_id", pa.string()), ("head", pa.string()), ("ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float64()))])
 
 
@@ -43,7 +48,7 @@ def publish_online(run: StageRun) -> None:
 
 
 def write_current(settings: Settings, version: int, *, now: datetime, display: Display) -> dict[str, float]:
-    """Write all lists of a version of item_neighbors, and empty ones for items that only other kept nights had.
+    """Write all lists of a version of item_neighbors, and empty ones for items that only other kept nights had, in several processes.
 
     Returns:
         num_items_written and num_items_expected; of a resumed publication both count what was written before.
@@ -53,13 +58,45 @@ def write_current(settings: Settings, version: int, *, now: datetime, display: D
     folder = artifacts_of(settings.lake, current.run_id)
     folder.mkdir(parents=True, exist_ok=True)
     written = _Written(folder / f"online-{version}.json")
-    row = partial(store.online_rows, heads=settings.list_names, run_id=current.run_id, as_of=current.run_date.isoformat(), written_at=now)
-    rows = map(row, written.remaining(shards))
-    feature_store = open_feature_store(settings)
-    with display.watch("publish online", lambda: (written.num_items, shards.num_items, "items")), reaching_redis(settings.online):
-        store.write_online(feature_store, rows, on_shard=written.add)
+    write = partial(_write_shard, settings=settings, run_id=current.run_id, as_of=current.run_date.isoformat(), written_at=now)
+    open_feature_store(settings)  # with its definitions, before anybody writes
+    with display.watch("publish online", lambda: (written.num_items, shards.num_items, "items")):
+        for name, num_items in in_processes(write, written.remaining(shards), most=_MOST_WRITERS):
+            written.add(name, num_items)
     written.finish()
     return {"num_items_written": written.num_items, "num_items_expected": shards.num_items}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """Some items of a file of lists (path or URI; None: such that have left). Its name stays when a killed publication goes on."""
+
+    name: str
+    uri: str | None
+    items: pa.Array
+
+    def lists(self) -> pa.Table:
+        """As `store.online_rows` wants them."""
+        if self.uri is None:
+            nothing = [pa.nulls(len(self.items), field.type) for field in list(_LISTS)[1:]]
+            return pa.table([self.items, *nothing], schema=_LISTS)
+        files, path = open_uri(self.uri)
+        with files.open_input_file(path) as source:
+            return _ids_and_scores(pq.ParquetFile(source), self.items)
+
+
+def _write_shard(shard: _Shard, *, settings: Settings, run_id: str, as_of: str, written_at: datetime) -> tuple[str, int]:
+    """Its name and how many items it has, once they are online."""
+    rows = store.online_rows(shard.lists(), settings.list_names, run_id=run_id, as_of=as_of, written_at=written_at)
+    with reaching_redis(settings.online):
+        store.write_online(_defined_store(settings.lake, settings.online, written_at), rows)
+    return shard.name, rows.num_rows
+
+
+@lru_cache(maxsize=1)
+def _defined_store(lake: LakeSettings, online: OnlineSettings, _: datetime) -> Any:
+    """The Feast store, whose definitions somebody has applied: one for each process and publication, as it remembers them."""
+    return store.open_store(folder=feature_store_folder(lake), online=online, redis_connection=redis_connection(online))
 
 
 def follow_online(settings: Settings, *, like: StageRecord, display: Display, now: datetime) -> None:
@@ -90,39 +127,49 @@ def is_online(ledger: Ledger, version: int) -> bool:
 
 
 class _Shards:
-    """The lists of one version, at most `most` items at a time; a file of the table holds all lists of its items."""
+    """The items of one version, at most `most` at a time; a file of the table holds all lists of its items."""
 
     def __init__(self, root: str, version: int, most: int) -> None:
-        self._dataset = open_table(root, ITEM_NEIGHBORS, version).to_pyarrow_dataset()
+        table = open_table(root, ITEM_NEIGHBORS, version)
+        self._files = {uri: _items_of(uri) for uri in table.file_uris()}
         self._most = most
-        current = pc.unique(self._dataset.to_table(columns=["item_id"])["item_id"].cast(pa.string()))
+        current = pc.unique(pa.chunked_array([*self._files.values()], pa.string()))
         ever = item_ids_ever(root)
         self._gone = ever.filter(pc.invert(pc.is_in(ever, current)))
         self.num_items = len(current) + len(self._gone)
 
-    def __iter__(self) -> Iterator[tuple[str, pa.Table]]:
-        """A name that stays the same when a killed publication goes on, and rows as `store.online_rows` wants them."""
-        for fragment in self._dataset.get_fragments():
-            lists = _ids_and_scores(pq.ParquetFile(fragment.open()))
-            items = pc.unique(lists["item_id"])
+    def __iter__(self) -> Iterator[_Shard]:
+        for uri, items in [*self._files.items(), (None, self._gone)]:
             for start in range(0, len(items), self._most):
-                yield f"{Path(fragment.path).name} {start}", lists.filter(pc.is_in(lists["item_id"], items.slice(start, self._most)))
-        for start in range(0, len(self._gone), self._most):
-            ids = self._gone.slice(start, self._most)
-            nothing = [pa.nulls(len(ids), field.type) for field in list(_LISTS)[1:]]
-            yield f"gone {start}", pa.table([ids, *nothing], schema=_LISTS)
+                name = f"{'gone' if uri is None else uri.rsplit('/', 1)[-1]} {start}"
+                yield _Shard(name=name, uri=uri, items=pa.concat_arrays([items.slice(start, self._most)]))  # a slice would travel whole
 
 
-def _ids_and_scores(file: pq.ParquetFile) -> pa.Table:
-    """Item, head, neighbor ids and scores of a file; nothing else of a neighbor is read."""
+def _items_of(uri: str) -> pa.Array:
+    files, path = open_uri(uri)
+    return pc.unique(pq.read_table(path, filesystem=files, columns=["item_id"], partitioning=None)["item_id"].cast(pa.string()))
+
+
+def _ids_and_scores(file: pq.ParquetFile, items: pa.Array) -> pa.Table:
+    """Item, head, neighbor ids and scores of some items of a file; nothing else of a neighbor is read."""
     paths = [file.metadata.schema.column(number).path for number in range(file.metadata.num_columns)]
     wanted = [path for path in paths if path in ("item_id", "head") or path.endswith((".neighbor_id", ".score"))]
-    rows = file.read(columns=wanted).combine_chunks()
+    low, high = pc.min_max(items).as_py().values()
+    groups = [number for number in range(file.num_row_groups) if _may_hold(file.metadata.row_group(number), low, high)]
+    rows = file.read_row_groups(groups, columns=wanted)
+    rows = rows.filter(pc.is_in(rows["item_id"].cast(pa.string()), items)).combine_chunks()
     neighbors = rows["neighbors"].chunk(0) if rows.num_rows else pa.array([], rows.schema.field("neighbors").type)
     flat, lengths = neighbors.flatten(), pc.fill_null(pc.list_value_length(neighbors), 0).to_numpy(zero_copy_only=False)
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     lists = [pa.ListArray.from_arrays(offsets, flat.field(name)) for name in ("neighbor_id", "score")]
     return pa.table([rows["item_id"], rows["head"], *lists], names=_LISTS.names).cast(_LISTS)
+
+
+def _may_hold(group: pq.RowGroupMetaData, low: str, high: str) -> bool:
+    """Whether a row group may have items between two ids, by its statistics."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    statistics = next(column.statistics for column in columns if column.path_in_schema == "item_id")
+    return statistics is None or not statistics.has_min_max or (statistics.min <= high and statistics.max >= low)
 
 
 class _Written:
@@ -131,21 +178,17 @@ class _Written:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._shards: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
-        self._current = ""
 
     @property
     def num_items(self) -> int:
         return sum(self._shards.values())
 
-    def remaining(self, shards: _Shards) -> Iterator[pa.Table]:
-        for name, lists in shards:
-            if name not in self._shards:
-                self._current = name
-                yield lists
+    def remaining(self, shards: _Shards) -> list[_Shard]:
+        return [shard for shard in shards if shard.name not in self._shards]
 
-    def add(self, num_items: int) -> None:
+    def add(self, name: str, num_items: int) -> None:
         reach("publish_online.shard")
-        self._shards[self._current] = num_items
+        self._shards[name] = num_items
         half = self._path.with_suffix(".partial")
         half.write_text(json.dumps(self._shards))
         half.replace(self._path)

@@ -9,25 +9,22 @@ was served before, and `jobs.rollback` can go back to it.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from importlib import import_module
-from multiprocessing import get_context
 from threading import Thread
 
 from deltalake import DeltaTable
 
 from conf.errors import PublishError
-from conf.memory import KEPT_MEMORY
 from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY
 from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Attempt, Ledger, StageRecord, recorded
 from jobs.list_files import commit_lists
 from jobs.merged_files import MergedFile, MergeTask, merge_file
+from jobs.processes import in_processes
 from jobs.progress import Display
 from jobs.publication import Published, base_run, merged_run, publish_run, published
 from jobs.publish_online import follow_online
@@ -98,13 +95,8 @@ def _task(settings: Settings, root: str, current: Published, policy: DeltaTable)
 def _write_history(root: str, current: Published, task: MergeTask, attempt: Attempt, display: Display) -> None:
     """All lists of the run, file by file in worker processes, and one commit; gives the gate its numbers."""
     sources, done = open_table(root, ITEM_NEIGHBORS, current.version).file_uris(), list[MergedFile]()
-    num_workers = min(len(sources), os.cpu_count() or 1)
-    os.environ.update(KEPT_MEMORY)  # for the workers
-    with (
-        display.watch("merge", lambda: (len(done), len(sources), "files")),
-        ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool,  # a fork would copy FAISS's and Arrow's threads
-    ):
-        for merged in pool.map(partial(merge_file, task=task), sources):
+    with display.watch("merge", lambda: (len(done), len(sources), "files")):
+        for merged in in_processes(partial(merge_file, task=task), sources):
             done.append(merged)
     files = [merged.file for merged in done if merged.file is not None]
     version = commit_lists(root, task.run_id, files, metadata={"run_id": task.run_id, "stage": STAGE})

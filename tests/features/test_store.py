@@ -213,18 +213,18 @@ def lists_table(*rows: tuple[str, str | None, list[str], list[float]]) -> pa.Tab
 def check_online_lists(feature_store: Any, *, elsewhere: Callable[[], Any]) -> None:
     """What any online store must do; `elsewhere` opens it from its folder alone."""
 
-    def publish(lists: pa.Table, run_id: str, as_of: str, written_at: datetime) -> list[int]:
-        rows, written = store.online_rows(lists, HEADS, run_id=run_id, as_of=as_of, written_at=written_at), list[int]()
-        shards: list[pa.Table] = [rows.slice(0, 1), rows.slice(1), rows.slice(0, 0)]
-        store.write_online(feature_store, iter(shards), on_shard=written.append)
-        return written
+    def publish(lists: pa.Table, run_id: str, as_of: str, written_at: datetime) -> None:
+        rows = store.online_rows(lists, HEADS, run_id=run_id, as_of=as_of, written_at=written_at)
+        assert len(rows) == 2
+        for part in (rows.slice(0, 1), rows.slice(1), rows.slice(0, 0)):
+            store.write_online(feature_store, part)
 
     lists = [("a", "merged", ["b", "c"], [0.9, 0.1]), ("a", "engagement", ["c"], [2.0]), ("b", "merged", ["a"], [0.9])]
     first = lists_table(*lists, ("b", "engagement", [], []))
-    assert publish(first, "n1", "2026-03-01", at(2)) == [1, 1, 0]
+    publish(first, "n1", "2026-03-01", at(2))
     # a second later, still before the day after the run date; b has left
     second = lists_table(("a", "merged", ["c", "b"], [1 / 3, 0.2]), ("b", None, [], []))
-    assert publish(second, "n2", "2026-03-02", at(2, 0, 0, 1)) == [1, 1, 0]
+    publish(second, "n2", "2026-03-02", at(2, 0, 0, 1))
     for opened in (feature_store, elsewhere()):
         found = store.lookup_online(opened, ["a", "b", "nobody"], heads=HEADS, k=1)
         assert found["a"] == {
