@@ -514,7 +514,11 @@ class OnlineSettings(Section):
     enabled: bool = Field(True, description="Publish online after the Delta commit.")
     store: Literal["sqlite", "redis"] = Field("sqlite", description="Where lists are served from.")
     redis_connection_env: str = Field("MTMH_REDIS", description="Environment variable with host:port[,password=...] of Redis.")
-    shard_items: int = Field(5_000, ge=1, description="Items written per call: bounds memory, a killed publication resumes at a shard.")
+    shard_items: int = Field(
+        5_000,
+        ge=1,
+        description="Items that one of up to four processes writes at a time: bounds memory; a killed publication goes on at a shard.",
+    )
 
 
 class ExplorerSettings(Section):

@@ -400,22 +400,7 @@ def _written(batches: Batches, *, shared: Shared, rule: CountRule, **files: Any)
     return write_counted(count_cells(batches, items=shared.value, rule=rule), **files)
 
 
-def measure_days(counting: Counting, *, days: Mapping[date, int], items: pa.Array | None = None) -> Transform:
-    """Engagements to one row per target day that says what the cap cuts from it.
-
-    Columns event_date, num_capped_groups (user-days, or sessions up to the day), num_cut_items (distinct items of these that take no
-    part). A day from which nothing is cut has no row.
-    """
-
-    def transform(engagements: DataFrame) -> DataFrame:
-        events = engagements.transform(_of_days(counting.window, days))
-        shared = _shared(events, items)
-        return _cuts(events.transform(_by_user(counting.window, days, shared)), counting, days, shared)
-
-    return transform
-
-
-def measure_files(
+def measure_days(
     spark: SparkSession,
     events: EventFiles,
     counting: Counting,
@@ -425,13 +410,13 @@ def measure_files(
     known: Mapping[date, int] | None = None,
     reach_days: int | None = None,
 ) -> DataFrame:
-    """What `measure_days` says of some days; the arguments are those of `write_pairs` and `update_pairs`."""
+    """One row per target day that says what the cap cuts from it; the arguments are those of `write_pairs` and `update_pairs`.
+
+    Columns event_date, num_capped_groups (user-days, or sessions up to the day), num_cut_items (distinct items of these that take no
+    part). A day from which nothing is cut has no row.
+    """
     shared = spark.sparkContext.broadcast(items)
     blocks = _read_by_user(spark, events, counting.window, days, shared, known=known, reach_days=reach_days)
-    return _cuts(blocks, counting, days, shared)
-
-
-def _cuts(blocks: DataFrame, counting: Counting, days: Mapping[date, int], shared: Shared) -> DataFrame:
     cuts = blocks.mapInArrow(partial(_cut, shared=shared, rule=counting.rule(days, 1)), CUT_SCHEMA)
     sums = [F.sum(name).alias(name) for name in ("num_capped_groups", "num_cut_items")]
     return cuts.groupBy(F.date_from_unix_date("day").alias("event_date")).agg(*sums)

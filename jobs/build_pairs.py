@@ -286,7 +286,7 @@ def _day_rows(run: StageRun, signal: Signal, plan: Plan, *, items: pa.Array) -> 
     if plan.recounted:
         which: dict[str, Any] = {"days": plan.recounted, "known": plan.num_events, "items": items}
         which["reach_days"] = _reach(signal, plan) if plan.before else None
-        rows = pairs.measure_files(run.night.spark, _files(run, signal), _counting(settings), **which)
+        rows = pairs.measure_days(run.night.spark, _files(run, signal), _counting(settings), **which)
         measured = {row["event_date"]: tuple(row)[1:] for row in rows.collect()}
         cuts |= {day: measured.get(day, (0, 0)) for day in plan.recounted}
     common = (

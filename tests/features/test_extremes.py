@@ -1,13 +1,16 @@
 """Sizes that no user and no basket has, through the code that counts real ones: nothing grows with their square."""
 
 from datetime import date, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from conf.settings import WindowSettings
-from features.pairs import Counting, count_daily_pairs, measure_days
+from features.pairs import Counting, all_items, count_daily_pairs, measure_days
+from tests.features.test_pairs import event_files
 
 FIRST, NUM_DAYS, CAP = date(2024, 3, 1), 30, 50
 SESSION = WindowSettings(kind="session", symmetric=True)
@@ -32,7 +35,9 @@ def _counted(events: DataFrame, window: WindowSettings, *, min_users: int = 1) -
     daily = events.transform(count_daily_pairs(counting, days=days))
     row = daily.agg(F.count(F.lit(1)).alias("rows"), F.max("num_users").alias("most"), F.count_distinct("event_date").alias("days")).first()
     assert row is not None
-    cut = events.transform(measure_days(counting, days=days)).agg(F.sum("num_cut_items")).first()
+    with TemporaryDirectory() as folder:
+        files = event_files(events, Path(folder, "events"))
+        cut = measure_days(events.sparkSession, files, counting, days=days, items=all_items(events)).agg(F.sum("num_cut_items")).first()
     return row.asDict(), int((cut and cut[0]) or 0)
 
 

@@ -36,7 +36,6 @@ from features.pairs import (
     future_pairs,
     holdout_start,
     measure_days,
-    measure_files,
     score_pairs,
     sum_user_items,
     write_pairs,
@@ -108,6 +107,12 @@ def who(frame: DataFrame, *, max_users: int = 60) -> UserItems:
 
 def popular(frame: DataFrame) -> DataFrame:
     return frame.transform(sum_user_items(**DATED)).transform(count_popularity(**AS_OF))
+
+
+def event_files(frame: DataFrame, folder: Path, actions: tuple[str, ...] | None = None) -> EventFiles:
+    """Engagements as the files that a stage reads."""
+    frame.write.parquet(str(folder))
+    return EventFiles(sizes={str(path): path.stat().st_size for path in folder.glob("*.parquet")}, actions=actions)
 
 
 def counted(frame: DataFrame) -> list[tuple[object, ...]]:
@@ -202,7 +207,7 @@ def test_a_target_has_at_most_so_many_triggers(window: WindowSettings) -> None:
 
 
 @pytest.mark.parametrize("window", [SESSION, TIME], ids=["session", "time"])
-def test_cap_keeps_the_smallest_hashes(spark: SparkSession, window: WindowSettings) -> None:
+def test_cap_keeps_the_smallest_hashes(spark: SparkSession, tmp_path: Path, window: WindowSettings) -> None:
     events = world(seed=11, num_events=500)
     cap = 4
     scope = events.session_id if window.kind == "session" else events.event_date.astype(str)
@@ -217,7 +222,8 @@ def test_cap_keeps_the_smallest_hashes(spark: SparkSession, window: WindowSettin
     frame = to_spark(spark, events)
     assert counted(frame.transform(counter(window, max_items_per_user_day=cap))) == sorted(kept)
     assert kept != oracle(events, window)
-    measured = frame.transform(measure_days(counting(window, max_items_per_user_day=cap), days={FIRST: 1, LAST: 1})).collect()
+    some: dict[str, Any] = {"days": {FIRST: 1, LAST: 1}, "items": all_items(frame)}
+    measured = measure_days(spark, event_files(frame, tmp_path / "events"), counting(window, max_items_per_user_day=cap), **some).collect()
     for row in measured:  # a session has been cut on a day if it has an engagement there
         known = events[events.event_date <= row.event_date] if window.kind == "session" else events[events.event_date == row.event_date]
         known = known.assign(scope=scope)[known.session_id.notna() | (window.kind != "session")]
@@ -355,13 +361,12 @@ def test_written_pairs_are_the_daily_rows_and_their_totals(
         {"event_date": F.lit(LAST + timedelta(days=30)), "item_id": F.lit("new")}
     )
     sold = frame.withColumn("action", F.lit("sold")).withColumn("item_id", F.lit("i0"))
-    frame.union(later).union(sold).repartition(2).write.parquet(str(tmp_path / "events"))
-    sizes = {str(path): path.stat().st_size for path in (tmp_path / "events").glob("*.parquet")}
-    events = EventFiles(sizes=sizes, actions=("buy", "view"))
+    events = event_files(frame.union(later).union(sold).repartition(2), tmp_path / "events", actions=("buy", "view"))
     files = write_pairs(spark, events, how, days=days, items=all_items(frame), folders=folders, num_tasks=3, **DECAY).collect()
     few = counting(window, max_items_per_user_day=2)
-    cut = measure_files(spark, events, few, days=days, items=all_items(frame))
-    assert counted(cut) == counted(frame.transform(measure_days(few, days=days))) != []
+    cut = measure_days(spark, events, few, days=days, items=all_items(frame))
+    alone = event_files(frame, tmp_path / "alone")
+    assert counted(cut) == counted(measure_days(spark, alone, few, days=days, items=all_items(frame))) != []
     daily, totals = (spark.read.parquet(folders[kind]) for kind in ("daily", "totals"))
     expected = frame.transform(count_daily_pairs(how, days=days))
     assert counted(daily) == counted(expected)
