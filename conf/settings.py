@@ -517,7 +517,7 @@ class OnlineSettings(Section):
     shard_items: int = Field(
         5_000,
         ge=1,
-        description="Items that one of up to four processes writes at a time: bounds memory; a killed publication goes on at a shard.",
+        description="Items that one of a few processes reads at a time: bounds memory; a killed publication goes on at a shard.",
     )
 
 

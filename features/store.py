@@ -36,6 +36,7 @@ ANNOTATIONS_VIEW = "item_annotations_view"
 """Temporary view behind the feature view item_annotations: the pinned table."""
 HISTORY_VIEW = "neighbor_history_view"
 """Temporary view behind the feature view item_neighbors: `pivot_neighbors` of item_neighbors_history."""
+_ITEMS_PER_WRITE = 1_000  # Feast makes objects of all of them before it writes, and sqlite lets nobody else write meanwhile
 _TIMES = ("event_timestamp", "created_timestamp")
 _MAPS = tuple(column.name for column in ITEM_ANNOTATIONS.columns if column.type.startswith("map<"))
 _KNOWLEDGE = tuple(name for name in ITEM_ANNOTATIONS.column_names if name not in ("item_id", *_TIMES))
@@ -206,10 +207,10 @@ def write_online(store: "FeatureStore", rows: pa.Table) -> None:
 
     Args:
         store: a store with definitions applied.
-        rows: as many as memory holds, since Feast makes objects of all of them before it writes.
+        rows: any number.
     """
-    if rows.num_rows:
-        store.write_to_online_store("item_neighbors", df=rows.to_pandas())
+    for start in range(0, rows.num_rows, _ITEMS_PER_WRITE):
+        store.write_to_online_store("item_neighbors", df=rows.slice(start, _ITEMS_PER_WRITE).to_pandas())
 
 
 def lookup_online(store: "FeatureStore", item_ids: Sequence[str], *, heads: Sequence[str], k: int) -> dict[str, dict[str, Any]]:

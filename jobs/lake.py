@@ -27,7 +27,7 @@ from conf.settings import LakeSettings
 from conf.tables import Table
 from features.pair_files import KnownFile
 from jobs.publication import add_action, commit_properties
-from jobs.reader import changes_since, check_columns, kept_days, lake_root, log_properties, open_table, same_rows, table_exists
+from jobs.reader import changes_since, check_columns, lake_root, open_table, retention_properties, same_rows, table_exists
 
 _CONFLICTS = (exceptions.ConcurrentAppendException, exceptions.ConcurrentDeleteReadException, exceptions.ConcurrentDeleteDeleteException)
 _FILE = ("path", "size_bytes")
@@ -36,11 +36,11 @@ _MOST_ATTEMPTS = 3  # of a write that meets compactions
 
 @dataclass(frozen=True, kw_only=True)
 class Lake:
-    """Tables below one root, whose logs go back `log_days`. Versions are Delta versions, from 0."""
+    """Tables below one root, with some properties. Versions are Delta versions, from 0."""
 
     spark: SparkSession
     root: str
-    log_days: int
+    properties: Mapping[str, str]
 
     def path(self, table: Table) -> str:
         """Path or URI of a table's folder."""
@@ -89,16 +89,19 @@ class Lake:
             )
 
     def create(self, table: Table) -> None:
-        """Create an empty table with its comments and NOT NULL constraints, unless it is there.
+        """Create an empty table with its comments, NOT NULL constraints and properties; one that is there gets the properties it lacks.
 
         Raises:
             TableError: it is there and lacks a declared column.
         """
         if self.exists(table):
             check_columns(self.root, table)
+            found = open_table(self.root, table)
+            if not self.properties.items() <= found.metadata().configuration.items():
+                found.alter.set_table_properties(dict(self.properties))
             return
         builder = DeltaTable.createIfNotExists(self.spark).location(self.path(table)).comment(table.comment)
-        for name, value in log_properties(self.log_days).items():
+        for name, value in self.properties.items():
             builder.property(name, value)
         builder.addColumns(_schema(table)).execute()
 
@@ -247,9 +250,9 @@ def open_lake(spark: SparkSession, settings: LakeSettings) -> Lake:
     Raises:
         MachineError: the root cannot be created or written.
     """
-    root = lake_root(settings)
+    root, properties = lake_root(settings), retention_properties(settings)
     if "://" in root:
-        return Lake(spark=spark, root=root, log_days=kept_days(settings))
+        return Lake(spark=spark, root=root, properties=properties)
     folder = Path(root)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,7 +261,7 @@ def open_lake(spark: SparkSession, settings: LakeSettings) -> Lake:
         probe.unlink(missing_ok=True)  # another job may have looked at the same time
     except OSError as error:
         raise MachineError(f"cannot write the lake at {folder}: {error.strerror}; set lake.root to a writable folder or URI") from error
-    return Lake(spark=spark, root=str(folder), log_days=kept_days(settings))
+    return Lake(spark=spark, root=str(folder), properties=properties)
 
 
 @contextmanager

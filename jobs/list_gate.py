@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_FEATURES, ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features.pair_files import open_uri
 from jobs.lake import in_memory, only_row
-from jobs.reader import changes_since
+from jobs.reader import known_changes
 from jobs.retrieval import possible_lengths
 from jobs.stage import StageRun
 from validation.eligibility import excess_neighbors, refused_neighbors
@@ -151,7 +151,7 @@ def _published_before(run: StageRun, expected: int) -> int:
     """The version that churn is against: not this run's own, which an attempt that was killed behind its publication has left."""
     if run.night.ledger.last_success(run_id=run.night.run_id, stage=run.stage) is not None:
         return expected  # a night that was forced is compared with what it replaces
-    for commit in reversed(changes_since(run.night.lake.root, ITEM_NEIGHBORS, 0)):
+    for commit in reversed(known_changes(run.night.lake.root, ITEM_NEIGHBORS)):
         if json.loads(commit.get("userMetadata") or "{}").get("run_id") != run.night.run_id:
             return min(expected, int(commit["version"]))
     return min(expected, 0)

@@ -1,8 +1,8 @@
 """House-keeping of a lake, without Spark: `python -m jobs.maintain --config demo`, once a week or once a night.
 
 Compacts tables to which nights add small files, forgets what belongs to nights that are kept no longer, and removes files that no
-version of the last `lake.keep_nights` days names, and the logs of versions before them. Whatever a kept night, a rollback or the next
-night's increments read stays.
+version of the last `lake.keep_nights` days names. Whatever a kept night, a rollback or the next night's increments read stays. Logs of
+older versions are removed by Delta itself, with every checkpoint.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from conf.tables import (
 from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Ledger
 from jobs.publication import kept_runs
-from jobs.reader import kept_days, lake_root, log_properties, open_table, shared_folder, table_exists
+from jobs.reader import kept_days, lake_root, open_table, shared_folder, table_exists
 
 _GROWING = (ENGAGEMENTS, ITEM_ANNOTATIONS, PAIR_RELEVANCE, REJECTED_ROWS, RELEVANCE_FEEDBACK, EVALUATION, RUNS)
 """Tables that a night adds to; the others are written anew, or have files of a night or of some days on purpose, as the history does."""
@@ -48,10 +48,8 @@ def maintain(settings: Settings) -> list[dict[str, object]]:
         if table in _GROWING:
             row["compacted_files"] = open_table(root, table).optimize.compact()["numFilesRemoved"]
         row["removed_files"] = _vacuum(root, table, _hours(settings.lake))
-        row["removed_log_files"] = _trim_log(root, table, kept_days(settings.lake))
         done.append(row)
-    nothing = {"forgotten_rows": 0, "compacted_files": 0, "removed_log_files": 0}
-    done.append({"table": "_artifacts", "removed_files": _drop_artifacts(settings, forget)} | nothing)
+    done.append({"table": "_artifacts", "forgotten_rows": 0, "compacted_files": 0, "removed_files": _drop_artifacts(settings, forget)})
     return done
 
 
@@ -59,31 +57,10 @@ def _vacuum(root: str, table: Table, hours: int) -> int:
     """Remove files that no version of these hours names, those that no commit ever named included; how many."""
     full = table is not ITEM_NEIGHBORS  # a publication links old files there before its commit names them
     removed = open_table(root, table).vacuum(hours, dry_run=False, enforce_retention_duration=False, full=full)
-    _drop_checksums(Path(root, table.name))
-    return len(removed)
-
-
-def _trim_log(root: str, table: Table, days: int) -> int:
-    """Remove the log of versions replaced more than so many days ago, up to a checkpoint; how many files."""
-    found, wanted, folder = open_table(root, table), log_properties(days), Path(root, table.name, "_delta_log")
-    if not wanted.items() <= found.metadata().configuration.items():  # lake.keep_nights was another one
-        found.alter.set_table_properties(wanted)
-        found = open_table(root, table)
-    before = sum(1 for _ in folder.glob("*"))  # of a root that is a URI: nobody counts
-    found.create_checkpoint()
-    found.cleanup_metadata()
-    for checksum in folder.glob("[0-9]*.crc"):  # Delta's own, of a version
-        if not checksum.with_suffix(".json").exists():
-            checksum.unlink(missing_ok=True)
-    _drop_checksums(folder)
-    return max(0, before - sum(1 for _ in folder.glob("*")))
-
-
-def _drop_checksums(folder: Path) -> None:
-    """Remove Hadoop's checksums of files that are gone; it keeps one beside each file on a local disk."""
-    for checksum in folder.glob(".*.crc"):
+    for checksum in Path(root, table.name).glob(".*.crc"):  # Hadoop's, beside each file on a local disk; a root that is a URI has none
         if not checksum.with_name(checksum.name[1:].removesuffix(".crc")).exists():
             checksum.unlink(missing_ok=True)
+    return len(removed)
 
 
 def _hours(lake: LakeSettings) -> int:
@@ -113,7 +90,7 @@ def _drop_artifacts(settings: Settings, forget: Sequence[str]) -> int:
 
 def tables_maintained(rows: Sequence[dict[str, object]]) -> RichTable:
     """For a terminal."""
-    names = ["table", "forgotten_rows", "compacted_files", "removed_files", "removed_log_files"]
+    names = ["table", "forgotten_rows", "compacted_files", "removed_files"]
     table = RichTable(*(name.replace("_", " ") for name in names), title="house-keeping", title_justify="left")
     for row in rows:
         table.add_row(*(str(row[name]) for name in names))

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from conf.errors import PublishError
 from conf.settings import RetrievalSettings
+from features.pair_files import open_uri
 from features.pair_kernels import Ints, ranges
 from jobs.list_files import ListFile, write_lists
 from models.kept import KeptCandidates
@@ -58,7 +59,8 @@ def merge_file(source: str, *, task: MergeTask) -> MergedFile:
         PublishError: candidates of some of its items were not kept.
     """
     retriever = Retriever.open(task.index)
-    rows = pq.read_table(source, partitioning=None)
+    files, path = open_uri(source)
+    rows = pq.read_table(path, filesystem=files, partitioning=None)
     is_merged = pc.equal(rows["head"], MERGED).combine_chunks()
     items = rows["item_id"].filter(is_merged).combine_chunks()
     merged, sums = _merged_again(retriever, items, task)

@@ -39,7 +39,8 @@ def in_processes(work: Callable[[Piece], Result], pieces: Sequence[Piece], *, mo
             yield future.result()
     except BrokenProcessPool as error:
         raise MachineError(
-            f"one of {number} processes was killed while it worked, perhaps for want of memory; run the same command again"
+            f"one of {number} processes ended while it worked: killed, perhaps for want of memory, or started by a script that calls this "
+            "outside of `if __name__ == '__main__':`; correct that, then run the same command again"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

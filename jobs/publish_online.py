@@ -33,7 +33,7 @@ from validation.gates import run_gate
 from validation.suites import GateContext, rules_for
 
 STAGE = "publish_online"
-_MOST_WRITERS = 4  # sqlite lets one write at a time, which is a quarter of the work
+_MOST_WRITERS = {"sqlite": 2, "redis": 4}  # sqlite lets one write at a time, a third of the work, and others wait for some seconds only
 _LISTS = pa.schema([("item_id", pa.string()), ("head", pa.string()), ("ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float64()))])
 
 
@@ -61,7 +61,7 @@ def write_current(settings: Settings, version: int, *, now: datetime, display: D
     write = partial(_write_shard, settings=settings, run_id=current.run_id, as_of=current.run_date.isoformat(), written_at=now)
     open_feature_store(settings)  # with its definitions, before anybody writes
     with display.watch("publish online", lambda: (written.num_items, shards.num_items, "items")):
-        for name, num_items in in_processes(write, written.remaining(shards), most=_MOST_WRITERS):
+        for name, num_items in in_processes(write, written.remaining(shards), most=_MOST_WRITERS[settings.online.store]):
             written.add(name, num_items)
     written.finish()
     return {"num_items_written": written.num_items, "num_items_expected": shards.num_items}
@@ -141,8 +141,9 @@ class _Shards:
     def __iter__(self) -> Iterator[_Shard]:
         for uri, items in [*self._files.items(), (None, self._gone)]:
             for start in range(0, len(items), self._most):
-                name = f"{'gone' if uri is None else uri.rsplit('/', 1)[-1]} {start}"
-                yield _Shard(name=name, uri=uri, items=pa.concat_arrays([items.slice(start, self._most)]))  # a slice would travel whole
+                some = pa.concat_arrays([items.slice(start, self._most)])  # a slice would travel whole
+                name = f"{'gone' if uri is None else uri.rsplit('/', 1)[-1]} {start} {len(some)}"
+                yield _Shard(name=name, uri=uri, items=some)
 
 
 def _items_of(uri: str) -> pa.Array:

@@ -51,13 +51,32 @@ def open_table(root: str, table: Table, version: int | None = None) -> DeltaTabl
 
 
 def changes_since(root: str, table: Table, version: int) -> list[dict[str, Any]]:
-    """Commits after a version, oldest first, without those of OPTIMIZE, VACUUM and properties: these change no row."""
-    return [commit for commit in _commits_since(root, table, version) if commit["operation"] not in _REARRANGING]
+    """Commits after a version, oldest first, without those of OPTIMIZE, VACUUM and properties: these change no row.
+
+    Raises:
+        TableError: the log does not go back to that version.
+    """
+    return _changes(_commits_since(root, table, version))
+
+
+def known_changes(root: str, table: Table) -> list[dict[str, Any]]:
+    """The same as far back as the table's log goes."""
+    return _changes(open_table(root, table).history()[::-1])
+
+
+def _changes(commits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [commit for commit in commits if commit["operation"] not in _REARRANGING]
 
 
 def _commits_since(root: str, table: Table, version: int) -> list[dict[str, Any]]:
     latest = open_table(root, table)
-    return latest.history(latest.version() - version)[::-1] if latest.version() > version else []
+    commits = latest.history(latest.version() - version)[::-1] if latest.version() > version else []
+    if len(commits) < latest.version() - version:
+        raise TableError(
+            f"the log of {table.name} under {root} goes back to version {commits[0]['version'] if commits else latest.version()}, wanted "
+            f"{version}, which a night has read or written: Delta keeps it for `lake.keep_nights` days; repeat that night with --force"
+        )
+    return commits
 
 
 def kept_days(lake: LakeSettings) -> int:
@@ -65,13 +84,17 @@ def kept_days(lake: LakeSettings) -> int:
     return max(_LEAST_DAYS, lake.keep_nights)
 
 
-def log_properties(days: int) -> dict[str, str]:
-    """Properties of a table whose log goes back so many days."""
-    return {"delta.logRetentionDuration": f"interval {days} days"}
+def retention_properties(lake: LakeSettings) -> dict[str, str]:
+    """Properties of a table: how long Delta keeps the log of a version, and in its checkpoints the names of files to be vacuumed."""
+    return dict.fromkeys(("delta.logRetentionDuration", "delta.deletedFileRetentionDuration"), f"interval {kept_days(lake)} days")
 
 
 def same_rows(root: str, table: Table, version: int) -> int:
-    """The newest version with the rows of this one: OPTIMIZE rewrites files, and a VACUUM long after it removes those of before."""
+    """The newest version with the rows of this one: OPTIMIZE rewrites files, and a VACUUM long after it removes those of before.
+
+    Raises:
+        TableError: the log does not go back to that version.
+    """
     rearranged = takewhile(lambda commit: commit["operation"] in _REARRANGING, _commits_since(root, table, version))
     return max((int(commit["version"]) for commit in rearranged), default=version)
 

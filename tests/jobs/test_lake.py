@@ -13,7 +13,7 @@ from conf.settings import LakeSettings
 from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_NEIGHBORS, ITEM_POPULARITY, RUNS
 from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord
-from jobs.reader import first_row, open_table, rows_where
+from jobs.reader import changes_since, first_row, known_changes, open_table, rows_where, same_rows
 
 NOT_FOR_READERS_OUTSIDE_SPARK = {"deletionVectors", "columnMapping", "v2Checkpoint", "typeWidening"}
 
@@ -96,6 +96,30 @@ def test_a_version_outlives_the_files_that_a_compaction_replaced(lake: Lake) -> 
     assert {row["item_id"] for row in lake.read(ITEM_POPULARITY, pinned).collect()} == set("abc")
     assert rows_where(lake.root, ITEM_POPULARITY, "item_id", ["b", "d"], ["item_id"], pinned).to_pydict() == {"item_id": ["b"]}
     assert len(lake.file_sizes(ITEM_POPULARITY, pinned)) == 1
+
+
+def test_tables_say_how_long_their_versions_stay_and_a_gap_in_their_log_is_no_silence(spark: SparkSession, lake: Lake) -> None:
+    """Delta keeps logs for 30 days and names of replaced files for 7 by itself, whatever nights are kept."""
+    lake.replace(ITEM_POPULARITY, _popularity(lake, ("a", 1.0)))
+    names = ("delta.logRetentionDuration", "delta.deletedFileRetentionDuration")
+    assert open_table(lake.root, ITEM_POPULARITY).metadata().configuration == dict.fromkeys(names, "interval 60 days")
+    fewer = open_lake(spark, LakeSettings(root=lake.root, keep_nights=2))
+    seen = fewer.version(ITEM_POPULARITY)
+    for _ in range(2):
+        fewer.create(ITEM_POPULARITY)
+    assert open_table(lake.root, ITEM_POPULARITY).metadata().configuration == dict.fromkeys(names, "interval 7 days")
+    assert fewer.version(ITEM_POPULARITY) == seen + 1
+    assert changes_since(lake.root, ITEM_POPULARITY, seen) == []
+    for item in "bc":
+        fewer.replace(ITEM_POPULARITY, _popularity(lake, (item, 1.0)))
+    table, log = open_table(lake.root, ITEM_POPULARITY), Path(lake.path(ITEM_POPULARITY), "_delta_log")
+    table.create_checkpoint()
+    for number in range(seen + 3):
+        (log / f"{number:020d}.json").unlink()
+    for look in (changes_since, same_rows):
+        with pytest.raises(TableError, match=r"the log of item_popularity under .* goes back to version 4, wanted 1, .*--force"):
+            look(lake.root, ITEM_POPULARITY, seen)
+    assert [commit["version"] for commit in known_changes(lake.root, ITEM_POPULARITY)] == [seen + 3]
 
 
 def _file_of(lake: Lake, item: str) -> Row:
