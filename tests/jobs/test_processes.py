@@ -52,7 +52,7 @@ def test_an_error_of_a_piece_is_ours_and_a_killed_process_is_told() -> None:
 
 def test_processes_end_with_their_parent(tmp_path: Path) -> None:
     code = f"from jobs.processes import in_processes\nfrom {__name__} import _sleep\nlist(in_processes(_sleep, {[str(tmp_path)] * 2!r}))"
-    parent = subprocess.Popen([sys.executable, "-c", code])  # noqa: S603 - our own code
+    parent = subprocess.Popen([sys.executable, "-c", code])
     while len(list(tmp_path.iterdir())) < 2:
         assert parent.poll() is None
         time.sleep(0.05)
