@@ -30,6 +30,7 @@ from features import store
 from features.sources import EPOCH
 from jobs.bench_search import times
 from jobs.online import feature_store_folder, open_feature_store
+from jobs.processes import Processes
 from jobs.progress import Display
 from jobs.publication import published
 from jobs.publish_neighbors import publish_lists
@@ -196,7 +197,8 @@ def online(folder: Path, num_items: int) -> Iterator[Json]:
 
 def _online(settings: Settings, num_items: int, kind: str) -> Iterator[Json]:
     begin = time.perf_counter()
-    write_current(settings, published(settings.lake.root).version, now=datetime.now(UTC), display=_QUIET)
+    with Processes() as processes:
+        write_current(settings, published(settings.lake.root).version, now=datetime.now(UTC), display=_QUIET, processes=processes)
     seconds = time.perf_counter() - begin
     rate = {"median_s": seconds, "min_s": seconds, "max_s": seconds, "runs": 1, "note": f"{num_items / seconds:,.0f} items/s"}
     yield {"work": "publish online", "size": num_items, "method": "mtmh" if kind == "sqlite" else f"mtmh, {kind}"} | rate

@@ -24,7 +24,7 @@ from features import store
 from features.pair_files import open_uri
 from jobs.ledger import Ledger, StageRecord, recorded
 from jobs.online import feature_store_folder, open_feature_store, reaching_redis, redis_connection
-from jobs.processes import in_processes
+from jobs.processes import Processes
 from jobs.progress import Display
 from jobs.publication import item_ids_ever, published
 from jobs.reader import artifacts_of, lake_root, open_table
@@ -44,10 +44,11 @@ def publish_online(run: StageRun) -> None:
         return
     version = run.version(ITEM_NEIGHBORS)
     run.version(ITEM_NEIGHBORS_HISTORY)
-    run.gate(write_current(run.settings, version, now=run.night.now, display=run.night.display))
+    with Processes() as processes:
+        run.gate(write_current(run.settings, version, now=run.night.now, display=run.night.display, processes=processes))
 
 
-def write_current(settings: Settings, version: int, *, now: datetime, display: Display) -> dict[str, float]:
+def write_current(settings: Settings, version: int, *, now: datetime, display: Display, processes: Processes) -> dict[str, float]:
     """Write all lists of a version of item_neighbors, and empty ones for items that only other kept nights had, in several processes.
 
     Returns:
@@ -61,7 +62,7 @@ def write_current(settings: Settings, version: int, *, now: datetime, display: D
     write = partial(_write_shard, settings=settings, run_id=current.run_id, as_of=current.run_date.isoformat(), written_at=now)
     open_feature_store(settings)  # with its definitions, before anybody writes
     with display.watch("publish online", lambda: (written.num_items, shards.num_items, "items")):
-        for name, num_items in in_processes(write, written.remaining(shards), most=_MOST_WRITERS[settings.online.store]):
+        for name, num_items in processes.deal(write, written.remaining(shards), most=_MOST_WRITERS[settings.online.store]):
             written.add(name, num_items)
     written.finish()
     return {"num_items_written": written.num_items, "num_items_expected": shards.num_items}
@@ -99,7 +100,7 @@ def _defined_store(lake: LakeSettings, online: OnlineSettings, _: datetime) -> A
     return store.open_store(folder=feature_store_folder(lake), online=online, redis_connection=redis_connection(online))
 
 
-def follow_online(settings: Settings, *, like: StageRecord, display: Display, now: datetime) -> None:
+def follow_online(settings: Settings, *, like: StageRecord, display: Display, now: datetime, processes: Processes) -> None:
     """Bring the online store to the published version, unless it is there, with a row in `runs`; after a kill it goes on.
 
     Args:
@@ -107,6 +108,7 @@ def follow_online(settings: Settings, *, like: StageRecord, display: Display, no
         like: the row of the run whose lists are published.
         display: progress.
         now: aware time of this publication.
+        processes: that write.
     """
     root = lake_root(settings.lake)
     ledger, current = Ledger(root=root), published(root)
@@ -114,7 +116,7 @@ def follow_online(settings: Settings, *, like: StageRecord, display: Display, no
         return
     with recorded(ledger, STAGE, run_id=current.run_id, run_date=current.run_date, like=like) as attempt:
         attempt.inputs[ITEM_NEIGHBORS.name] = current.version
-        attempt.metrics |= write_current(settings, current.version, now=now, display=display)
+        attempt.metrics |= write_current(settings, current.version, now=now, display=display, processes=processes)
         report = run_gate(STAGE, attempt.metrics, rules_for(STAGE, GateContext(gates=settings.gates, source=settings.source)))
         attempt.gates = report.to_json()
     display.say(f"the online store serves run {current.run_id}: {attempt.metrics['num_items_written']:,.0f} items")

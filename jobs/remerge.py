@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
-from importlib import import_module
 from threading import Thread
 
 from deltalake import DeltaTable
@@ -24,7 +23,7 @@ from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Attempt, Ledger, StageRecord, recorded
 from jobs.list_files import commit_lists
 from jobs.merged_files import MergedFile, MergeTask, merge_file
-from jobs.processes import in_processes
+from jobs.processes import Processes, import_modules
 from jobs.progress import Display
 from jobs.publication import Published, base_run, merged_run, publish_run, published
 from jobs.publish_online import follow_online
@@ -35,6 +34,7 @@ from validation.gates import run_gate
 from validation.suites import GateContext, rules_for
 
 STAGE = "remerge"
+_SLOW = ("great_expectations", "feast", "jobs.publish_online")  # imports that take seconds; all but the first are for going online
 
 
 def remerge(settings: Settings, *, display: Display, now: datetime | None = None) -> Published:
@@ -48,22 +48,24 @@ def remerge(settings: Settings, *, display: Display, now: datetime | None = None
     root = lake_root(settings.lake)
     ledger, current, policy = Ledger(root=root), published(root), open_table(root, MERGE_POLICY)
     like = _record_of(ledger, current.run_id)
-    if policy.version() == like.input_versions.get(MERGE_POLICY.name):
-        display.say(f"the published lists follow version {policy.version()} of merge_policy already")
-    else:
-        task = _task(settings, root, current, policy)
-        if settings.online.enabled:
-            Thread(target=import_module, args=("feast",)).start()  # takes seconds, while worker processes merge; no end interrupts it
-        with recorded(ledger, STAGE, run_id=task.run_id, run_date=current.run_date, like=like) as attempt:
-            attempt.inputs |= like.input_versions | {MERGE_POLICY.name: policy.version(), ITEM_NEIGHBORS.name: current.version}
-            _write_history(root, current, task, attempt, display)
-            rules = rules_for(STAGE, GateContext(gates=settings.gates, source=settings.source))
-            attempt.gates = run_gate(STAGE, attempt.metrics, rules).to_json()
-            because = {"merged_again_from": current.run_id}
-            version = publish_run(root, task.run_id, expected=current.version, inputs=attempt.inputs, because=because)
-            attempt.outputs[ITEM_NEIGHBORS.name] = version
-        display.say(f"item_neighbors follows version {policy.version()} of merge_policy: run {task.run_id}")
-    follow_online(settings, like=like, display=display, now=now or datetime.now(UTC))
+    with Processes() as processes:
+        if policy.version() == like.input_versions.get(MERGE_POLICY.name):
+            display.say(f"the published lists follow version {policy.version()} of merge_policy already")
+        else:
+            task = _task(settings, root, current, policy)
+            Thread(target=import_modules, args=(_SLOW[: 1 + settings.online.enabled],)).start()  # while others merge; no end interrupts it
+            with recorded(ledger, STAGE, run_id=task.run_id, run_date=current.run_date, like=like) as attempt:
+                attempt.inputs |= like.input_versions | {MERGE_POLICY.name: policy.version(), ITEM_NEIGHBORS.name: current.version}
+                _write_history(root, current, task, attempt, processes, display)
+                if settings.online.enabled:
+                    processes.prepare(*_SLOW[1:])
+                rules = rules_for(STAGE, GateContext(gates=settings.gates, source=settings.source))
+                attempt.gates = run_gate(STAGE, attempt.metrics, rules).to_json()
+                because = {"merged_again_from": current.run_id}
+                version = publish_run(root, task.run_id, expected=current.version, inputs=attempt.inputs, because=because)
+                attempt.outputs[ITEM_NEIGHBORS.name] = version
+            display.say(f"item_neighbors follows version {policy.version()} of merge_policy: run {task.run_id}")
+        follow_online(settings, like=like, display=display, now=now or datetime.now(UTC), processes=processes)
     return published(root)
 
 
@@ -92,11 +94,11 @@ def _task(settings: Settings, root: str, current: Published, policy: DeltaTable)
     )
 
 
-def _write_history(root: str, current: Published, task: MergeTask, attempt: Attempt, display: Display) -> None:
+def _write_history(root: str, current: Published, task: MergeTask, attempt: Attempt, processes: Processes, display: Display) -> None:
     """All lists of the run, file by file in worker processes, and one commit; gives the gate its numbers."""
     sources, done = open_table(root, ITEM_NEIGHBORS, current.version).file_uris(), list[MergedFile]()
     with display.watch("merge", lambda: (len(done), len(sources), "files")):
-        for merged in in_processes(partial(merge_file, task=task), sources):
+        for merged in processes.deal(partial(merge_file, task=task), sources):
             done.append(merged)
     files = [merged.file for merged in done if merged.file is not None]
     version = commit_lists(root, task.run_id, files, metadata={"run_id": task.run_id, "stage": STAGE})

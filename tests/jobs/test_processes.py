@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import MachineError, PublishError
-from jobs.processes import in_processes
+from jobs.processes import Processes
 
 
 def _square(number: int) -> tuple[int, int]:
@@ -35,23 +35,35 @@ def _sleep(folder: str) -> None:
 
 
 def test_pieces_are_dealt_to_processes_and_one_alone_is_not() -> None:
-    found = dict(in_processes(_square, [2, 3, 4, 5]))
-    assert sorted(found) == [4, 9, 16, 25]
-    assert os.getpid() not in found.values()
-    assert list(in_processes(_square, [3])) == list(in_processes(_square, [3, 3][:1], most=7)) == [(9, os.getpid())]
-    assert dict(in_processes(_square, [2, 3], most=1)) == {4: os.getpid(), 9: os.getpid()}
-    assert list(in_processes(_square, [])) == []
+    with Processes(2) as processes:
+        processes.prepare("json")  # nobody is there yet
+        assert list(processes.deal(_square, [3])) == [(9, os.getpid())]
+        assert dict(processes.deal(_square, [2, 3], most=1)) == {4: os.getpid(), 9: os.getpid()}
+        assert list(processes.deal(_square, [])) == []
+        found = dict(processes.deal(_square, range(2, 9)))
+        assert sorted(found) == [number**2 for number in range(2, 9)]
+        assert os.getpid() not in found.values()
+        assert len(set(found.values())) == 2
+        processes.prepare("json")
+        assert set(dict(processes.deal(_square, range(4))).values()) == set(found.values()), "the same ones go on"
 
 
 def test_an_error_of_a_piece_is_ours_and_a_killed_process_is_told() -> None:
-    with pytest.raises(PublishError, match="number 1 is bad"):
-        list(in_processes(_fail, [1, 2, 3]))
-    with pytest.raises(MachineError, match="one of 2 processes ended while it worked"):
-        list(in_processes(_die, [1, 2], most=2))
+    with pytest.raises(PublishError, match="number 1 is bad"), Processes(2) as processes:
+        list(processes.deal(_fail, [1, 2, 3]))
+    with Processes(2) as processes:
+        for _ in range(2):  # also the work after it
+            with pytest.raises(MachineError, match="one of 2 processes ended while it worked"):
+                list(processes.deal(_die, [1, 2]))
 
 
 def test_processes_end_with_their_parent(tmp_path: Path) -> None:
-    code = f"from jobs.processes import in_processes\nfrom {__name__} import _sleep\nlist(in_processes(_sleep, {[str(tmp_path)] * 2!r}))"
+    code = f"""
+from jobs.processes import Processes
+from {__name__} import _sleep
+with Processes(2) as processes:
+    list(processes.deal(_sleep, {[str(tmp_path)] * 2!r}))
+"""
     parent = subprocess.Popen([sys.executable, "-c", code])
     while len(list(tmp_path.iterdir())) < 2:
         assert parent.poll() is None
