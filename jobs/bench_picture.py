@@ -4,8 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_NAMES = {"mtmh": "mtmh (Spark)", "duckdb": "DuckDB", "polars": "Polars", "scipy": "scipy, counts only", "self_join": "Spark self-join"}
-_COLORS = {"mtmh": "#c8401a", "duckdb": "#1b6ca8", "polars": "#138a6b", "scipy": "#8e5aa8", "self_join": "#7a808a"}
+_NAMES = {
+    "mtmh": "mtmh (Spark)",
+    "duckdb": "DuckDB",
+    "duckdb_state": "DuckDB, all that mtmh writes",
+    "polars": "Polars",
+    "scipy": "scipy, counts only",
+    "self_join": "Spark self-join",
+}
+_COLORS = {
+    "mtmh": "#c8401a",
+    "duckdb": "#1b6ca8",
+    "duckdb_state": "#7fb0d6",
+    "polars": "#138a6b",
+    "scipy": "#8e5aa8",
+    "self_join": "#7a808a",
+}
 
 
 def draw_times(rows: Sequence[dict[str, Any]], path: Path) -> None:
