@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.pair_files import open_uri
+from features.pair_files import ends_in, open_uri
 from features.pair_kernels import PACKED_ROWS, day_number, text_hashes
 
 PART_SCHEMA = "task int, uri string, part int, num_parts int"
@@ -111,12 +111,10 @@ def _read(place: FilePart, rule: EventRule, num_buckets: int) -> Iterator[pa.Rec
 
 def _may_hold(group: pq.RowGroupMetaData, rule: EventRule) -> bool:
     """Whether a row group may have engagements of the days, by its statistics."""
-    for number in range(group.num_columns):
-        column = group.column(number)
-        if column.path_in_schema == "event_date" and column.is_stats_set and column.statistics.has_min_max:
-            low, high = (day_number(end) for end in (column.statistics.min, column.statistics.max))
-            return any(first <= high and low <= last for first, last in rule.days)
-    return True
+    if (ends := ends_in(group, "event_date")) is None:
+        return True
+    low, high = map(day_number, ends)
+    return any(first <= high and low <= last for first, last in rule.days)
 
 
 def _prepared(batch: pa.RecordBatch, rule: EventRule, num_buckets: int) -> pa.RecordBatch:

@@ -150,6 +150,15 @@ def _with_small_dictionaries(rows: pa.Table) -> pa.Table:
     return rows
 
 
+def ends_in(group: pq.RowGroupMetaData, column: str) -> tuple[Any, Any] | None:
+    """Least and greatest value of a column in a row group; None: its statistics do not say."""
+    for number in range(group.num_columns):
+        found = group.column(number)
+        if found.path_in_schema == column and found.is_stats_set and found.statistics.has_min_max:
+            return found.statistics.min, found.statistics.max
+    return None
+
+
 def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
     """File system of a path or URI, and the path there; Spark's name for S3 is known."""
     if "://" not in uri:

@@ -55,6 +55,10 @@ def evaluate(run: StageRun) -> None:
     if night is None:
         run.note(f"no lists of {judged_date} to judge: nothing was evaluated")
         return
+    if run.settings.evaluation.horizon_days > run.settings.lake.keep_nights:
+        kept = f"lake.keep_nights is {run.settings.lake.keep_nights}, evaluation.horizon_days {run.settings.evaluation.horizon_days}"
+        run.note(f"warning: lists of {judged_date} are kept no longer, nothing was evaluated: {kept}; raise the first or lower the second")
+        return
     judged = _judged(run, night)
     rows: list[tuple[Any, ...]] = []
     for (method, head), lists in (_published(run, night, judged) | _baselines(run, night, judged)).items():

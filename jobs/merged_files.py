@@ -71,12 +71,12 @@ def merge_file(source: str, *, task: MergeTask) -> MergedFile:
     new = len(rows) + at.to_numpy()  # of the merged rows, behind the old ones
     place = np.arange(len(rows))
     place[old] = new
-    columns = {name: rows[name] for name in rows.column_names}
-    for name in ("neighbors", "list_hash"):
-        both = pa.concat_arrays([*rows[name].chunks, *merged[name].cast(rows.schema.field(name).type).chunks])
-        columns[name] = both.take(pa.array(place))
-        if name == "neighbors":
-            sums["churn"] = _churn(both, old, new)
+    both = {
+        name: pa.concat_arrays([*rows[name].chunks, *merged[name].cast(rows.schema.field(name).type).chunks])
+        for name in ("neighbors", "list_hash")
+    }
+    sums["churn"] = _churn(both["neighbors"], old, new)
+    columns = {name: rows[name] for name in rows.column_names} | {name: values.take(pa.array(place)) for name, values in both.items()}
     columns["run_id"] = pa.chunked_array([pa.repeat(task.run_id, len(rows))])
     return MergedFile(file=write_lists([pa.table(columns, schema=rows.schema)], task.target), sums=sums)
 

@@ -26,7 +26,7 @@ class Processes:
     """
 
     def __init__(self, most: int | None = None) -> None:
-        self._most = min(os.cpu_count() or 1, most or os.cpu_count() or 1)
+        self._most = most or os.cpu_count() or 1
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:

@@ -21,7 +21,7 @@ from conf.faults import reach
 from conf.settings import LakeSettings, OnlineSettings, Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
-from features.pair_files import open_uri
+from features.pair_files import ends_in, open_uri
 from jobs.ledger import Ledger, StageRecord, recorded
 from jobs.online import feature_store_folder, open_feature_store, reaching_redis, redis_connection
 from jobs.processes import Processes
@@ -158,7 +158,8 @@ def _ids_and_scores(file: pq.ParquetFile, items: pa.Array) -> pa.Table:
     paths = [file.metadata.schema.column(number).path for number in range(file.metadata.num_columns)]
     wanted = [path for path in paths if path in ("item_id", "head") or path.endswith((".neighbor_id", ".score"))]
     low, high = pc.min_max(items).as_py().values()
-    groups = [number for number in range(file.num_row_groups) if _may_hold(file.metadata.row_group(number), low, high)]
+    ends = [ends_in(file.metadata.row_group(number), "item_id") for number in range(file.num_row_groups)]
+    groups = [number for number, found in enumerate(ends) if found is None or (found[0] <= high and found[1] >= low)]
     rows = file.read_row_groups(groups, columns=wanted)
     rows = rows.filter(pc.is_in(rows["item_id"].cast(pa.string()), items)).combine_chunks()
     neighbors = rows["neighbors"].chunk(0) if rows.num_rows else pa.array([], rows.schema.field("neighbors").type)
@@ -166,13 +167,6 @@ def _ids_and_scores(file: pq.ParquetFile, items: pa.Array) -> pa.Table:
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     lists = [pa.ListArray.from_arrays(offsets, flat.field(name)) for name in ("neighbor_id", "score")]
     return pa.table([rows["item_id"], rows["head"], *lists], names=_LISTS.names).cast(_LISTS)
-
-
-def _may_hold(group: pq.RowGroupMetaData, low: str, high: str) -> bool:
-    """Whether a row group may have items between two ids, by its statistics."""
-    columns = (group.column(number) for number in range(group.num_columns))
-    statistics = next(column.statistics for column in columns if column.path_in_schema == "item_id")
-    return statistics is None or not statistics.has_min_max or (statistics.min <= high and statistics.max >= low)
 
 
 class _Written:

@@ -34,7 +34,8 @@ from validation.gates import run_gate
 from validation.suites import GateContext, rules_for
 
 STAGE = "remerge"
-_SLOW = ("great_expectations", "feast", "jobs.publish_online")  # imports that take seconds; all but the first are for going online
+_FOR_GATE = ("great_expectations",)  # imports that take seconds
+_FOR_ONLINE = ("feast", "jobs.publish_online")
 
 
 def remerge(settings: Settings, *, display: Display, now: datetime | None = None) -> Published:
@@ -53,12 +54,13 @@ def remerge(settings: Settings, *, display: Display, now: datetime | None = None
             display.say(f"the published lists follow version {policy.version()} of merge_policy already")
         else:
             task = _task(settings, root, current, policy)
-            Thread(target=import_modules, args=(_SLOW[: 1 + settings.online.enabled],)).start()  # while others merge; no end interrupts it
+            ahead = (*_FOR_GATE, *(_FOR_ONLINE if settings.online.enabled else ()))
+            Thread(target=import_modules, args=(ahead,)).start()  # while others merge; no end interrupts it
             with recorded(ledger, STAGE, run_id=task.run_id, run_date=current.run_date, like=like) as attempt:
                 attempt.inputs |= like.input_versions | {MERGE_POLICY.name: policy.version(), ITEM_NEIGHBORS.name: current.version}
                 _write_history(root, current, task, attempt, processes, display)
                 if settings.online.enabled:
-                    processes.prepare(*_SLOW[1:])
+                    processes.prepare(*_FOR_ONLINE)
                 rules = rules_for(STAGE, GateContext(gates=settings.gates, source=settings.source))
                 attempt.gates = run_gate(STAGE, attempt.metrics, rules).to_json()
                 because = {"merged_again_from": current.run_id}

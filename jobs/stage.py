@@ -163,7 +163,12 @@ class StageRun:
         lake = self.night.lake
         if lake.exists(table):
             good = self.night.last_good_version(table) or 0
-            if all('"stage"' in commit.get("userMetadata", "") for commit in changes_since(lake.root, table, good)):
+            try:
+                changes = changes_since(lake.root, table, good)
+            except TableError as error:
+                self.note(f"what a killed night may have left in {table.name} is not looked for: {error}")
+                return
+            if all('"stage"' in commit.get("userMetadata", "") for commit in changes):
                 lake.restore(table, good)
 
     def replace_by_files(self, tables: Mapping[str, tuple[Table, str | None]], write: "Callable[[dict[str, str]], FileChanges]") -> None:

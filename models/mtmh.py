@@ -274,9 +274,8 @@ def _build_head(name: str, tasks: Mapping[str, float], selectors: _Selectors, be
         trigger, target = selectors.start_of(weights)
         trigger = begin.temperature * trigger
     else:
-        share = (
-            begin.content_share if "affinity" in weights else 1.0
-        )  # a head that never learns from engagement does not start from it either
+        # a head that never learns from engagement does not start from it either
+        share = begin.content_share if "affinity" in weights else 1.0
         trigger = target = torch.cat([share**0.5 * selectors.content, (1 - share) ** 0.5 * selectors.trigger])
     popularity_scale = begin.temperature * begin.popularity_weight
     return Head(name=name, task_weights=weights, trigger=trigger, target=target, popularity_scale=popularity_scale, blind=begin.blind)

@@ -17,6 +17,7 @@ from conf.errors import PublishError, machine_fault
 from conf.faults import POINTS, VARIABLE, reach
 from conf.settings import LakeSettings, load_settings
 from conf.tables import EVALUATION, ITEM_NEIGHBORS, ITEM_POPULARITY, RUNS
+from jobs.evaluate import evaluate
 from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord
 from jobs.progress import Display
@@ -148,6 +149,25 @@ def test_what_a_killed_night_left_does_not_stay_beside_new_rows(spark: SparkSess
     night.lake.delete_where(EVALUATION, "run_id = 'good'")  # by hand, e.g. for privacy
     write("after a deletion by hand")
     assert "good" not in {row["run_id"] for row in night.lake.read(EVALUATION).collect()}
+    open_table(night.lake.root, EVALUATION).create_checkpoint()
+    for number in range(night.lake.version(EVALUATION)):  # long ago
+        Path(night.lake.path(EVALUATION), "_delta_log", f"{number:020d}.json").unlink()
+    run = StageRun(night=night, stage="evaluate")
+    run.replace(EVALUATION, rows("behind a gap"), where="run_id = 'behind a gap'")
+    assert "behind a gap" in {row["run_id"] for row in night.lake.read(EVALUATION).collect()}
+    assert "what a killed night may have left in evaluation is not looked for: the log of evaluation under" in run.notes[0]
+
+
+def test_lists_that_are_kept_no_longer_are_not_judged(spark: SparkSession, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path))
+    settings = load_settings(config, ["lake.keep_nights=3", "evaluation.horizon_days=4"])
+    night = make_night(settings, DAY + timedelta(days=4), spark=spark, display=Display(seconds_per_line=3600))
+    night.lake.create(RUNS)
+    night.ledger.append(_record("publish_neighbors", datetime.now(UTC), item_neighbors=1))
+    run = StageRun(night=night, stage="evaluate")
+    evaluate(run)
+    assert run.outputs == {}
+    assert "are kept no longer, nothing was evaluated: lake.keep_nights is 3, evaluation.horizon_days 4; raise the first" in run.notes[0]
 
 
 def test_a_compaction_between_the_look_and_the_publication_publishes_nothing_else(tmp_path: Path) -> None:
