@@ -48,6 +48,7 @@ def test_lists_are_published_and_looked_up(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "var" / "bench" / "neighbors.json").read_text())["rows"]
-    works = {"history, gate, commit", "point lookup in Delta", "publish online", "online lookup of 1", "online lookup of 100"}
+    works = {"history, gate, commit", "point lookup in Delta", "online lookup of 1", "online lookup of 100"}
+    works |= {"publish online, one process", "publish online again, a process a core"}
     assert works == {row["work"] for row in rows}
     assert all(row["median_s"] > 0 for row in rows)
