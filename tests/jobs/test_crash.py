@@ -1,8 +1,10 @@
 """A night killed at every point and finished by the same command: `make test-crash`.
 
-One night is published, then a second one is run undisturbed, with a copy of the lake before each of its stages: a crash in a stage starts
-from the copy, so that it costs what comes after it. Each crash is a real `python -m jobs.nightly` and SIGKILL. Meanwhile a reader looks at
-`item_neighbors` all the time; afterwards finished stages have kept their rows of `runs`, and every table equals the undisturbed night's.
+One night is published, then a second one is run undisturbed, with a copy of the lake before each of its stages. From such a copy a night
+is killed at the first point of the stage, started again by the same command and killed at the next point, and so on until it is left
+alone: each crash meets what all crashes before it have left. Every one is a real `python -m jobs.nightly` and SIGKILL. Meanwhile a reader
+looks at `item_neighbors` all the time; at the end finished stages have kept their rows of `runs`, and every table equals the undisturbed
+night's.
 """
 
 import os
@@ -23,9 +25,9 @@ import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
 
-from conf.faults import VARIABLE
+from conf.faults import POINTS, VARIABLE
 from conf.settings import Settings, load_settings
-from conf.tables import EVALUATION, ITEM_NEIGHBORS, RELEVANCE_FEEDBACK, RUNS, TABLES
+from conf.tables import ITEM_NEIGHBORS, RELEVANCE_FEEDBACK, RUNS, TABLES
 from features import store
 from jobs.ledger import Ledger, StageRecord
 from jobs.nightly import STAGES, run_night
@@ -38,29 +40,30 @@ from tests.worlds import BundleWorld, write_config
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(1800)]
 FIRST, SECOND = date(2024, 3, 30), date(2024, 3, 31)
-WRITES = {
-    "ingest": ["engagements", "item_annotations", "pair_relevance", "impressions", "rejected_rows"],
-    "build_pairs": [
-        "item_popularity",
-        "co_engagement_daily",
-        "co_engagement_totals",
-        "co_engagement_pairs",
-        "co_engagement_days",
-        "exposure_pairs",
-    ],
-    "build_features": ["item_features", "relevance_examples"],
-    "train_model": ["item_embeddings"],
-    "publish_neighbors": ["item_neighbors_history"],
-    "publish_online": [],
-    "evaluate": ["evaluation"],
+
+
+def _writes(*tables: str) -> list[str]:
+    return [f"{table}.{when}" for table in tables for when in ("writing", "written")]
+
+
+INSIDE = {
+    "ingest": _writes("engagements", "item_annotations", "pair_relevance", "impressions", "rejected_rows"),
+    "build_pairs": _writes(
+        "item_popularity", "co_engagement_daily", "co_engagement_totals", "co_engagement_pairs", "co_engagement_days", "exposure_pairs"
+    ),
+    "build_features": _writes("item_features", "relevance_examples"),
+    "train_model": _writes("item_embeddings"),
+    "publish_neighbors": ["index.written", *_writes("item_neighbors_history"), "gated", "linked", "published"],
+    "publish_online": ["shard", "marked"],
+    "evaluate": _writes("evaluation"),
 }
-DRIVER = [
-    *(f"{stage}.{when}" for stage in STAGES for when in ("started", "done", "recorded")),
-    *(f"{stage}.{table}.{when}" for stage, tables in WRITES.items() for table in tables for when in ("writing", "written")),
-    *(f"publish_neighbors.{point}" for point in ("index.written", "gated", "linked", "published")),
-    *("publish_online.shard", "publish_online.marked", "report.written"),
-]
-WORKERS = ["train_model.rank.started", "train_model.rank.training", "train_model.rank.written", "publish_neighbors.search"]
+DRIVER = {stage: [f"{stage}.{point}" for point in ("started", *inside, "done", "recorded")] for stage, inside in INSIDE.items()}
+DRIVER["evaluate"].append("report.written")
+"""Where a driver is killed in each stage, in the order in which a night comes by."""
+WORKERS = {
+    "train_model": ["train_model.rank.started", "train_model.rank.training", "train_model.rank.written"],
+    "publish_neighbors": ["publish_neighbors.search"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +146,7 @@ def _case(reference: Reference, folder: Path, stage: str) -> Iterator[Case]:
     case, seen, end = Case(reference=reference, lake=folder / "lake"), set[tuple[frozenset[str], int]](), threading.Event()
 
     def look() -> None:
-        while not end.wait(0.05):
+        while not end.wait(0.2):
             rows = open_table(str(case.lake), ITEM_NEIGHBORS).to_pyarrow_table(columns=["run_id"])
             seen.add((frozenset(rows["run_id"].to_pylist()), rows.num_rows))
 
@@ -167,32 +170,33 @@ def _case(reference: Reference, folder: Path, stage: str) -> Iterator[Case]:
     assert {lists["run_id"] for lists in online.values()} == {reference.run_ids[1]}
 
 
-def _stage_of(point: str) -> str:
-    return "evaluate" if point.startswith("report") else point.partition(".")[0]
+def test_every_point_is_killed_at() -> None:
+    points = [point for found in (*DRIVER.values(), *WORKERS.values()) for point in found]
+    assert len(set(points)) == len(points) >= 50
+    assert list(DRIVER) == list(STAGES)
+    assert set(POINTS) <= set(points)
 
 
-def test_there_are_enough_points() -> None:
-    assert len(DRIVER + WORKERS) >= 50
-    assert EVALUATION.name in WRITES["evaluate"]
-
-
-@pytest.mark.parametrize("point", DRIVER)
-def test_a_killed_driver(reference: Reference, tmp_path: Path, point: str) -> None:
-    with _case(reference, tmp_path, _stage_of(point)) as case:
-        killed = case.nightly(f"{point}=kill")
-        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_driver_killed_at_every_point_of_a_stage(reference: Reference, tmp_path: Path, stage: str) -> None:
+    """Killed at the first point, started again and killed at the next one, and so on until a night is left alone."""
+    with _case(reference, tmp_path, stage) as case:
+        for point in DRIVER[stage]:
+            killed = case.nightly(f"{point}=kill")
+            assert killed.returncode == -signal.SIGKILL, f"{point}: {killed.stderr[-3000:]}"
         again = case.nightly()
         assert again.returncode == 0, again.stderr[-3000:]
 
 
-@pytest.mark.parametrize("point", WORKERS)
-def test_a_killed_worker(reference: Reference, tmp_path: Path, point: str) -> None:
-    with _case(reference, tmp_path, _stage_of(point)) as case:
-        failed = case.nightly(f"{point}=kill")
-        assert failed.returncode != 0, failed.stderr[-3000:]
-        assert case.records()[-1].status == "failed"
-        if point.startswith("train_model"):
-            assert re.search(r"error: training rank.* ended without a status: killed, or out of memory\?", failed.stderr)
+@pytest.mark.parametrize("stage", WORKERS)
+def test_a_worker_killed_at_every_point_of_a_stage(reference: Reference, tmp_path: Path, stage: str) -> None:
+    with _case(reference, tmp_path, stage) as case:
+        for point in WORKERS[stage]:
+            failed = case.nightly(f"{point}=kill")
+            assert failed.returncode != 0, f"{point}: {failed.stderr[-3000:]}"
+            assert case.records()[-1].status == "failed"
+            if stage == "train_model":
+                assert re.search(r"error: training rank.* ended without a status: killed, or out of memory\?", failed.stderr), point
         again = case.nightly()
         assert again.returncode == 0, again.stderr[-3000:]
 
@@ -241,14 +245,14 @@ def _fill(folder: Path, keep: int) -> Path:
     return ballast
 
 
-@pytest.mark.parametrize("keep", [4_096, 40_960, 131_072])
-def test_a_full_disk(reference: Reference, tmp_path: Path, keep: int) -> None:
+def test_a_full_disk(reference: Reference, tmp_path: Path) -> None:
     with _mounted(tmp_path / "disk", "size=64m") as disk, _case(reference, disk, "build_features") as case:
-        ballast = _fill(disk, keep)
-        failed = case.nightly()
-        assert failed.returncode == 1, failed.stderr[-3000:]
-        assert "free some space there" in failed.stderr, failed.stderr[-3000:]
-        ballast.unlink()
+        for keep in (4_096, 40_960, 131_072):
+            ballast = _fill(disk, keep)
+            failed = case.nightly()
+            assert failed.returncode == 1, failed.stderr[-3000:]
+            assert "free some space there" in failed.stderr, failed.stderr[-3000:]
+            ballast.unlink()
         again = case.nightly()
         assert again.returncode == 0, again.stderr[-3000:]
 
