@@ -373,6 +373,12 @@ class ModelSettings(Section):
     )
     dimension: int = Field(128, ge=2, le=1024, description="Length of the factorization each side of the encoder starts from.")
     hidden_dimension: int = Field(256, ge=1, description="Width of the residual layer that reads id and content.")
+    max_id_rows: int = Field(
+        500_000,
+        ge=0,
+        description="Most items with an id row of their own, those engaged with most; all others live on content, as new items do. "
+        "Bounds the memory of training: a row takes 32 bytes a dimension, 4 KB at 128.",
+    )
     content_sides: list[Literal["trigger", "target"]] = Field(
         ["trigger", "target"],
         description="Sides on which heads with a softmax task see content; fewer, to see what it does there. Items without history have "
@@ -414,6 +420,14 @@ class TrainingSettings(Section):
 
     num_processes: int = Field(1, ge=1, description="Torch workers.")
     local_mode: bool = Field(True, description="True: workers on the driver's machine; false: in Spark tasks.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="Where the encoder is trained. auto: on a GPU where every worker has one of its own, else on the processor. Workers in "
+        "Spark tasks have those that spark.task.resource.gpu.amount gives them.",
+    )
+    mixed_precision: bool = Field(
+        True, description="On a GPU, factors of matrix products are rounded to TF32 and sums stay float32; false: all float32."
+    )
     num_steps: int = Field(80, ge=0, description="Optimizer steps; 0 keeps the factorization as it is.")
     batch_size: int = Field(512, ge=1, description="Triggers per step over all workers.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak of the one-cycle schedule.")

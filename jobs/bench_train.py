@@ -40,7 +40,8 @@ from models.external import als_vectors, item2vec_vectors
 from models.factorization import ScoreWeights, factorize
 from models.mtmh import Mtmh
 from models.resume import Optimization
-from models.train import TrainingSpec, Workers, backward, build_model, make_batches
+from models.train import TrainingSpec, backward, build_model, make_batches
+from models.workers import Workers
 
 Json = dict[str, Any]
 SIZES = (0.25, 1.0, 4.0)
@@ -153,9 +154,9 @@ def time_steps(batches: Batches, model: Mtmh, settings: TrainingSettings, steps:
             marks.append(time.perf_counter())
             work.optimizer.zero_grad(set_to_none=True)
             before = spent.backward
-            entry = backward(model, batch, Workers(), affinity_weight=settings.affinity_weight, compare=False)
+            said = backward(model, batch, Workers(), affinity_weight=settings.affinity_weight, compare=False)
             marks.append(time.perf_counter())
-            work.step(entry)
+            work.step(Workers().add_up(model, said))
             marks.append(time.perf_counter())
             of_data, of_both, of_optimizer = np.diff(marks).tolist()
             spent.data += of_data

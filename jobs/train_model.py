@@ -12,7 +12,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 from pyspark.ml.torch.distributor import TorchDistributor
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from conf.errors import TrainingError
@@ -35,6 +35,7 @@ from models.train import TrainingSpec
 
 STAGE = "train_model"
 _NUM_ENGAGEMENTS = "num_trained_engagements"
+_CARRIERS = ("gloo", "NCCL")
 _INPUTS = (ENGAGEMENTS, CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ITEM_POPULARITY, ITEM_FEATURES, RELEVANCE_EXAMPLES)
 
 
@@ -130,7 +131,9 @@ def _attempt(spec: TrainingSpec) -> str | None:
     folder, training = Path(spec.folder), spec.training
     for stale in folder.glob("status/rank-*.json"):
         stale.unlink()
-    distributor = TorchDistributor(num_processes=training.num_processes, local_mode=training.local_mode, use_gpu=False)
+    # Spark hides all GPUs from tasks that have been given none; on the driver's machine workers see what is there
+    given = not training.local_mode and training.device != "cpu" and _gpus_per_task() > 0
+    distributor = TorchDistributor(num_processes=training.num_processes, local_mode=training.local_mode, use_gpu=given)
     launch.__module__ = "__main__"  # cloudpickle then sends the function by value
     paths = [path for path in (os.path.abspath(path) for path in sys.path) if _holds_models(path)]
     try:
@@ -140,11 +143,16 @@ def _attempt(spec: TrainingSpec) -> str | None:
     return _failure(folder, training.num_processes)
 
 
+def _gpus_per_task() -> float:
+    session = SparkSession.getActiveSession()
+    return float(session.conf.get("spark.task.resource.gpu.amount", "0") or 0) if session else 0.0
+
+
 def _was_killed(folder: Path, num_processes: int) -> bool:
-    """Whether a worker left no word, and the others said nothing but that it was gone (an error of gloo, which carries the messages)."""
+    """Whether a worker left no word, and the others said nothing but that it was gone (an error of what carries the messages)."""
     files = [folder / "status" / f"rank-{rank}.json" for rank in range(num_processes)]
     said = [json.loads(file.read_text()) for file in files if file.is_file()]
-    return len(said) < num_processes and all(content["ok"] or "gloo" in content["error"] for content in said)
+    return len(said) < num_processes and all(content["ok"] or any(word in content["error"] for word in _CARRIERS) for content in said)
 
 
 def _holds_models(path: str) -> bool:

@@ -64,6 +64,7 @@ def model_config(model: Mtmh) -> dict[str, Any]:
     """The numbers that shape the modules."""
     return {
         "num_items": model.num_items,
+        "num_id_rows": model.num_id_rows,
         "dimension": model.dimension,
         "content_dimension": model.content.shape[1],
         "hidden_dimension": model.hidden_dimension,
@@ -82,7 +83,7 @@ def _empty(config: Mapping[str, Any]) -> Mtmh:
     start = Start(
         content=torch.zeros(num_items, content),
         log_popularity=torch.zeros(num_items),
-        known=torch.zeros(num_items, dtype=torch.bool),
+        known=torch.arange(num_items) < config["num_id_rows"],
         signals={name: SignalStart(**rows) for name in config["signals"]},
         **rows,
     )
@@ -93,6 +94,7 @@ def _empty(config: Mapping[str, Any]) -> Mtmh:
         temperature=1.0,
         popularity_weight=0.0,
         content_share=0.5,
+        max_id_rows=config["num_id_rows"],
         shared=config["shared"],
         blind=config["blind"],
     )

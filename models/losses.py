@@ -18,10 +18,10 @@ MASKED = -1e9  # finite: softmax over a fully masked row stays a number
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A task's scalar, and numbers worth a line in the history."""
+    """A task's scalar, and numbers worth a line in the history; these stay where they were computed, without a gradient."""
 
     value: Tensor
-    parts: dict[str, float]
+    parts: dict[str, Tensor]
 
 
 def full_engagement(scores: Tensor, mass: Tensor, *, num_triggers: int, log_copies: Tensor | None = None, task: str = "engagement") -> Loss:
@@ -89,7 +89,7 @@ def affinity(scores: Tensor, mass: Tensor, *, log_popularity: Tensor, log_inclus
     """
     wanted = mass * (log_popularity.min() - log_popularity - log_inclusion).exp()
     rows = _cross_entropy(scores - log_inclusion, wanted, scores)
-    return Loss(value=rows.sum() / num_triggers, parts={"affinity": float(rows.detach().sum()) / num_triggers})
+    return Loss(value=rows.sum() / num_triggers, parts={"affinity": rows.detach().sum() / num_triggers})
 
 
 def relevance(cosines: Tensor, targets: Tensor, present: Tensor, *, num_triggers: int) -> Loss:
@@ -104,7 +104,7 @@ def relevance(cosines: Tensor, targets: Tensor, present: Tensor, *, num_triggers
     teacher = (targets / RELEVANCE_TEMPERATURE).masked_fill(~present, MASKED).log_softmax(dim=1)
     student = (cosines / RELEVANCE_TEMPERATURE).masked_fill(~present, MASKED).log_softmax(dim=1)
     rows = (teacher.exp() * (teacher - student)).masked_fill(~present, 0).sum(dim=1) * (present.sum(dim=1) > 1)
-    return Loss(value=rows.sum() / num_triggers, parts={"relevance": float(rows.detach().sum()) / num_triggers})
+    return Loss(value=rows.sum() / num_triggers, parts={"relevance": rows.detach().sum() / num_triggers})
 
 
 def _cross_entropy(logits: Tensor, mass: Tensor, scores: Tensor | None = None) -> Tensor:
@@ -120,5 +120,5 @@ def _cross_entropy(logits: Tensor, mass: Tensor, scores: Tensor | None = None) -
 
 def _engagement(rows: Tensor, taught: Tensor, num_triggers: int, task: str) -> Loss:
     share = "taught_share" if task == "engagement" else f"{task}_taught_share"
-    parts = {task: float(rows.detach().sum()) / num_triggers, share: float(taught.sum()) / num_triggers}
+    parts = {task: rows.detach().sum() / num_triggers, share: taught.sum() / num_triggers}
     return Loss(value=rows.sum() / num_triggers, parts=parts)

@@ -9,8 +9,11 @@ relevance head's are (1 - l) * content cosine + l * cosine of the spectral rows.
 [A, B] of its own factorization to the id row, and a head that trains on signals alone starts there. Popularity lives in the last
 dimension alone: a trigger multiplies it by 1; in a head without a softmax task it is 0 for every item, whatever is learned.
 
-Shapes: `B` items of a batch, `N` items, `K` dimensions of a factorization, `F` factorizations (of all actions, and of each signal), `C`
-content dimensions, `D` = 2KF + C, `V` vector length.
+The table of id rows is bounded: of more known items than it may hold, those engaged with least have none, and live on content as new items
+do. So memory follows neither the catalog nor how many items were ever seen.
+
+Shapes: `B` items of a batch, `N` items, `R` id rows, `K` dimensions of a factorization, `F` factorizations (of all actions, and of each
+signal), `C` content dimensions, `D` = 2KF + C, `V` vector length.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -36,7 +39,7 @@ class Start:
         content_to_trigger: (C, K).
         content_to_target: (C, K).
         log_popularity: (N,).
-        known: (N,) boolean, the item has an engagement history.
+        known: (N,) boolean, the item has an engagement history; others have no id row.
         signals: by name of a signal, where its part of the id rows begins.
     """
 
@@ -49,10 +52,15 @@ class Start:
     known: Tensor
     signals: Mapping[str, "SignalStart"] = field(default_factory=dict)
 
-    @property
-    def id_rows(self) -> Tensor:
-        """(N, 2KF)."""
-        return torch.cat([rows for part in self._parts for rows in (part.trigger, part.target)], dim=1)
+    def owners(self, most: int) -> Tensor:
+        """(R,) ascending indices of the items that get an id row: those known, and of more than `most` the most popular."""
+        known = torch.nonzero(self.known).flatten()
+        by_popularity = torch.argsort(self.log_popularity[known], descending=True, stable=True)
+        return known[by_popularity[:most]].sort().values
+
+    def id_rows(self, owners: Tensor) -> Tensor:
+        """(R, 2KF) of some items."""
+        return torch.cat([rows[owners] for part in self._parts for rows in (part.trigger, part.target)], dim=1)
 
     @property
     def content_to_id(self) -> Tensor:
@@ -132,9 +140,10 @@ class Head(nn.Module):
 class Encoder(nn.Module):
     """Id rows and content of items to the representation that heads project."""
 
-    def __init__(self, start: Start, hidden_dimension: int) -> None:
+    def __init__(self, start: Start, owners: Tensor, hidden_dimension: int) -> None:
         super().__init__()
-        rows = start.id_rows
+        rows = start.id_rows(owners)
+        rows = rows if len(rows) else rows.new_zeros(1, rows.shape[1])  # an index needs a row to point at
         width = rows.shape[1] + start.content.shape[1]
         self.ids = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows)
         self.content_to_id = nn.Linear(start.content.shape[1], rows.shape[1], bias=False)
@@ -144,12 +153,12 @@ class Encoder(nn.Module):
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def forward(self, items: Tensor, content: Tensor, by_content: Tensor, *, blind: bool = False) -> Tensor:
-        """(B,) item indices, (B, C) their content, (B,) whose id row is replaced by its content prediction -> (B, D).
+    def forward(self, rows: Tensor, content: Tensor, by_content: Tensor, *, blind: bool = False) -> Tensor:
+        """(B,) id rows of items, (B, C) their content, (B,) whose id row is replaced by its content prediction -> (B, D).
 
         `blind`: content is seen in that prediction alone.
         """
-        ids = torch.where(by_content[:, None], self.content_to_id(content), self.ids(items))  # (B, 2KF)
+        ids = torch.where(by_content[:, None], self.content_to_id(content), self.ids(rows))  # (B, 2KF)
         features = torch.cat([ids, torch.zeros_like(content) if blind else content], dim=1)  # (B, D)
         residual: Tensor = self.outer(functional.gelu(self.inner(features)))
         return features + residual
@@ -165,6 +174,7 @@ class Mtmh(nn.Module):
         temperature: T of the calibrated factorization.
         popularity_weight: rho of the calibrated factorization.
         content_share: 1 - l, share of content cosine in the start of a head without a softmax task.
+        max_id_rows: most items with an id row of their own; all others live on content.
         shared: one encoder for all heads; False: each head has its own, which starts alike.
         blind: sides, `trigger` or `target`, on which heads with a softmax task see no content.
     """
@@ -178,6 +188,7 @@ class Mtmh(nn.Module):
         temperature: float,
         popularity_weight: float,
         content_share: float,
+        max_id_rows: int,
         shared: bool = True,
         blind: Collection[str] = (),
     ) -> None:
@@ -186,12 +197,16 @@ class Mtmh(nn.Module):
         self.num_items, self.dimension, self.signals = num_items, dimension, tuple(start.signals)
         self.hidden_dimension, self.shared, self.blind = hidden_dimension, shared, tuple(sorted(blind))
         names = [_SHARED] if shared else list(heads)
-        self.encoders = nn.ModuleDict({name: Encoder(start, hidden_dimension) for name in names})
-        for name in ("content", "log_popularity", "known"):
-            self.register_buffer(name, getattr(start, name))  # kept in the checkpoint, which so needs no table to be used
+        owners = start.owners(max_id_rows)
+        self.num_id_rows = len(owners)
+        self.encoders = nn.ModuleDict({name: Encoder(start, owners, hidden_dimension) for name in names})
+        id_row = torch.full((num_items,), -1)
+        id_row[owners] = torch.arange(len(owners))
+        for name, buffer in (("content", start.content), ("log_popularity", start.log_popularity), ("id_row", id_row)):
+            self.register_buffer(name, buffer)  # kept in the checkpoint, which so needs no table to be used
         self.content: Tensor
         self.log_popularity: Tensor
-        self.known: Tensor
+        self.id_row: Tensor
         selectors = _Selectors(dimension, start.content.shape[1], self.signals)
         begin = _Beginning(temperature=temperature, popularity_weight=popularity_weight, content_share=content_share, blind=self.blind)
         built = (_build_head(name, tasks, selectors, begin) for name, tasks in heads.items())
@@ -208,14 +223,15 @@ class Mtmh(nn.Module):
         Args:
             encoder: one of `groups`.
             items: (B,) item indices.
-            dropped: (B,) boolean, the id row is replaced by its content prediction (always so for items without history).
+            dropped: (B,) boolean, the id row is replaced by its content prediction (always so for items without one).
 
         Returns:
             (B, D); where a side is blind (B, 2D), without content in the second half.
         """
-        by_content = ~self.known[items] if dropped is None else ~self.known[items] | dropped
+        rows, content = self.id_row[items], self.content[items]
+        by_content = rows < 0 if dropped is None else (rows < 0) | dropped
         views = (False, True) if self.blind else (False,)
-        return torch.cat([self.encoders[encoder](items, self.content[items], by_content, blind=blind) for blind in views], dim=1)
+        return torch.cat([self.encoders[encoder](rows.clamp(min=0), content, by_content, blind=blind) for blind in views], dim=1)
 
     def head(self, name: str) -> Head:
         """A head by name."""
@@ -234,7 +250,7 @@ class Mtmh(nn.Module):
     @torch.no_grad()
     def vectors(self, block: int = 8192) -> dict[str, tuple[Tensor, Tensor]]:
         """Per head the (N, V) trigger and target vectors of the whole catalog."""
-        parts = [self(items) for items in torch.split(torch.arange(self.num_items), block)]
+        parts = [self(items) for items in torch.split(torch.arange(self.num_items, device=self.content.device), block)]
         return {name: (torch.cat([p[name][0] for p in parts]), torch.cat([p[name][1] for p in parts])) for name in self.heads}
 
 

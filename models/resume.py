@@ -74,6 +74,11 @@ class Saved:
         """Steps done."""
         return len(self.content["history"])
 
+    @property
+    def num_id_rows(self) -> int:
+        """Items with an id row of their own."""
+        return int((self.tensors[_MODEL + "id_row"] >= 0).sum())
+
     def restore_model(self, model: torch.nn.Module) -> None:
         """The encoder as it was."""
         model.load_state_dict(self._part(_MODEL), strict=True)

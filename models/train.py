@@ -23,10 +23,9 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -35,7 +34,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import TrainingError
@@ -51,9 +49,9 @@ from models.mtmh import COSINE_TASKS, Head, Mtmh, SignalStart, Start
 from models.resume import Keeper, Optimization, Saved, training_key
 from models.scorer import MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
 from models.user_level import UserLevel
+from models.workers import COSINE, Workers, on
 
 _CONFLICT_EVERY = 10  # steps between looks at the gradients' cosine
-_COSINE = "cosine "  # how entries of the history about gradients begin
 _PART_ITEMS = 50_000  # rows of an embeddings file
 
 
@@ -124,90 +122,6 @@ class TrainingSpec:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workers:
-    """One worker among the others; with a world size of 1 nothing is ever sent."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-
-    @classmethod
-    @contextmanager
-    def join(cls, *, timeout_seconds: int) -> Iterator[Self]:
-        """The process group that torchrun's environment names, or this process alone."""
-        world_size, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        if world_size == 1:
-            yield cls(local_world_size=local)
-            return
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
-        try:
-            yield cls(rank=dist.get_rank(), world_size=world_size, local_world_size=local)
-        finally:
-            dist.destroy_process_group()
-
-    def use_threads(self) -> None:
-        """Share the machine's cores; torchrun alone would give each worker one thread."""
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
-
-    def add_up(self, model: torch.nn.Module, entry: dict[str, float]) -> dict[str, float]:
-        """Sum the gradients of all workers, in place, and what they say of the step, in one message; of cosines the mean is taken."""
-        if self.world_size == 1:
-            return entry
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        said = torch.tensor(list(entry.values()))
-        flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), said])
-        dist.all_reduce(flat)
-        *parts, said = torch.split(flat, [*(g.numel() for g in gradients), len(said)])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-        sums = dict(zip(entry, said.tolist(), strict=True))
-        return {name: value / self.world_size if name.startswith(_COSINE) else value for name, value in sums.items()}
-
-    def part(self, num_rows: int) -> slice:
-        """The rows that are this worker's share; shares differ by one row at most."""
-        bounds = [num_rows * rank // self.world_size for rank in range(self.world_size + 1)]
-        return slice(bounds[self.rank], bounds[self.rank + 1])
-
-    def gather(self, mine: Tensor, num_rows: int) -> Tensor:
-        """(num_rows, D) rows of all workers, each of which has computed its `part`; gradients go back to whoever computed the row."""
-        if self.world_size == 1:
-            return mine
-        gathered: Tensor = _Gather.apply(mine, self, num_rows)  # type: ignore[no-untyped-call]  # torch does not type it
-        return gathered
-
-    def share(self, tensor: Tensor) -> Tensor:
-        """Rank 0's numbers for everybody, in place."""
-        if self.world_size > 1:
-            dist.broadcast(tensor, src=0)
-        return tensor
-
-    def wait(self) -> None:
-        """Until everybody is here."""
-        if self.world_size > 1:
-            dist.barrier()
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather of unequal shares, as a sum of rows that are 0 where they are another worker's; backward is the transposed of it."""
-
-    @staticmethod
-    def forward(ctx: Any, mine: Tensor, workers: Workers, num_rows: int) -> Tensor:
-        """(share, D) -> (num_rows, D)."""
-        ctx.workers, ctx.share = workers, workers.part(num_rows)
-        out = mine.new_zeros(num_rows, mine.shape[1])
-        out[ctx.share] = mine
-        dist.all_reduce(out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """(num_rows, D) gradients of this worker's loss -> (share, D) of everybody's."""
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total[ctx.share], None, None
-
-
 class Progress:
     """Rank 0's `progress.json`, replaced at most once a second so that a reader never sees half of it."""
 
@@ -241,8 +155,8 @@ def run_rank(spec_json: str) -> None:
     status = Path(spec.folder) / "status" / f"rank-{rank}.json"
     status.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with Workers.join(timeout_seconds=spec.training.timeout_seconds) as workers:
-            workers.use_threads()
+        with Workers.join(device=spec.training.device, timeout_seconds=spec.training.timeout_seconds) as workers:
+            workers.prepare(mixed_precision=spec.training.mixed_precision)
             reach("train_model.rank.started")
             decay: dict[str, Any] = {"half_life_days": spec.half_life_days, "signals": spec.signals}
             data = load_training_data(spec.tables, run_date=spec.run_date, symmetric=spec.symmetric, **decay)
@@ -454,6 +368,7 @@ def build_model(
             temperature=start.weights.temperature,
             popularity_weight=start.weights.popularity_weight,
             content_share=content_share,
+            max_id_rows=settings.max_id_rows,
             shared=settings.encoder == "shared",
             blind={"trigger", "target"} - set(settings.content_sides),
         )
@@ -486,9 +401,9 @@ def _user_level_weight(plan: Plan | None, workers: Workers) -> float:
 def _started(data: TrainingData, spec: TrainingSpec, progress: Progress | None, workers: Workers) -> tuple[Plan | None, Mtmh]:
     """Rank 0's plan (None elsewhere), and its starting point on every worker."""
     plan, starts = _plan(data, spec, progress) if workers.rank == 0 else (None, [])
-    shape = torch.tensor([starts[0].trigger.shape[1] if starts else 0])
-    dimension = int(workers.share(shape))
-    full, *of_signals = starts or [_blank(data, dimension)] * (1 + len(data.signals))
+    shape = torch.tensor([starts[0].trigger.shape[1], int(starts[0].known.sum())] if starts else [0, 0])
+    dimension, num_known = workers.share(shape).tolist()
+    full, *of_signals = starts or [_blank(data, dimension, num_known)] * (1 + len(data.signals))
     signals = dict(zip(data.signals, of_signals, strict=True))
     model = build_model(full, data.content, spec.model, plan.content_share if plan else 0.5, seed=spec.training.seed, signals=signals)
     for tensor in model.state_dict().values():
@@ -496,8 +411,8 @@ def _started(data: TrainingData, spec: TrainingSpec, progress: Progress | None, 
     return plan, model
 
 
-def _blank(data: TrainingData, dimension: int) -> Factorization:
-    """Zeros of the right shape, for a worker that is about to receive the numbers."""
+def _blank(data: TrainingData, dimension: int, num_known: int = 0) -> Factorization:
+    """Zeros of the right shape, with so many known items, for a worker that is about to receive the numbers."""
     items, content = data.content.shape
     weights = ScoreWeights(
         user_level_weight=0, dimension=dimension, target_norm_exponent=0, popularity_weight=0, temperature=1, prior_users=0
@@ -508,7 +423,7 @@ def _blank(data: TrainingData, dimension: int) -> Factorization:
         content_to_trigger=np.zeros((content, dimension), np.float32),
         content_to_target=np.zeros((content, dimension), np.float32),
         log_popularity=np.zeros(items, np.float32),
-        known=np.zeros(items, np.bool_),
+        known=np.arange(items) < num_known,
         weights=weights,
     )
 
@@ -531,7 +446,7 @@ def _saved(folder: Path, spec: TrainingSpec, workers: Workers) -> Saved | None:
 def _resumed(data: TrainingData, spec: TrainingSpec, saved: Saved) -> tuple[Plan, Mtmh]:
     """Plan and encoder as they were saved."""
     plan = Plan.from_content(saved.plan)
-    blank = _blank(data, min(plan.weights.dimension, data.num_items - 1))
+    blank = _blank(data, min(plan.weights.dimension, data.num_items - 1), saved.num_id_rows)
     signals = dict.fromkeys(data.signals, blank)
     model = build_model(blank, data.content, spec.model, plan.content_share, seed=spec.training.seed, signals=signals)
     saved.restore_model(model)
@@ -563,7 +478,7 @@ def fine_tune(
     """Adam with a one-cycle learning rate on all heads' tasks; returns the history, one entry a step.
 
     Args:
-        model: at its starting point, or where `saved` left it.
+        model: at its starting point, or where `saved` left it; on the processor, before and after.
         data: of the night.
         spec: of the training.
         workers: all that take part.
@@ -579,6 +494,7 @@ def fine_tune(
     batches = make_batches(data, spec, workers, user_level_weight=user_level_weight)
     if settings.num_steps == 0 or batches.batch_size == 0:
         return []
+    model.to(workers.device)
     work = Optimization(model, learning_rate=settings.learning_rate, num_steps=settings.num_steps)
     if saved:
         saved.restore(work)
@@ -590,12 +506,14 @@ def fine_tune(
             reach("train_model.rank.training")
         work.optimizer.zero_grad(set_to_none=True)
         compare = step % _CONFLICT_EVERY == 0
-        entry = backward(model, batches.batch(step), workers, affinity_weight=settings.affinity_weight, compare=compare)
+        said = backward(model, batches.batch(step), workers, affinity_weight=settings.affinity_weight, compare=compare)
+        entry = workers.add_up(model, said)
         if not math.isfinite(entry["loss"]):
-            raise TrainingError(f"loss is {entry['loss']} at step {step} of rank {workers.rank}: {entry}; lower training.learning_rate")
-        work.step(workers.add_up(model, entry))
+            raise TrainingError(f"loss is {entry['loss']} at step {step}: {entry}; lower training.learning_rate")
+        work.step(entry)
         if progress:
             progress.show("training", step + 1, work.history[-1]["loss"], batches.batch_size, now=step + 1 == settings.num_steps)
+    model.cpu()
     return work.history
 
 
@@ -625,20 +543,20 @@ def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, us
 Term = tuple[str, float, Loss]
 
 
-def backward(model: Mtmh, batch: Batch, workers: Workers, *, affinity_weight: float, compare: bool) -> dict[str, float]:
-    """Add the gradient of this worker's rows to every parameter; returns their losses.
+def backward(model: Mtmh, batch: Batch, workers: Workers, *, affinity_weight: float, compare: bool) -> dict[str, Tensor]:
+    """Add the gradient of this worker's rows to every parameter; returns their losses, which nobody has waited for yet.
 
     An encoder's trunk is computed once per distinct item of the global batch, by one of the workers, and gathered. Each task is sent back
     to the trunk's output by itself, which costs the same as all at once and leaves each task's gradient on the shared representation to
     `compare`: a cosine below 0 means that two tasks pull apart. Tasks of separate encoders have nothing to compare.
     """
-    index, mine = torch.from_numpy(batch.items).long(), workers.part(len(batch.items))
-    dropped = torch.from_numpy(batch.dropped[batch.items[mine]])
+    device, mine = model.log_popularity.device, workers.part(len(batch.items))
+    index, dropped = on(device, batch.items).long(), on(device, batch.dropped[batch.items[mine]])
     partners = {task: positives.partners for task, positives in batch.positives.items()}
     wanted = (batch.triggers, batch.candidates, batch.examples, batch.random, *partners.values())
-    places = [torch.from_numpy(np.searchsorted(batch.items, part.ravel())) for part in wanted]
+    places = [on(device, np.searchsorted(batch.items, part.ravel())) for part in wanted]
     rows = _Rows(dict(zip(partners, places[4:], strict=True)), *places[:4])
-    entry = {"loss": 0.0}
+    entry = {"loss": model.log_popularity.new_zeros(())}
     for encoder, names in model.groups.items():
         trunk = workers.gather(model.trunk(encoder, index[mine], dropped), len(index))  # (I, D)
         shared, gradients = trunk.detach().requires_grad_(), dict[str, Tensor]()
@@ -648,17 +566,17 @@ def backward(model: Mtmh, batch: Batch, workers: Workers, *, affinity_weight: fl
                 torch.autograd.backward(weight * loss.value, retain_graph=True)
                 if compare and shared.grad is not None:
                     gradients[term] = (shared.grad - before).flatten()
-                entry["loss"] += float(weight * loss.value.detach())
+                entry["loss"] = entry["loss"] + weight * loss.value.detach()
                 entry |= {f"{name}/{part}": value for part, value in loss.parts.items()}
         torch.autograd.backward(trunk, shared.grad)
         entry |= _cosines(gradients)
     return entry
 
 
-def _cosines(gradients: dict[str, Tensor]) -> dict[str, float]:
+def _cosines(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     names = list(gradients)
     pairs = ((a, b) for i, a in enumerate(names) for b in names[i + 1 :])
-    return {f"{_COSINE}{a} {b}": float(torch.nn.functional.cosine_similarity(gradients[a], gradients[b], dim=0)) for a, b in pairs}
+    return {f"{COSINE}{a} {b}": torch.nn.functional.cosine_similarity(gradients[a], gradients[b], dim=0) for a, b in pairs}
 
 
 @dataclass(frozen=True)
@@ -677,7 +595,7 @@ def head_terms(head: Head, trunk: Tensor, log_popularity: Tensor, rows: _Rows, b
     trigger = head.trigger_vectors(trunk[rows.trigger])  # (B, V)
     target = head.target_vectors(trunk, log_popularity)  # (I, V)
     weights, terms = head.task_weights, list[Term]()
-    mass, log_inclusion = torch.from_numpy(batch.positives["engagement"].mass), torch.from_numpy(batch.log_inclusion)
+    mass, log_inclusion = on(trunk.device, batch.positives["engagement"].mass), on(trunk.device, batch.log_inclusion)
     for task in (name for name in weights if name not in COSINE_TASKS):
         terms.append((f"{head.name}/{task}", weights[task], _softmax(task, trigger, target, rows, batch)))
     unit_trigger, unit_target = _cosine_rows(trigger), _cosine_rows(target)
@@ -693,19 +611,19 @@ def head_terms(head: Head, trunk: Tensor, log_popularity: Tensor, rows: _Rows, b
 
 def _softmax(task: str, trigger: Tensor, target: Tensor, rows: _Rows, batch: Batch) -> Loss:
     """Engagement or a signal: full softmax when the candidates are the catalog, else the sampled one."""
-    positives = batch.positives[task]
+    positives, device = batch.positives[task], trigger.device
     scores = _masked(trigger @ target[rows.candidate].T, batch)  # (B, M)
-    copies = None if batch.log_copies is None else torch.from_numpy(batch.log_copies)
+    copies = None if batch.log_copies is None else on(device, batch.log_copies)
     common: dict[str, Any] = {"task": task, "num_triggers": batch.num_triggers, "log_copies": copies}
     if positives.partners.shape[1] == 0:
-        return losses.full_engagement(scores, torch.from_numpy(positives.mass), **common)
+        return losses.full_engagement(scores, on(device, positives.mass), **common)
     partner = target[rows.partner[task]].view(*positives.partners.shape, -1)  # (B, P, V)
     return losses.sampled_engagement(
         torch.einsum("bv,bpv->bp", trigger, partner),
         scores,
-        log_inclusion=torch.from_numpy(batch.log_inclusion),
-        position=torch.from_numpy(positives.position).long(),
-        valid=torch.from_numpy(positives.valid),
+        log_inclusion=on(device, batch.log_inclusion),
+        position=on(device, positives.position).long(),
+        valid=on(device, positives.valid),
         **common,
     )
 
@@ -714,13 +632,14 @@ def _relevance(trigger: Tensor, target: Tensor, rows: _Rows, batch: Batch) -> Lo
     """Listwise, on unit vectors without the popularity dimension."""
     example = target[rows.example].view(*batch.examples.shape, -1)  # (B, L, V - 1)
     cosines = torch.cat([torch.einsum("bv,blv->bl", trigger, example), trigger @ target[rows.random].T], dim=1)  # (B, L + R)
-    return losses.relevance(cosines, torch.from_numpy(batch.targets), torch.from_numpy(batch.present), num_triggers=batch.num_triggers)
+    targets, present = on(trigger.device, batch.targets), on(trigger.device, batch.present)
+    return losses.relevance(cosines, targets, present, num_triggers=batch.num_triggers)
 
 
 def _masked(scores: Tensor, batch: Batch) -> Tensor:
     """(B, M) scores with a trigger's own cell out of the softmax; a few cells are set, not a whole mask laid over."""
-    row, column = (torch.from_numpy(where) for where in batch.own)
-    return scores.index_put((row, column), torch.tensor(losses.MASKED))
+    row, column = (on(scores.device, where) for where in batch.own)
+    return scores.index_put((row, column), scores.new_tensor(losses.MASKED))
 
 
 def _cosine_rows(vectors: Tensor) -> Tensor:

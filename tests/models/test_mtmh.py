@@ -1,5 +1,7 @@
 """What the encoder is at its start, and what stays true however it is trained."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,8 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.data import TrainingData
 from models.factorization import Factorization, factorize
 from models.mtmh import Mtmh
-from models.train import Workers, backward, build_model, fine_tune, make_batches
+from models.train import backward, build_model, fine_tune, make_batches
+from models.workers import Workers
 from tests.models.small_world import make_spec
 from tests.models.test_factorization import WEIGHTS
 
@@ -47,6 +50,30 @@ def test_popularity_never_enters_a_head_without_engagement(model: Mtmh, data: Tr
     assert model.vectors()["engagement"][1][:, -1].unique().numel() > 5  # while the other head's bias differs by item
 
 
+def test_a_bounded_table_holds_what_is_engaged_with_most_and_the_rest_lives_on_content(
+    start: Factorization, data: TrainingData, tmp_path: Path
+) -> None:
+    """At the start, an item without a row is what it would be if its id were hidden; and no table at all is one, too."""
+    spec = make_spec(tmp_path)
+    bounded = build_model(start, data.content, spec.model.model_copy(update={"max_id_rows": 5}), 0.3, seed=0)
+    unbounded = build_model(start, data.content, spec.model, 0.3, seed=0)
+    assert len(bounded.encoders["shared"].ids.weight) == bounded.num_id_rows == 5
+    assert unbounded.num_id_rows == start.known.sum() < data.num_items  # an item without history has none, ever
+    with_row = (bounded.id_row >= 0).numpy()
+    assert start.log_popularity[with_row].min() >= start.log_popularity[start.known & ~with_row].max()
+    items = torch.arange(data.num_items)
+    hidden = unbounded(items, torch.from_numpy(~with_row))
+    for name, vectors in bounded.vectors().items():
+        torch.testing.assert_close(vectors, hidden[name])
+    fine_tune(bounded, data, spec, Workers(), user_level_weight=0.5)
+    save_checkpoint(tmp_path / "bounded", bounded, vocabulary="v", run={})
+    for name, vectors in load_checkpoint(tmp_path / "bounded", vocabulary="v")[0].vectors().items():
+        torch.testing.assert_close(vectors, bounded.vectors()[name])
+    none = build_model(start, data.content, spec.model.model_copy(update={"max_id_rows": 0}), 0.3, seed=0)
+    fine_tune(none, data, spec, Workers(), user_level_weight=0.5)
+    assert all(torch.isfinite(vectors).all() for pair in none.vectors().values() for vectors in pair)
+
+
 def test_one_step_gives_every_parameter_a_gradient(model: Mtmh, data: TrainingData, tmp_path) -> None:
     with torch.no_grad():
         model.encoders["shared"].outer.weight.normal_(std=0.01)  # at exactly zero it keeps the first layer's gradient at zero for one step
@@ -79,7 +106,7 @@ def test_a_side_that_sees_no_content_depends_on_none(start: Factorization, data:
     spec = make_spec(tmp_path)
     model = build_model(start, data.content, spec.model.model_copy(update={"content_sides": sees}), 0.3, seed=0)
     fine_tune(model, data, spec, Workers(), user_level_weight=0.5)
-    before, known = model.vectors(), model.known
+    before, known = model.vectors(), model.id_row >= 0
     save_checkpoint(tmp_path / "some", model, vocabulary="v", run={})
     model = load_checkpoint(tmp_path / "some", vocabulary="v")[0]
     model.content.copy_(model.content.flip(0))

@@ -18,7 +18,8 @@ from conf.settings import load_settings
 from models.checkpoint import load_checkpoint
 from models.data import TrainingData, sparse_rows
 from models.scorer import Scorer
-from models.train import TrainingSpec, Workers, _describe, run_rank, train
+from models.train import TrainingSpec, _describe, run_rank, train
+from models.workers import Workers
 from tests.models.small_world import SmallWorld, make_spec
 from validation.gates import check_metrics
 from validation.suites import GateContext, rules_for
@@ -145,6 +146,7 @@ def test_two_workers_match_one(world: SmallWorld, tmp_path: Path) -> None:
     tables = world.write(tmp_path / "lake")
     sampled = {"full_softmax_max_items": 10, "num_sampled_items": 24, "num_steps": 6}  # sampled candidates and partners too
     one, two = (make_spec(tmp_path / name, tables, **sampled) for name in ("one", "two"))
+    one, two = (dataclasses.replace(spec, model=spec.model.model_copy(update={"max_id_rows": 20})) for spec in (one, two))
     run_rank(one.to_json())
     mp.spawn(_worker, args=(two.to_json(), free_port()), nprocs=2)
     assert all(read(Path(two.folder), f"status/rank-{rank}.json")["ok"] for rank in (0, 1))
@@ -159,7 +161,7 @@ def test_two_workers_match_one(world: SmallWorld, tmp_path: Path) -> None:
 
 def _gather(rank: int, folder: str, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with Workers.join(timeout_seconds=60) as workers:
+    with Workers.join(device="auto", timeout_seconds=60) as workers:
         rows = torch.arange(10.0).reshape(5, 2)  # five rows for two workers: shares of two and three
         mine = rows[workers.part(5)].clone().requires_grad_()
         gathered = workers.gather(mine, 5)
