@@ -72,7 +72,7 @@ bench-train: env  ## time training and its parts beside word2vec and ALS; ARGS="
 test: java env jars  ## run the tests; ARGS="-k pairs" chooses some
 	$(PY) -m pytest $(ARGS)
 
-test-crash: java env jars  ## kill a night at every point and finish it: half an hour; ARGS="-k train_model" chooses some
+test-crash: java env jars  ## kill a night at every point in turn, and finish it: an hour; ARGS="-k train_model" chooses some
 	$(PY) -m pytest -m crash $(ARGS)
 
 test-nights: java env jars  ## run forty nights on one lake, and show that time, files and bytes stay: half an hour

@@ -376,8 +376,8 @@ class ModelSettings(Section):
     max_id_rows: int = Field(
         500_000,
         ge=0,
-        description="Most items with an id row of their own, those engaged with most; all others live on content, as new items do. "
-        "Bounds the memory of training: a row takes 32 bytes a dimension, 4 KB at 128.",
+        description="Most items with an id row of their own, the most popular; all others live on content, as new items do. A row takes, "
+        "with gradient and optimizer, 32 bytes a dimension, and as much for each signal and each separate encoder.",
     )
     content_sides: list[Literal["trigger", "target"]] = Field(
         ["trigger", "target"],

@@ -16,6 +16,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from conf.errors import TrainingError
+from conf.settings import TrainingSettings
 from conf.tables import (
     CO_ENGAGEMENT_DAILY,
     CO_ENGAGEMENT_PAIRS,
@@ -36,6 +37,7 @@ from models.train import TrainingSpec
 STAGE = "train_model"
 _NUM_ENGAGEMENTS = "num_trained_engagements"
 _CARRIERS = ("gloo", "NCCL")
+_GPUS_OF_A_TASK = "spark.task.resource.gpu.amount"
 _INPUTS = (ENGAGEMENTS, CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ITEM_POPULARITY, ITEM_FEATURES, RELEVANCE_EXAMPLES)
 
 
@@ -131,8 +133,7 @@ def _attempt(spec: TrainingSpec) -> str | None:
     folder, training = Path(spec.folder), spec.training
     for stale in folder.glob("status/rank-*.json"):
         stale.unlink()
-    # Spark hides all GPUs from tasks that have been given none; on the driver's machine workers see what is there
-    given = not training.local_mode and training.device != "cpu" and _gpus_per_task() > 0
+    given = _spark_gives_gpus(training)
     distributor = TorchDistributor(num_processes=training.num_processes, local_mode=training.local_mode, use_gpu=given)
     launch.__module__ = "__main__"  # cloudpickle then sends the function by value
     paths = [path for path in (os.path.abspath(path) for path in sys.path) if _holds_models(path)]
@@ -143,9 +144,24 @@ def _attempt(spec: TrainingSpec) -> str | None:
     return _failure(folder, training.num_processes)
 
 
-def _gpus_per_task() -> float:
+def _spark_gives_gpus(training: TrainingSettings) -> bool:
+    """Whether each worker is a Spark task with a GPU of its own; on the driver's machine workers see for themselves what is there.
+
+    TorchDistributor hides all GPUs from tasks that have been given none, and knows no share of one and no more than one.
+
+    Raises:
+        TrainingError: training.device is cuda, and tasks do not have one each.
+    """
     session = SparkSession.getActiveSession()
-    return float(session.conf.get("spark.task.resource.gpu.amount", "0") or 0) if session else 0.0
+    if training.local_mode or training.device == "cpu" or session is None:
+        return False
+    amount = session.conf.get(_GPUS_OF_A_TASK, "0")
+    if amount != "1" and training.device == "cuda":
+        raise TrainingError(
+            f"training.device is cuda and training.local_mode false; found {_GPUS_OF_A_TASK} {amount}, wanted 1: set it, with "
+            "spark.executor.resource.gpu.amount and its discoveryScript, or set training.device to auto"
+        )
+    return amount == "1"
 
 
 def _was_killed(folder: Path, num_processes: int) -> bool:

@@ -9,8 +9,8 @@ relevance head's are (1 - l) * content cosine + l * cosine of the spectral rows.
 [A, B] of its own factorization to the id row, and a head that trains on signals alone starts there. Popularity lives in the last
 dimension alone: a trigger multiplies it by 1; in a head without a softmax task it is 0 for every item, whatever is learned.
 
-The table of id rows is bounded: of more known items than it may hold, those engaged with least have none, and live on content as new items
-do. So memory follows neither the catalog nor how many items were ever seen.
+The table of id rows is bounded, and with it gradients and the optimizer's state: of more known items than it may hold, the least popular
+have none, and live on content as new items do. Content and popularity are of all items.
 
 Shapes: `B` items of a batch, `N` items, `R` id rows, `K` dimensions of a factorization, `F` factorizations (of all actions, and of each
 signal), `C` content dimensions, `D` = 2KF + C, `V` vector length.
@@ -53,7 +53,7 @@ class Start:
     signals: Mapping[str, "SignalStart"] = field(default_factory=dict)
 
     def owners(self, most: int) -> Tensor:
-        """(R,) ascending indices of the items that get an id row: those known, and of more than `most` the most popular."""
+        """(R,) ascending indices of the items that get an id row: those known, of more than `most` the most popular; ties by index."""
         known = torch.nonzero(self.known).flatten()
         by_popularity = torch.argsort(self.log_popularity[known], descending=True, stable=True)
         return known[by_popularity[:most]].sort().values

@@ -51,16 +51,17 @@ class Workers:
         world_size, local, rank = (
             int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
-        mine = own_device(device, local_rank=rank, local_world_size=local, num_gpus=torch.cuda.device_count())
+        num_gpus = (
+            torch.cuda.device_count() if torch.cuda.is_available() else 0
+        )  # the count alone includes those that the driver cannot use
+        mine = own_device(device, local_rank=rank, local_world_size=local, num_gpus=num_gpus)
         if world_size == 1:
             yield cls(local_world_size=local, device=mine)
             return
         dist.init_process_group(_BACKENDS if mine.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
-        try:
-            workers = cls(rank=dist.get_rank(), world_size=world_size, local_world_size=local, device=mine)
-            yield replace(workers, device=workers.agreed(mine))
-        finally:
-            dist.destroy_process_group()
+        workers = cls(rank=dist.get_rank(), world_size=world_size, local_world_size=local, device=mine)
+        yield replace(workers, device=workers.agreed(mine))
+        dist.destroy_process_group()  # not after an error: NCCL would wait for the others here, and nobody would hear of it
 
     def agreed(self, mine: torch.device) -> torch.device:
         """A GPU if every worker has one: tensors of different devices do not meet."""
@@ -147,6 +148,6 @@ def own_device(wanted: str, *, local_rank: int, local_world_size: int, num_gpus:
     if wanted == "cuda" and num_gpus < local_world_size:
         raise TrainingError(
             f"training.device is cuda; found {num_gpus} GPUs for {local_world_size} workers on this machine, wanted one each: lower "
-            "training.num_processes, or set training.device to auto"
+            "training.num_processes, set spark.task.resource.gpu.amount to 1 for workers in Spark tasks, or set training.device to auto"
         )
     return torch.device("cuda", local_rank) if wanted != "cpu" and num_gpus >= local_world_size else _CPU

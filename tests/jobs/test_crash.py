@@ -27,7 +27,7 @@ from pyspark.sql import SparkSession
 
 from conf.faults import POINTS, VARIABLE
 from conf.settings import Settings, load_settings
-from conf.tables import ITEM_NEIGHBORS, RELEVANCE_FEEDBACK, RUNS, TABLES
+from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, RELEVANCE_FEEDBACK, RUNS, TABLES
 from features import store
 from jobs.ledger import Ledger, StageRecord
 from jobs.nightly import STAGES, run_night
@@ -175,6 +175,8 @@ def test_every_point_is_killed_at() -> None:
     assert len(set(points)) == len(points) >= 50
     assert list(DRIVER) == list(STAGES)
     assert set(POINTS) <= set(points)
+    by_others = {RUNS.name, RELEVANCE_FEEDBACK.name, MERGE_POLICY.name}  # the ledger, votes, a policy; the published lists have `linked`
+    assert {table for table in TABLES if f".{table}.written" not in " ".join(points)} == {ITEM_NEIGHBORS.name, *by_others}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -184,6 +186,15 @@ def test_a_driver_killed_at_every_point_of_a_stage(reference: Reference, tmp_pat
         for point in DRIVER[stage]:
             killed = case.nightly(f"{point}=kill")
             assert killed.returncode == -signal.SIGKILL, f"{point}: {killed.stderr[-3000:]}"
+        again = case.nightly()
+        assert again.returncode == 0, again.stderr[-3000:]
+
+
+@pytest.mark.parametrize("point", ["publish_neighbors.linked", "publish_neighbors.published", "publish_neighbors.done"])
+def test_a_driver_killed_around_publication(reference: Reference, tmp_path: Path, point: str) -> None:
+    """Once, and finished at once: here readers could see something, and a second kill could hide it."""
+    with _case(reference, tmp_path, "publish_neighbors") as case:
+        assert case.nightly(f"{point}=kill").returncode == -signal.SIGKILL
         again = case.nightly()
         assert again.returncode == 0, again.stderr[-3000:]
 

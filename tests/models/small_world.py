@@ -125,7 +125,7 @@ class SmallWorld:
 def make_spec(folder: Path, tables: dict[str, TableRef] | None = None, **training: object) -> TrainingSpec:
     """A quick training of both heads."""
     heads = {"engagement": HeadSettings(engagement=1.0, relevance=0.05), "relevance": HeadSettings(relevance=1.0, affinity=2.0)}
-    quick: dict[str, object] = {"num_steps": 12, "batch_size": 32, "num_validation_triggers": 60, "timeout_seconds": 60}
+    quick: dict[str, object] = {"device": "cpu", "num_steps": 12, "batch_size": 32, "num_validation_triggers": 60, "timeout_seconds": 60}
     return TrainingSpec(
         tables=tables or {},
         run_date=RUN_DATE,

@@ -116,3 +116,9 @@ def test_workers_that_were_killed_are_started_again(
     calm = make_spec(tmp_path / "calm", tables)
     run_ranks(calm, num_processes=2)
     assert outcome(calm)[:2] == (losses, version)
+
+
+def test_spark_tasks_without_a_gpu_of_their_own_are_an_error_where_it_is_asked_for(spark: SparkSession, tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, local_mode=False, device="cuda")
+    with pytest.raises(TrainingError, match=r"found spark.task.resource.gpu.amount 0, wanted 1: set it, .* or set training.device to auto"):
+        distribute(spec, anew=False, note=print)

@@ -161,7 +161,7 @@ def test_two_workers_match_one(world: SmallWorld, tmp_path: Path) -> None:
 
 def _gather(rank: int, folder: str, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with Workers.join(device="auto", timeout_seconds=60) as workers:
+    with Workers.join(device="cpu", timeout_seconds=60) as workers:
         rows = torch.arange(10.0).reshape(5, 2)  # five rows for two workers: shares of two and three
         mine = rows[workers.part(5)].clone().requires_grad_()
         gathered = workers.gather(mine, 5)

@@ -54,15 +54,22 @@ def test_a_step_leaves_nothing_on_the_processor(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize(("mixed", "tolerance"), [(False, 1e-4), (True, 1e-2)])
-def test_a_gpu_learns_what_the_processor_learns(data: TrainingData, tmp_path: Path, mixed: bool, tolerance: float) -> None:
+def test_a_gpu_learns_what_the_processor_learns(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mixed: bool, tolerance: float
+) -> None:
+    """Within a tenth of the way that training goes."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     spec, found = make_spec(tmp_path), []
+    start = factorize(data.full, data.content, weights=START, seed=0)
+    before = build_model(start, data.content, spec.model, 0.3, seed=0).vectors()
     for device in ("cpu", "cuda"):
         with Workers.join(device=device, timeout_seconds=60) as workers:
             workers.prepare(mixed_precision=mixed)
-            model = build_model(factorize(data.full, data.content, weights=START, seed=0), data.content, spec.model, 0.3, seed=0)
+            model = build_model(start, data.content, spec.model, 0.3, seed=0)
             history = fine_tune(model, data, spec, workers, user_level_weight=0.5)
             found.append((history[-1]["loss"], model.vectors()))
     (loss, vectors), (other_loss, other) = found
     assert other_loss == pytest.approx(loss, rel=tolerance)
-    for name in vectors:
-        torch.testing.assert_close(other[name], vectors[name], atol=10 * tolerance, rtol=0)
+    for name, pair in vectors.items():
+        for mine, theirs, old in zip(pair, other[name], before[name], strict=True):
+            assert (mine - theirs).norm() <= 0.1 * (mine - old).norm(), name
