@@ -25,6 +25,7 @@ import pandas as pd
 import pytest
 from pyspark.sql import SparkSession
 
+from conf.errors import MachineError, PublishError
 from conf.faults import POINTS, VARIABLE
 from conf.settings import Settings, load_settings
 from conf.tables import ITEM_NEIGHBORS, MERGE_POLICY, RELEVANCE_FEEDBACK, RUNS, TABLES
@@ -220,13 +221,15 @@ def test_two_nights_at_once(reference: Reference, tmp_path: Path) -> None:
         while not held.exists():
             assert first.poll() is None
             threading.Event().wait(0.2)
-        loser = case.nightly()
-        assert loser.returncode == 1
-        assert re.search(rf"error: another night is writing this lake: {reference.run_ids[1]}, process {first.pid} on", loser.stderr)
-        for table in ("item_features", "item_neighbors_history", "item_neighbors", "runs"):
-            open_table(str(case.lake), TABLES[table]).optimize.compact()
-            open_table(str(case.lake), TABLES[table]).vacuum(dry_run=False)
-        held.unlink()
+        try:
+            loser = case.nightly()
+            assert loser.returncode == PublishError.exit_code, loser.stderr[-3000:]
+            assert re.search(rf"error: another night is writing this lake: {reference.run_ids[1]}, process {first.pid} on", loser.stderr)
+            for table in ("item_features", "item_neighbors_history", "item_neighbors", "runs"):
+                open_table(str(case.lake), TABLES[table]).optimize.compact()
+                open_table(str(case.lake), TABLES[table]).vacuum(dry_run=False)
+        finally:
+            held.unlink()
         assert first.wait(timeout=600) == 0
 
 
@@ -261,7 +264,7 @@ def test_a_full_disk(reference: Reference, tmp_path: Path) -> None:
         for keep in (4_096, 40_960, 131_072):
             ballast = _fill(disk, keep)
             failed = case.nightly()
-            assert failed.returncode == 1, failed.stderr[-3000:]
+            assert failed.returncode == MachineError.exit_code, failed.stderr[-3000:]
             assert "free some space there" in failed.stderr, failed.stderr[-3000:]
             ballast.unlink()
         again = case.nightly()
@@ -272,7 +275,7 @@ def test_a_lake_that_cannot_be_written(reference: Reference, tmp_path: Path) -> 
     with _mounted(tmp_path / "disk", "size=64m") as disk, _case(reference, disk, "publish_neighbors") as case:
         _remount(disk, "ro")
         failed = case.nightly()
-        assert failed.returncode == 1
+        assert failed.returncode == MachineError.exit_code, failed.stderr[-3000:]
         assert "cannot write the lake" in failed.stderr
         _remount(disk, "rw")
         again = case.nightly()
