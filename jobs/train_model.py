@@ -6,6 +6,7 @@ rank's, and its exception does not carry the cause.
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
@@ -37,6 +38,7 @@ from models.train import TrainingSpec
 STAGE = "train_model"
 _NUM_ENGAGEMENTS = "num_trained_engagements"
 _CARRIERS = ("gloo", "NCCL")
+_LEAST_FREE = 1 << 20  # bytes; a worker that leaves no word with less has had no room for it
 _GPUS_OF_A_TASK = "spark.task.resource.gpu.amount"
 _INPUTS = (ENGAGEMENTS, CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, ITEM_POPULARITY, ITEM_FEATURES, RELEVANCE_EXAMPLES)
 
@@ -168,7 +170,11 @@ def _was_killed(folder: Path, num_processes: int) -> bool:
     """Whether a worker left no word, and the others said nothing but that it was gone (an error of what carries the messages)."""
     files = [folder / "status" / f"rank-{rank}.json" for rank in range(num_processes)]
     said = [json.loads(file.read_text()) for file in files if file.is_file()]
-    return len(said) < num_processes and all(content["ok"] or any(word in content["error"] for word in _CARRIERS) for content in said)
+    return (
+        len(said) < num_processes
+        and not _is_full(folder)
+        and all(content["ok"] or any(word in content["error"] for word in _CARRIERS) for content in said)
+    )
 
 
 def _holds_models(path: str) -> bool:
@@ -186,7 +192,14 @@ def _failure(folder: Path, num_processes: int) -> str | None:
         content = json.loads(status.read_text())
         if not content["ok"]:
             return f"training rank {rank} of {num_processes} failed:\n{content['error']}"
-    return f"training ranks {missing} of {num_processes} ended without a status: killed, or out of memory?" if missing else None
+    if not missing:
+        return None
+    why = f"No space left on device, at {folder}" if _is_full(folder) else "killed, or out of memory?"
+    return f"training ranks {missing} of {num_processes} ended without a status: {why}"
+
+
+def _is_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < _LEAST_FREE
 
 
 def _progress(folder: Path) -> Callable[[], Reading | None]:

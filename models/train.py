@@ -215,7 +215,10 @@ class _Stopwatch:
 
 
 def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content))
+    """Whole, or not at all: on a full disk a file may get its name and nothing else."""
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(content))
+    beside.replace(path)
 
 
 # --- calibration, on rank 0 ---
