@@ -75,7 +75,7 @@ test: java env jars  ## run the tests; ARGS="-k pairs" chooses some
 test-crash: java env jars  ## kill a night at every point in turn, and finish it: an hour; ARGS="-k train_model" chooses some
 	$(PY) -m pytest -m crash $(ARGS)
 
-test-nights: java env jars  ## run forty nights on one lake, and show that time, files and bytes stay: half an hour
+test-nights: java env jars  ## run forty nights on one lake, and show that time, files and bytes stay: most of an hour
 	$(PY) -m pytest -m nights $(ARGS)
 
 check: env  ## lint, formatting, types and import direction: what CI demands

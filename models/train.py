@@ -13,8 +13,8 @@
 
 and, until the job has taken these over, models.resume: a training that was killed goes on from there.
 
-Deterministic for a seed and a thread count. Several workers take the rows of one global batch and add up gradients: the result is one
-worker's to rounding. Shapes as in models.batches.
+Deterministic for a seed and a thread count, on the processor. Several workers take the rows of one global batch and add up gradients: the
+result is one worker's to rounding. Shapes as in models.batches.
 """
 
 import dataclasses
@@ -123,7 +123,7 @@ class TrainingSpec:
 
 
 class Progress:
-    """Rank 0's `progress.json`, replaced at most once a second so that a reader never sees half of it."""
+    """Rank 0's `progress.json`, replaced at most once a second."""
 
     def __init__(self, folder: Path, *, total: int) -> None:
         self.path, self.total = folder / "progress.json", total
@@ -138,10 +138,7 @@ class Progress:
             return
         self.written = clock
         speed = done * num_triggers / max(clock - self.started, 1e-9)
-        content = {"phase": phase, "done": done, "total": self.total, "loss": loss, "items_per_s": round(speed, 1)}
-        beside = self.path.with_suffix(".new")
-        beside.write_text(json.dumps(content))
-        beside.replace(self.path)
+        _write(self.path, {"phase": phase, "done": done, "total": self.total, "loss": loss, "items_per_s": round(speed, 1)})
 
 
 def run_rank(spec_json: str) -> None:
@@ -215,7 +212,7 @@ class _Stopwatch:
 
 
 def _write(path: Path, content: Any) -> None:
-    """Whole, or not at all: on a full disk a file may get its name and nothing else."""
+    """Whole, or not at all: a reader never sees half of it, and a full disk leaves no empty file."""
     beside = path.with_suffix(".new")
     beside.write_text(json.dumps(content))
     beside.replace(path)

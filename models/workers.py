@@ -51,9 +51,8 @@ class Workers:
         world_size, local, rank = (
             int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
-        num_gpus = (
-            torch.cuda.device_count() if torch.cuda.is_available() else 0
-        )  # the count alone includes those that the driver cannot use
+        # the count alone includes GPUs that the driver cannot use
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         mine = own_device(device, local_rank=rank, local_world_size=local, num_gpus=num_gpus)
         if world_size == 1:
             yield cls(local_world_size=local, device=mine)

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -180,24 +180,25 @@ def test_every_point_is_killed_at() -> None:
     assert {table for table in TABLES if f".{table}.written" not in " ".join(points)} == {ITEM_NEIGHBORS.name, *by_others}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_driver_killed_at_every_point_of_a_stage(reference: Reference, tmp_path: Path, stage: str) -> None:
+def _kill_and_finish(reference: Reference, folder: Path, stage: str, points: Sequence[str]) -> None:
     """Killed at the first point, started again and killed at the next one, and so on until a night is left alone."""
-    with _case(reference, tmp_path, stage) as case:
-        for point in DRIVER[stage]:
+    with _case(reference, folder, stage) as case:
+        for point in points:
             killed = case.nightly(f"{point}=kill")
             assert killed.returncode == -signal.SIGKILL, f"{point}: {killed.stderr[-3000:]}"
         again = case.nightly()
         assert again.returncode == 0, again.stderr[-3000:]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_driver_killed_at_every_point_of_a_stage(reference: Reference, tmp_path: Path, stage: str) -> None:
+    _kill_and_finish(reference, tmp_path, stage, DRIVER[stage])
+
+
 @pytest.mark.parametrize("point", ["publish_neighbors.linked", "publish_neighbors.published", "publish_neighbors.done"])
 def test_a_driver_killed_around_publication(reference: Reference, tmp_path: Path, point: str) -> None:
     """Once, and finished at once: here readers could see something, and a second kill could hide it."""
-    with _case(reference, tmp_path, "publish_neighbors") as case:
-        assert case.nightly(f"{point}=kill").returncode == -signal.SIGKILL
-        again = case.nightly()
-        assert again.returncode == 0, again.stderr[-3000:]
+    _kill_and_finish(reference, tmp_path, "publish_neighbors", [point])
 
 
 @pytest.mark.parametrize("stage", WORKERS)
