@@ -1,13 +1,13 @@
 """What changed days do to counted pairs, file by file and by columns: what the tasks of a night that builds on another one do. No Spark.
 
 The days that a change can reach are counted again. A pair that has, or had, a row on one of them, or on a day that left or entered the
-holdout, is *touched*: its total is added up again from all its daily rows, as distinct users cannot be subtracted. All other totals stay:
-in landmark form a total does not change as it ages. So a night
+holdout, is *touched*. All other totals stay: in landmark form a total does not change as it ages. So a night
 
 1. counts the changed days anew (`features.pair_counts`);
-2. writes the files that held them without these days (`drop_days`);
-3. looks through all daily rows for those of touched pairs (`rows_of_touched`), and adds them up (`features.pair_totals`);
-4. writes the files of totals without the touched pairs (`drop_touched`).
+2. writes the files that held them without these days, and tells what touched pairs have gained and which have lost rows (`drop_days`);
+3. writes the files of totals with what their pairs have gained (`renew_totals`), but for pairs that have lost rows, or whose gain may let
+   them reach the privacy minimum: distinct users can be neither subtracted nor added;
+4. looks through all daily rows for those of the pairs that are left (`rows_of_touched`), and adds them up (`features.pair_totals`).
 
 Decoding the daily rows is what most of it costs.
 """
@@ -24,11 +24,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.pair_files import PairFile, open_uri
-from features.pair_kernels import CODED, Ints, Mask, encode, num_bits, packed, unpack
+from features.pair_kernels import CODED, Floats, Ints, Mask, encode, ints, num_bits, packed, row_order, run_starts, unpack
+from features.pair_totals import TotalRule, sums
 
 DROPPED_SCHEMA = "kind string, name string, size bigint, num_rows bigint, first_day date, last_day date, replaces string, pairs binary"
-"""A row is a new file (columns of FILE_SCHEMA), or the name of a file that the new ones replace, or pairs, as a block with trigger_item_id
-and target_item_id; or several of these."""
+"""A row is a new file (columns of FILE_SCHEMA), or the name of a file that the new ones replace, or a block of `pairs`; or several of
+these. `drop_days` tells rows of co_engagement_daily of touched pairs, `renew_totals` places of pairs whose totals stand.
+"""
 
 _DROPPED = pa.schema(
     [
@@ -43,6 +45,7 @@ _DROPPED = pa.schema(
     ]
 )
 _IDS = ["trigger_item_id", "target_item_id"]
+_NEW, _LEFT, _LOST = range(3)  # a touched pair's row: counted tonight; of a day that left the holdout; gone, or in the holdout now
 _MOST_SIEVE_BITS = 27  # 128 MB
 _MOST_DICTIONARIES = 64  # kept by a worker: some 100 MB
 _SIEVE_ROOM = 16  # places for each pair: most others are told apart by one look
@@ -61,15 +64,6 @@ class Touched:
     items: pa.Array
     keys: Ints
 
-    @classmethod
-    def of(cls, tables: Iterable[pa.Table]) -> Self:
-        """The distinct pairs of some tables with trigger_item_id and target_item_id."""
-        parts = [table.select(_IDS).cast(pa.schema([(name, CODED) for name in _IDS])) for table in tables]
-        chunks = [[chunk for part in parts for chunk in part[name].chunks] for name in _IDS]
-        codes, items = encode(pa.chunked_array(chunks[0] + chunks[1], CODED))
-        trigger, target = np.split(codes, [len(codes) // 2])
-        return cls(items=items, keys=np.unique(trigger * len(items) + target))
-
     @cached_property
     def _sieve(self) -> Mask:
         """Whether a key with this hash is among the keys; made by each worker, as sending it takes longer."""
@@ -78,17 +72,20 @@ class Touched:
         sieve[_hashes(self.keys, bits)] = True
         return sieve
 
-    def among(self, rows: pa.Table, *, either_order: bool) -> Mask:
-        """Which rows, with coded ids, are of one of the pairs; `either_order`: of its mirror image, too, the smaller id first here."""
+    def places(self, rows: pa.Table, *, either_order: bool) -> Ints:
+        """Place of each row's pair among the keys, -1 for others; ids are coded. `either_order`: of its mirror image, too, the smaller id
+        first here.
+        """
         trigger, target = (self._codes(rows[name]) for name in _IDS)
         if either_order:
             trigger, target = np.minimum(trigger, target), np.maximum(trigger, target)
         keys = trigger * len(self.items) + target
-        found = (np.minimum(trigger, target) >= 0) & self._sieve[_hashes(keys, num_bits(len(self._sieve)))]
-        at = np.flatnonzero(found)
+        at = np.flatnonzero((np.minimum(trigger, target) >= 0) & self._sieve[_hashes(keys, num_bits(len(self._sieve)))])
         place = np.minimum(np.searchsorted(self.keys, keys[at]), len(self.keys) - 1)
-        found[at] = self.keys[place] == keys[at]
-        return found
+        found = self.keys[place] == keys[at]
+        places = np.full(len(keys), -1, np.int64)
+        places[at[found]] = place[found]
+        return places
 
     def _codes(self, column: pa.ChunkedArray) -> Ints:
         """Positions among the items, -1 for others."""
@@ -118,34 +115,108 @@ def _hashes(keys: Ints, bits: int) -> Ints:
     return hashes
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gains:
+    """What touched pairs have gained since the night before.
+
+    Attributes:
+        pairs: P of them.
+        weight: (P,) of their new rows, decayed.
+        num_user_days: (P,) of their new rows.
+        fit_weight: (P,) of rows before the holdout that are new, or were in it.
+        again: (P,) the pair has lost rows, to the holdout or for good: it is added up anew.
+    """
+
+    pairs: Touched
+    weight: Floats
+    num_user_days: Ints
+    fit_weight: Floats
+    again: Mask
+
+    @classmethod
+    def of(cls, blocks: Iterable[bytes], rule: TotalRule) -> Self:
+        """Added up, in the order of days.
+
+        Args:
+            blocks: `pairs` of `drop_days`.
+            rule: of the totals.
+        """
+        tables = [unpack(pa.scalar(block, pa.binary())) for block in blocks]
+        coded = [[chunk for table in tables for chunk in table[name].chunks] for name in _IDS]
+        codes, items = encode(pa.chunked_array(coded[0] + coded[1], CODED))
+        trigger, target = np.split(codes, [len(codes) // 2])
+        key = trigger * len(items) + target
+        day, users, kind = (
+            np.concatenate([np.zeros(0, np.int64), *(ints(table, name) for table in tables)]) for name in ("day", "num_users", "kind")
+        )
+        order = row_order(key, day)
+        key, day, users, kind = key[order], day[order], users[order], kind[order]
+        starts = run_starts(key)
+        if not len(starts):
+            nothing = np.zeros(0)
+            return cls(pairs=Touched(items=items, keys=key), weight=nothing, num_user_days=key, fit_weight=nothing, again=key > 0)
+        decayed, new = users * rule.decay(day), kind == _NEW
+        return cls(
+            pairs=Touched(items=items, keys=key[starts]),
+            weight=sums(np.where(new, decayed, 0.0), starts),
+            num_user_days=sums(np.where(new, users, 0), starts),
+            fit_weight=sums(np.where((kind != _LOST) & (day < rule.holdout_from), decayed, 0.0), starts),
+            again=np.maximum.reduceat(kind, starts) == _LOST,
+        )
+
+    def without(self, settled: Collection[bytes]) -> Touched:
+        """The pairs whose totals do not stand yet; `settled` as `renew_totals` told."""
+        open_ = np.ones(len(self.pairs.keys), np.bool_)
+        for block in settled:
+            open_[np.frombuffer(block, np.int64)] = False
+        return Touched(items=self.pairs.items, keys=self.pairs.keys[open_])
+
+
 def drop_days(
-    batches: Iterable[pa.RecordBatch], *, folder: str, added: Collection[str], recounted: Collection[int], moved: Collection[int]
+    batches: Iterable[pa.RecordBatch],
+    *,
+    folder: str,
+    added: Collection[str],
+    recounted: Collection[int],
+    moved: Collection[int],
+    holdout_from: int,
 ) -> Iterator[pa.RecordBatch]:
-    """Write daily files without the recounted days, and tell the pairs of their rows on recounted and moved days.
+    """Write daily files without the recounted days, and tell the rows of recounted and moved days.
 
     Args:
         batches: with a column `uri`, of files of co_engagement_daily.
         folder: path or URI of the table.
-        added: names of files with the recounted days as they are now, whose pairs are told as well.
+        added: names of files with the recounted days as they are now, whose rows are told as well.
         recounted: days, since 1970-01-01, whose rows are written anew elsewhere.
         moved: days that left or entered the holdout.
+        holdout_from: its first day.
 
     Returns:
-        Rows of DROPPED_SCHEMA; a file stays one of its own, as its days tell a later night whether to open it.
+        Rows of DROPPED_SCHEMA; a file stays one of its own, as its days tell a later night whether to open it. `pairs` are blocks of
+        trigger_item_id, target_item_id, day, num_users and kind.
     """
     gone, either = np.array(sorted(recounted), np.int64), np.array(sorted({*recounted, *moved}), np.int64)
     for uri in _uris(batches):
         with _opened(uri) as file:
-            groups = range(file.num_row_groups)
-            days = [_days(file.read_row_group(number, columns=["event_date"], use_threads=False)) for number in groups]
-            told = [(number, np.isin(day, either)) for number, day in enumerate(days)]
-            pairs = [_rows(file, number, mask, _IDS) for number, mask in told if mask.any()]
-            stays = [~np.isin(day, gone) | (_below(folder, uri) in added) for day in days]
+            is_new = _below(folder, uri) in added
+            days = [_days(file.read_row_group(number, columns=["event_date"], use_threads=False)) for number in range(file.num_row_groups)]
+            told = [_told(file, number, day, either, gone, is_new, holdout_from) for number, day in enumerate(days)]
+            stays = [is_new | ~np.isin(day, gone) for day in days]
             new = PairFile(kind="daily", folder=folder)
             replaced = _moved_over(file, stays, new)
-            block = packed(0, _distinct(pairs))["block"][0].as_py() if pairs else None
+            rows = pa.concat_tables(told)
+            block = packed(0, rows.unify_dictionaries().combine_chunks())["block"][0].as_py() if rows.num_rows else None
             yield _row(replaces=_below(folder, uri) if replaced else None, pairs=block)
             yield from _closed(new)
+
+
+def _told(file: pq.ParquetFile, number: int, day: Ints, either: Ints, gone: Ints, is_new: bool, holdout_from: int) -> pa.Table:
+    """The rows of a row group on recounted and moved days, with their `kind`."""
+    wanted = np.isin(day, either)
+    day = day[wanted]
+    kind = np.full(len(day), _NEW) if is_new else np.where(np.isin(day, gone) | (day >= holdout_from), _LOST, _LEFT)
+    rows = _rows(file, number, wanted, [*_IDS, "num_users"])
+    return rows.append_column("day", pa.array(day.astype(np.int32))).append_column("kind", pa.array(kind.astype(np.int8)))
 
 
 def rows_of_touched(batches: Iterable[pa.RecordBatch], *, touched: Touched) -> Iterator[pa.RecordBatch]:
@@ -159,31 +230,55 @@ def rows_of_touched(batches: Iterable[pa.RecordBatch], *, touched: Touched) -> I
         with _opened(uri) as file:
             for number in range(file.num_row_groups):
                 rows = file.read_row_group(number, use_threads=False)
-                rows = rows.filter(pa.array(touched.among(rows, either_order=False)))
+                rows = rows.filter(pa.array(touched.places(rows, either_order=False) >= 0))
                 day = rows["event_date"].cast(pa.int32())
                 yield from rows.drop_columns(["event_date"]).append_column("day", day).to_batches()
 
 
-def drop_touched(batches: Iterable[pa.RecordBatch], *, folder: str, touched: Touched, symmetric: bool) -> Iterator[pa.RecordBatch]:
-    """Write files of totals without the touched pairs, one for all files of a task that hold some: rows of DROPPED_SCHEMA.
+def renew_totals(batches: Iterable[pa.RecordBatch], *, folder: str, gains: Gains, symmetric: bool) -> Iterator[pa.RecordBatch]:
+    """Write files of totals with what their pairs have gained, one for all files of a task that hold some: rows of DROPPED_SCHEMA.
+
+    Of a pair that has lost rows, or that has gained some before the holdout and so far had too few users there, nothing is written; nor is
+    its place told.
 
     Args:
         batches: with a column `uri`, of files of co_engagement_totals.
         folder: path or URI of the table.
-        touched: pairs; of a symmetric window in one order, while totals have both.
+        gains: of touched pairs; of a symmetric window in one order, while totals have both.
         symmetric: the window is.
     """
-    new, held = PairFile(kind="totals", folder=folder), list[pa.Table]()
+    new, held, settled = PairFile(kind="totals", folder=folder), list[pa.Table](), list[Ints]()
     for uri in _uris(batches):
         with _opened(uri) as file:
-            ids = (file.read_row_group(number, columns=_IDS, use_threads=False) for number in range(file.num_row_groups))
-            stays = [~touched.among(rows, either_order=symmetric) for rows in ids]
-            if not all(mask.all() for mask in stays):
-                held += [_rows(file, number, mask) for number, mask in enumerate(stays)]
-                yield _row(replaces=_below(folder, uri))
+            groups = [file.read_row_group(number, use_threads=False) for number in range(file.num_row_groups)]
+        places = [gains.pairs.places(rows, either_order=symmetric) for rows in groups]
+        if any((place >= 0).any() for place in places):
+            for rows, place in zip(groups, places, strict=True):
+                renewed, stand = _renewed(rows, place, gains)
+                held.append(renewed)
+                settled.append(stand)
+            yield _row(replaces=_below(folder, uri))
     if held:
         new.write(pa.concat_tables(held))
+        yield _row(pairs=np.unique(np.concatenate(settled)).tobytes())
     yield from _closed(new)
+
+
+def _renewed(rows: pa.Table, place: Ints, gains: Gains) -> tuple[pa.Table, Ints]:
+    """Totals with their gains, without those that do not stand; and the places of those that do."""
+    at = np.flatnonzero(place >= 0)
+    weight, days, fit = (rows[name].to_numpy().copy() for name in ("weight", "num_user_days", "fit_weight"))
+    gained = gains.fit_weight[place[at]]
+    stands = ~gains.again[place[at]] & ((fit[at] > 0) | (gained == 0))
+    kept = np.ones(rows.num_rows, np.bool_)
+    kept[at[~stands]] = False
+    at, gained = at[stands], gained[stands]
+    weight[at] += gains.weight[place[at]]
+    days[at] += gains.num_user_days[place[at]]
+    fit[at] += gained
+    for name, values in (("weight", weight), ("num_user_days", days), ("fit_weight", fit)):
+        rows = rows.set_column(rows.column_names.index(name), name, pa.array(values))
+    return rows.filter(pa.array(kept)), place[at]
 
 
 def write_totals(batches: Iterable[pa.RecordBatch], *, folder: str) -> Iterator[pa.RecordBatch]:
@@ -220,20 +315,6 @@ def _row(**values: Any) -> pa.RecordBatch:
 def _below(folder: str, uri: str) -> str:
     """A file's path below the table's folder."""
     return uri.removeprefix(f"{folder}/")
-
-
-def _distinct(pairs: Sequence[pa.Table]) -> pa.Table:
-    """In one chunk, with a dictionary that holds no others."""
-    found = Touched.of(pairs)
-    columns = [
-        pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), found.items) for codes in np.divmod(found.keys, len(found.items))
-    ]
-    return pa.table(columns, names=_IDS)
-
-
-def told_pairs(block: bytes) -> pa.Table:
-    """The pairs of a row of DROPPED_SCHEMA."""
-    return unpack(pa.scalar(block, pa.binary()))
 
 
 def _uris(batches: Iterable[pa.RecordBatch]) -> Iterator[str]:

@@ -7,6 +7,7 @@ dictionary from the file to the exchange. A task gets files of about one size: m
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -105,8 +106,11 @@ def _read(place: FilePart, rule: EventRule, num_buckets: int) -> Iterator[pa.Rec
         ids = [name for name in _IDS if name in rule.columns]
         file = pq.ParquetFile(source, read_dictionary=ids, coerce_int96_timestamp_unit="us")
         groups = [n for n in range(place.part, file.num_row_groups, place.num_parts) if _may_hold(file.metadata.row_group(n), rule)]
-        for batch in file.iter_batches(PACKED_ROWS, row_groups=groups, columns=rule.columns, use_threads=False):
-            yield _prepared(batch, rule, num_buckets)
+        for group in groups:  # never across two: each has dictionaries of its own
+            num_rows = max(1, file.metadata.row_group(group).num_rows)
+            size = ceil(num_rows / max(1, round(num_rows / PACKED_ROWS)))
+            for batch in file.iter_batches(size, row_groups=[group], columns=rule.columns, use_threads=False):
+                yield _prepared(batch, rule, num_buckets)
 
 
 def _may_hold(group: pq.RowGroupMetaData, rule: EventRule) -> bool:

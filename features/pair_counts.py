@@ -43,20 +43,25 @@ _PASS_PAIRS = 24_000_000  # pairs held at once: some 0.7 GB with the arrays deri
 
 @dataclass(frozen=True, kw_only=True)
 class CountRule:
-    """How cells are counted: min_users user hashes are kept per pair and day; `totals` says how days add up, None that they do not."""
+    """How cells are counted: min_users user hashes are kept per pair and day, unless no rows of days are wanted; `totals` says how days
+    add up, None that they do not.
+    """
 
     symmetric: bool
     min_users: int
     totals: TotalRule | None = None
+    daily: bool = True
     pass_pairs: int = _PASS_PAIRS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """What one pass has counted: rows of co_engagement_daily by day (DAY_ARROW), and of its pairs the totals (CODED_TOTAL_ARROW)."""
+    """What one pass has counted: rows of co_engagement_daily by day (DAY_ARROW), and of its pairs the totals (CODED_TOTAL_ARROW); what is
+    not wanted is empty.
+    """
 
     daily: pa.Table
-    totals: pa.Table | None
+    totals: pa.Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +138,12 @@ def _count(cell: _Cell, rule: CountRule, *, part: int, num_parts: int) -> Counte
     day = keys.person >> user_bits
     user = keys.person & ((1 << user_bits) - 1)
     new_pair = first_of_runs(keys.pair)
-    starts = np.flatnonzero(new_pair | first_of_runs(day))
-    daily = _days(cell, rule, keys.pair[starts], day[starts], (starts, run_lengths(starts, len(day))), user)
+    daily = DAY_ARROW.empty_table()
+    if rule.daily:
+        starts = np.flatnonzero(new_pair | first_of_runs(day))
+        daily = _days(cell, rule, keys.pair[starts], day[starts], (starts, run_lengths(starts, len(day))), user)
     if rule.totals is None:
-        return Counted(daily=daily, totals=None)
+        return Counted(daily=daily, totals=CODED_TOTAL_ARROW.empty_table())
     totals = _totals(keys.pair, day + cell.first_day, user, np.flatnonzero(new_pair), rule.totals)
     pair, *sums_ = totals
     trigger, target = pair >> item_bits, pair & ((1 << item_bits) - 1)

@@ -72,13 +72,14 @@ def write_counted(counted: Iterable[Counted], *, folders: Mapping[str, str], spa
         ends = [*day.searchsorted(starts).tolist(), len(day)]
         for number, begin in enumerate(ends[:-1]):
             _add(files, ("daily", number), part.daily.slice(begin, ends[number + 1] - begin), folders)
-        if part.totals is not None:
-            _add(files, ("totals", 0), part.totals, folders)
+        _add(files, ("totals", 0), part.totals, folders)
     for file in files.values():
         yield from file.close()
 
 
 def _add(files: dict[tuple[str, int], "PairFile"], key: tuple[str, int], rows: pa.Table, folders: Mapping[str, str]) -> None:
+    if not rows.num_rows:
+        return
     if key not in files:
         files[key] = PairFile(kind=key[0], folder=folders[key[0]])
     files[key].write(rows)

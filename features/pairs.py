@@ -26,15 +26,7 @@ from pyspark.sql import functions as F
 from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ITEM_POPULARITY
-from features.changed_pairs import (
-    DROPPED_SCHEMA,
-    Touched,
-    drop_days,
-    drop_touched,
-    rows_of_touched,
-    told_pairs,
-    write_totals,
-)
+from features.changed_pairs import DROPPED_SCHEMA, Gains, Touched, drop_days, renew_totals, rows_of_touched, write_totals
 from features.event_files import PART_SCHEMA, EventFiles, EventRule, deal, deal_files, read_events
 from features.pair_counts import CountRule, count_cells, decoded_days
 from features.pair_files import FILE_SCHEMA, KnownFile, day_spans, write_counted
@@ -212,7 +204,7 @@ def write_pairs(
         landmark: day d0 of the weights.
         half_life_days: days after which a co-engagement counts half.
         holdout_from: days from here on do not enter fit_weight.
-        folders: path or URI of the tables, by the kinds `daily` and `totals`.
+        folders: path or URI of the tables, by the kinds `daily` and `totals`; without `daily`, no rows of days are made.
         num_tasks: as in `count_daily_pairs`.
 
     Raises:
@@ -222,7 +214,7 @@ def write_pairs(
     shared = spark.sparkContext.broadcast(items)
     blocks = _read_by_user(spark, events, counting.window, days, shared)
     totals = _total_rule(landmark, half_life_days, holdout_from, counting.min_users)
-    rule = CountRule(symmetric=counting.window.symmetric, min_users=counting.min_users, totals=totals)
+    rule = CountRule(symmetric=counting.window.symmetric, min_users=counting.min_users, totals=totals, daily="daily" in folders)
     cells = _cells(blocks, counting, days, shared, num_tasks)
     return cells.mapInArrow(partial(_written, shared=shared, rule=rule, folders=folders, spans=day_spans(days)), FILE_SCHEMA)
 
@@ -230,7 +222,7 @@ def write_pairs(
 @dataclass(frozen=True, kw_only=True)
 class PairChanges:
     """What has become of the files of pairs: rows of `FILE_SCHEMA` for those written, paths below the table's folder of those replaced, by
-    kind, and how many totals were added up again and stand.
+    kind, and how many totals are others than before.
     """
 
     files: Sequence[Row]
@@ -284,44 +276,48 @@ def update_pairs(
         added = _cells(blocks, counting, days, shared, num_tasks).mapInArrow(written, FILE_SCHEMA).collect()
     new = {f"{daily}/{row['name']}": KnownFile(row["size"]) for row in added}
     affected = new | {uri: file for uri, file in before["daily"].items() if file.may_hold({*stale, *moved})}
-    names = frozenset(row["name"] for row in added)
-    drop = partial(drop_days, folder=daily, added=names, recounted=_numbers(stale), moved=_numbers(moved))
+    totals = _total_rule(landmark, half_life_days, holdout_from, counting.min_users)
+    days_of: dict[str, Any] = {"recounted": _numbers(stale), "moved": _numbers(moved), "holdout_from": totals.holdout_from}
+    drop = partial(drop_days, folder=daily, added=frozenset(row["name"] for row in added), **days_of)
     dropped = _by_files(spark, affected).mapInArrow(drop, DROPPED_SCHEMA).collect() if affected else []
     gone = {row["replaces"] for row in dropped} - {None}
     files = [*added, *(row for row in dropped if row["name"])]
-    touched = Touched.of([told_pairs(row["pairs"]) for row in dropped if row["pairs"]])
-    if not len(touched.keys):
+    gains = Gains.of([row["pairs"] for row in dropped if row["pairs"]], totals)
+    if not len(gains.pairs.keys):
         return PairChanges(files=files, removed={"daily": gone, "totals": set()}, num_touched=0)
     now = {uri: file for uri, file in before["daily"].items() if uri.removeprefix(f"{daily}/") not in gone}
     now |= {f"{daily}/{row['name']}": KnownFile(row["size"]) for row in files}
-    totals = _total_rule(landmark, half_life_days, holdout_from, counting.min_users)
-    summed, replaced = _total_touched(spark, now, before["totals"], touched, counting, totals, folders["totals"])
+    renewed = _renew(spark, before["totals"], gains, folder=folders["totals"], symmetric=counting.window.symmetric)
+    open_ = gains.without([row["pairs"] for row in renewed if row["pairs"] is not None])
+    summed = _add_up(spark, now, open_, counting, totals, folders["totals"])
+    num_settled = (2 if counting.window.symmetric else 1) * (len(gains.pairs.keys) - len(open_.keys))
     return PairChanges(
-        files=[*files, *summed, *(row for row in replaced if row["name"])],
-        removed={"daily": gone, "totals": {row["replaces"] for row in replaced} - {None}},
-        num_touched=sum(row["num_rows"] for row in summed),
+        files=[*files, *summed, *(row for row in renewed if row["name"])],
+        removed={"daily": gone, "totals": {row["replaces"] for row in renewed} - {None}},
+        num_touched=num_settled + sum(row["num_rows"] for row in summed),
     )
 
 
-def _total_touched(
-    spark: SparkSession,
-    daily: Mapping[str, KnownFile],
-    totals: Mapping[str, KnownFile],
-    touched: Touched,
-    counting: Counting,
-    rule: TotalRule,
-    folder: str,
-) -> tuple[list[Row], list[Row]]:
-    """Files of the touched pairs' totals, and what the files of all totals are without them."""
-    symmetric, shared = counting.window.symmetric, spark.sparkContext.broadcast(touched)
+def _renew(spark: SparkSession, totals: Mapping[str, KnownFile], gains: Gains, *, folder: str, symmetric: bool) -> list[Row]:
+    """What the files of totals are with what their pairs have gained, and which pairs that settles."""
+    if not totals:
+        return []
+    shared = spark.sparkContext.broadcast(gains)
+    renew = partial(_renewed, shared=shared, folder=folder, symmetric=symmetric)
+    return _by_files(spark, totals).mapInArrow(renew, DROPPED_SCHEMA).collect()
+
+
+def _add_up(
+    spark: SparkSession, daily: Mapping[str, KnownFile], touched: Touched, counting: Counting, rule: TotalRule, folder: str
+) -> list[Row]:
+    """Files of the totals of some pairs, added up from all their days."""
+    if not len(touched.keys):
+        return []
+    shared = spark.sparkContext.broadcast(touched)
     tasks = max(1, min(2 * _shuffle_partitions(spark), ceil(len(touched.keys) / _PAIRS_PER_TASK)))
     blocks = _by_files(spark, daily).mapInArrow(partial(_touched_blocks, shared=shared, num_buckets=tasks), PACKED_SCHEMA)
-    add_up = partial(_added_up, rule=rule, symmetric=symmetric, folder=folder)
-    summed = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(add_up, FILE_SCHEMA).collect()
-    if not totals:
-        return summed, []
-    drop = partial(_without_touched, shared=shared, folder=folder, symmetric=symmetric)
-    return summed, _by_files(spark, totals).mapInArrow(drop, DROPPED_SCHEMA).collect()
+    add_up = partial(_added_up, rule=rule, symmetric=counting.window.symmetric, folder=folder)
+    return blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(add_up, FILE_SCHEMA).collect()
 
 
 def _numbers(days: Collection[date]) -> list[int]:
@@ -344,8 +340,8 @@ def _added_up(batches: Batches, *, rule: TotalRule, symmetric: bool, folder: str
     return write_totals(total_pairs(batches, rule=rule, symmetric=symmetric), folder=folder)
 
 
-def _without_touched(batches: Batches, *, shared: Any, folder: str, symmetric: bool) -> Iterator[pa.RecordBatch]:
-    return drop_touched(batches, touched=shared.value, folder=folder, symmetric=symmetric)
+def _renewed(batches: Batches, *, shared: Any, folder: str, symmetric: bool) -> Iterator[pa.RecordBatch]:
+    return renew_totals(batches, folder=folder, gains=shared.value, symmetric=symmetric)
 
 
 def _check_days(days: Collection[date]) -> None:

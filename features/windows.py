@@ -121,7 +121,7 @@ class _Timeline:
     day: Ints
     target_day: Ints
 
-    def take(self, rows: Ints | Mask, **changes: Any) -> "_Timeline":
+    def take(self, rows: Ints | Mask | slice, **changes: Any) -> "_Timeline":
         """The same columns at `rows`, with columns of `changes` instead."""
         columns = ("user", "group", "scope", "item", "time", "day", "target_day")
         taken = {name: getattr(self, name)[rows] for name in columns} | changes
@@ -169,7 +169,8 @@ def _by_target_day(timeline: _Timeline, rule: WindowRule) -> _Timeline:
     days = timeline.day[starts]
     wanted = np.isin(days, rule.days)
     lengths = (stops - session_start)[wanted]
-    rows = ranges(session_start[wanted], lengths)
+    everything = len(first) == len(starts) and bool(wanted.all())  # no session has two days
+    rows = slice(None) if everything else ranges(session_start[wanted], lengths)
     groups = np.arange(len(lengths), dtype=np.int64)
     return timeline.take(rows, group=np.repeat(groups, lengths), target_day=np.repeat(days[wanted], lengths))
 
@@ -293,35 +294,35 @@ def _cell_blocks(timeline: _Timeline, starts: Ints, stops: Ints, rule: WindowRul
     users, user = np.unique(timeline.user[targets], return_inverse=True)
     names = timeline.users.take(pa.array(users)).to_pylist()
     hashes = keyed_hashes(names, key=rule.hash_key)
-    used = _covered(starts, stops - starts, len(wanted))
-    class_of = _item_classes(timeline.item, rule.num_classes)
-    by_class = np.argsort(class_of[targets].astype(np.uint16), kind="stable")  # 16 bits: a radix sort
+    class_of = _item_classes(timeline.item, rule.num_classes).astype(np.uint16)
+    by_class = np.argsort(class_of[targets], kind="stable")  # 16 bits: a radix sort
     starts, stops, targets, user = (values[by_class] for values in (starts, stops, targets, user))
     ends = np.searchsorted(class_of[targets], np.arange(rule.num_classes + 1))
     item, day = timeline.item[targets], timeline.day[targets]
     for trigger_class in range(rule.num_classes):
-        kept = used & (class_of == trigger_class)
-        before = np.concatenate([[0], np.cumsum(kept)])
+        of_class = class_of == trigger_class
+        before = np.concatenate([[0], np.cumsum(of_class)])
         first = before[starts]
         length = before[stops] - first
-        slots = timeline.item[kept]
+        slots = timeline.item[of_class]
         for target_class in range(rule.num_classes):
             begin, end = ends[target_class], ends[target_class + 1]
             rows = begin + np.flatnonzero(length[begin:end])
             if len(rows):
-                columns = {"target": item, "first": first, "length": length, "user": user, "day": day}
+                columns = {"target": item, "length": length, "user": user, "day": day}
                 taken = {name: values[rows] for name, values in columns.items()}
                 present, taken["user"] = compact_codes(taken["user"], len(hashes))
-                near = _covered(taken["first"], taken["length"], len(slots))
-                taken["first"] = (np.cumsum(near) - near)[taken["first"]]
+                near, taken["first"] = _covered(first[rows], taken["length"])
                 yield packed_arrays(_cell(trigger_class, target_class, rule), {"items": slots[near], "hashes": hashes[present], **taken})
 
 
-def _covered(starts: Ints, lengths: Ints, size: int) -> Mask:
-    """Which of `size` places lie in any of the ranges."""
-    changes = np.bincount(starts, minlength=size + 1) - np.bincount(starts + lengths, minlength=size + 1)
-    covered: Mask = np.cumsum(changes[:-1]) > 0
-    return covered
+def _covered(first: Ints, length: Ints) -> tuple[Ints, Ints]:
+    """The places in any of the ranges, at least one, whose firsts and ends ascend; and where each range begins among these places."""
+    end = first + length
+    runs = np.flatnonzero(np.concatenate([[True], first[1:] > end[:-1]]))  # of ranges without a gap between them
+    lengths = np.append(end[runs[1:] - 1], end[-1]) - first[runs]
+    gaps = first[runs] - (np.cumsum(lengths) - lengths)
+    return ranges(first[runs], lengths), first - np.repeat(gaps, run_lengths(runs, len(first)))
 
 
 # --- What the cap cuts ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from jobs.session import start_session
 
 _PATH = FOLDER / "pairs.json"
 WORKS = ("clicks-1m", "clicks-4m", "clicks-16m", "grocery", "ifdb_games")
-METHODS = ("mtmh", "duckdb", "duckdb_state", "polars", "scipy", "self_join", "radix_sort", "simd_sort")
+METHODS = ("mtmh", "mtmh_answer", "duckdb", "duckdb_state", "polars", "scipy", "self_join", "radix_sort", "simd_sort")
 _PEERS: Mapping[str, Callable[[Work, Path], None]] = {
     "duckdb": duckdb_pairs,
     "duckdb_state": duckdb_state,
@@ -110,7 +111,7 @@ def _measure(method: str, work: Work, runs: int) -> Json:
         logged = {"spark.eventLog.enabled": "true", "spark.eventLog.dir": f"file://{log}", "spark.eventLog.compress": "false"}
         spark = start_session(SparkSettings(settings=logged | {"spark.eventLog.rolling.enabled": "false"}), app_name=f"bench {method}")
         found: Json = {"session_s": time.monotonic() - begin}
-        count = self_join_pairs if method == "self_join" else _our_pairs
+        count = self_join_pairs if method == "self_join" else partial(_our_pairs, with_days=method == "mtmh")
         found["seconds"] = [_timed(lambda: count(spark, work, out)) for _ in range(1 + runs)]
         if method == "mtmh":
             found |= _emitted(out)
@@ -125,18 +126,18 @@ def _timed(work: Callable[[], object]) -> float:
     return time.monotonic() - begin
 
 
-def _our_pairs(spark: Any, work: Work, out: Path) -> None:
-    """Count as build_pairs does when it starts from nothing: the daily table, which later nights build on, is written, too."""
-    daily = out.with_name("days")
-    for folder in (daily, out):
+def _our_pairs(spark: Any, work: Work, out: Path, *, with_days: bool) -> None:
+    """Count as build_pairs does when it starts from nothing: with the daily table, which later nights build on, or the answer alone."""
+    folders = {"totals": out} | ({"daily": out.with_name("days")} if with_days else {})
+    for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     files = {str(path.absolute()): path.stat().st_size for path in work.folder.glob("*.parquet")}
     items, days = _items_and_days(work.folder)
     counting = Counting(window=work.window, max_items_per_user_day=_NO_CAP, max_triggers_per_target=_NO_CAP, min_users=2, hash_key=b"bench")
     decay: Json = {"landmark": START.date(), "half_life_days": HALF_LIFE_DAYS, "holdout_from": START.date()}
-    folders = {"daily": str(daily.absolute()), "totals": str(out.absolute())}
-    write_pairs(spark, EventFiles(sizes=files), counting, days=days, items=items, folders=folders, **decay).collect()
+    uris = {kind: str(folder.absolute()) for kind, folder in folders.items()}
+    write_pairs(spark, EventFiles(sizes=files), counting, days=days, items=items, folders=uris, **decay).collect()
 
 
 def _items_and_days(folder: Path) -> tuple[pa.Array, dict[date, int]]:
@@ -180,7 +181,7 @@ def _run(method: str, work: Work, *, runs: int, limit: int) -> Json:
         return row | {"runs": 0, "peak_rss_mb": peak} | found
     first, *seconds = found.pop("seconds")
     row |= {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds), "runs": len(seconds)}
-    if method in _PEERS or method == "self_join":
+    if method in _PEERS or method in ("self_join", "mtmh_answer"):
         _compare(method, work)
     return row | {"first_s": first, "peak_rss_mb": peak} | found
 

@@ -6,6 +6,7 @@ from typing import Any
 
 _NAMES = {
     "mtmh": "mtmh (Spark)",
+    "mtmh_answer": "mtmh, the answer alone",
     "duckdb": "DuckDB",
     "duckdb_state": "DuckDB, all that mtmh writes",
     "polars": "Polars",
@@ -14,6 +15,7 @@ _NAMES = {
 }
 _COLORS = {
     "mtmh": "#c8401a",
+    "mtmh_answer": "#e79a7f",
     "duckdb": "#1b6ca8",
     "duckdb_state": "#7fb0d6",
     "polars": "#138a6b",

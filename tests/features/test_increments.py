@@ -1,9 +1,12 @@
 """A night that builds on another one equals a night that starts from nothing, whatever happened to the events in between."""
 
+import dataclasses
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -15,11 +18,13 @@ from pyspark.sql import Row, SparkSession
 
 from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_TOTALS
-from features.changed_pairs import Touched
+from features.changed_pairs import Gains, Touched, drop_days, renew_totals, rows_of_touched, write_totals
 from features.event_files import EventFiles
 from features.increments import DayState, changed_days, fingerprint_days, longest_session, moved_days, stale_days, window_reach
 from features.pair_counts import CountRule, count_cells
-from features.pair_files import KnownFile
+from features.pair_files import KnownFile, PairFile
+from features.pair_kernels import packed
+from features.pair_totals import TotalRule, pack_by_pair, total_pairs
 from features.pairs import holdout_start, update_pairs, where_days, write_pairs
 from tests.features.test_pairs import (
     DAY,
@@ -111,22 +116,128 @@ def test_reach_is_as_far_as_the_window() -> None:
     assert where_days([]) == "false"
 
 
+RULE = TotalRule(landmark=0, half_life_days=5.0, holdout_from=7, min_users=2)
+
+
+def coded(rows: Sequence[tuple[str, str]], **columns: pa.Array) -> pa.Table:
+    sides = {side: pa.array([row[n] for row in rows], pa.string()).dictionary_encode() for n, side in enumerate(CO_ENGAGEMENT_TOTALS.key)}
+    return pa.table(sides | columns)
+
+
 def test_touched_pairs_are_found_in_either_order() -> None:
     rng = random.Random(1)
     names = [f"i{n}" for n in range(40)]
-    pairs = {tuple(sorted(rng.sample(names, 2))) for _ in range(60)}
-
-    def coded(rows: Sequence[tuple[str, str]]) -> pa.Table:
-        return pa.table({side: pa.array([row[n] for row in rows]).dictionary_encode() for n, side in enumerate(CO_ENGAGEMENT_TOTALS.key)})
-
-    rows = sorted(pairs)
-    touched = Touched.of([coded(rows[:20]), coded(rows[10:])])
+    pairs = sorted({tuple(sorted(rng.sample(names, 2))) for _ in range(60)})
+    told = [
+        packed(0, coded(rows, day=ones, num_users=ones, kind=ones))["block"][0].as_py()
+        for rows in (pairs[:20], pairs[10:])
+        for ones in [pa.array([1] * len(rows), pa.int32())]
+    ]
+    touched = Gains.of(told, RULE).pairs
     assert len(touched.keys) == len(pairs)
     asked = [(rng.choice([*names, "unknown"]), rng.choice([*names, "another"])) for _ in range(900)]
-    assert touched.among(coded(asked), either_order=False).tolist() == [pair in pairs for pair in asked]
-    assert touched.among(coded(asked), either_order=True).tolist() == [tuple(sorted(pair)) in pairs for pair in asked]
-    nothing = Touched.of([])
-    assert not nothing.among(coded(asked), either_order=True).any()
+    for either_order, asked_for in ((False, asked), (True, [tuple(sorted(pair)) for pair in asked])):
+        places = touched.places(coded(asked), either_order=either_order)
+        assert places.tolist() == [pairs.index(pair) if pair in pairs else -1 for pair in asked_for]
+    nothing = Gains.of([], RULE).pairs
+    assert (nothing.places(coded(asked), either_order=True) == -1).all()
+
+
+Days = dict[tuple[int, str, str], set[int]]
+"""Users by day, trigger and target."""
+
+
+def day_table(days: Days, min_users: int) -> pa.Table:
+    keys = sorted(days)
+    dates = pa.array([day for day, *_ in keys], pa.int32()).cast(pa.date32())
+    users, hashes = pa.array([len(days[key]) for key in keys], pa.int64()), [sorted(days[key])[:min_users] for key in keys]
+    return coded([key[1:] for key in keys], event_date=dates, num_users=users, user_hashes=pa.array(hashes, pa.list_(pa.int64())))
+
+
+def files_of(days: Days, folder: Path, min_users: int) -> list[str]:
+    """URIs of files of daily rows, three days each."""
+    found = []
+    for start in range(0, 12, 3):
+        new = PairFile(kind="daily", folder=str(folder))
+        new.write(day_table({key: users for key, users in days.items() if start <= key[0] < start + 3}, min_users))
+        found += [f"{folder}/{name}" for batch in new.close() for name in batch["name"].to_pylist()]
+    return found
+
+
+def uris(paths: Collection[str]) -> list[pa.RecordBatch]:
+    return [pa.record_batch({"uri": pa.array([path], pa.string())}) for path in sorted(paths)]
+
+
+def add_up(paths: Collection[str], pairs: Touched | None, rule: TotalRule, folder: Path, *, symmetric: bool) -> list[str]:
+    """URIs of files with the totals of some pairs, None: of all."""
+    rows = [pq.read_table(path, read_dictionary=list(CO_ENGAGEMENT_TOTALS.key)) for path in paths]
+    if pairs is None:
+        batches = [
+            batch for table in rows for batch in table.set_column(
+                table.column_names.index("event_date"), "day", table["event_date"].cast(pa.int32())).to_batches()
+        ]  # fmt: skip
+    else:
+        batches = list(rows_of_touched(uris(paths), touched=pairs))
+    blocks = pack_by_pair(batches, num_buckets=1)
+    written = write_totals(total_pairs(blocks, rule=rule, symmetric=symmetric), folder=str(folder))
+    return [f"{folder}/{name}" for batch in written for name in batch["name"].to_pylist()]
+
+
+def totals_frame(paths: Collection[str]) -> pd.DataFrame:
+    tables = [pq.read_table(path).to_pandas() for path in paths]
+    frame = pd.concat(tables) if tables else pd.DataFrame(columns=list(CO_ENGAGEMENT_TOTALS.column_names))
+    return sorted_frame(frame.astype({"trigger_item_id": str, "target_item_id": str}))
+
+
+def rows_of(batches: Iterator[pa.RecordBatch]) -> list[dict[str, Any]]:
+    return [row for batch in batches for row in batch.to_pylist()]
+
+
+def replaced(paths: Sequence[str], rows: Sequence[dict[str, Any]], folder: Path) -> list[str]:
+    """The files that are current once those rows of DROPPED_SCHEMA have come true."""
+    gone = {f"{folder}/{row['replaces']}" for row in rows if row["replaces"]}
+    return [path for path in paths if path not in gone] + [f"{folder}/{row['name']}" for row in rows if row["name"]]
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 10**6), symmetric=st.booleans(), min_users=st.sampled_from([1, 2, 3]), only_more=st.booleans())
+def test_totals_gain_what_changed_days_say(seed: int, symmetric: bool, min_users: int, only_more: bool) -> None:
+    """By columns alone: daily rows change on some days and the holdout moves; totals are renewed, and equal those of all rows."""
+    rng = random.Random(seed)
+    names = [f"i{n}" for n in range(6)]
+    pairs = [(a, b) for a in names for b in names if (a < b if symmetric else a != b)]
+
+    def some(days: Collection[int]) -> Days:
+        found = ((day, *pair) for day in days for pair in pairs if rng.random() < 0.3)
+        return {key: set(rng.sample(range(-3, 4), rng.randint(1, 3))) for key in found}
+
+    was, stale = some(range(10)), {10} if only_more else set(rng.sample(range(12), 3))
+    anew = some(sorted(stale))
+    then, rule = (dataclasses.replace(RULE, min_users=min_users, holdout_from=rng.randint(4, 9)) for _ in range(2))
+    days = {"recounted": stale, "moved": set(range(*sorted((then.holdout_from, rule.holdout_from)))), "holdout_from": rule.holdout_from}
+    with TemporaryDirectory() as root:
+        daily, totals, scratch = (Path(root, name) for name in ("daily", "totals", "scratch"))
+        for folder in (daily, totals, scratch):
+            folder.mkdir()
+        old_daily, added = files_of(was, daily, min_users), files_of(anew, daily, min_users)
+        old_totals = add_up(old_daily, None, then, totals, symmetric=symmetric)
+        names_of_added = {path.removeprefix(f"{daily}/") for path in added}
+        dropped = rows_of(drop_days(uris([*old_daily, *added]), folder=str(daily), added=names_of_added, **days))
+        gains = Gains.of([row["pairs"] for row in dropped if row["pairs"]], rule)
+        renewed = rows_of(renew_totals(uris(old_totals), folder=str(totals), gains=gains, symmetric=symmetric))
+        left = gains.without([row["pairs"] for row in renewed if row["pairs"] is not None])
+        new_daily = replaced([*old_daily, *added], dropped, daily)
+        new_totals = replaced(old_totals, renewed, totals) + add_up(new_daily, left, rule, totals, symmetric=symmetric)
+        wanted = totals_frame(add_up(new_daily, None, rule, scratch, symmetric=symmetric))
+        pd.testing.assert_frame_equal(totals_frame(new_totals), wanted, rtol=1e-12)
+        if only_more and then.holdout_from == rule.holdout_from:
+            known = zip(*(totals_frame(old_totals)[side] for side in CO_ENGAGEMENT_TOTALS.key), strict=True)
+            assert not set(known) & set(of_keys(left)), "a pair that only gains is not added up again"
+
+
+def of_keys(pairs: Touched) -> list[tuple[str, ...]]:
+    names = pairs.items.to_pylist()
+    return [(names[key // len(names)], names[key % len(names)]) for key in pairs.keys.tolist()]
 
 
 # --- With Spark: nights that build on each other -------------------------------------------------------------------------------
