@@ -1,7 +1,7 @@
 """What changed days do to counted pairs, file by file and by columns: what the tasks of a night that builds on another one do. No Spark.
 
-The days that a change can reach are counted again. A pair that has, or had, a row on one of them, or on a day that left or entered the
-holdout, is *touched*. All other totals stay: in landmark form a total does not change as it ages. So a night
+The days that a change can reach are counted again. A pair whose row differs on one of them, or that has one on a day that left or entered
+the holdout, is *touched*. All other totals stay: in landmark form a total does not change as it ages. So a night
 
 1. counts the changed days anew (`features.pair_counts`);
 2. writes the files that held them without these days, and tells what touched pairs have gained and which have lost rows (`drop_days`);
@@ -45,7 +45,10 @@ _DROPPED = pa.schema(
     ]
 )
 _IDS = ["trigger_item_id", "target_item_id"]
-_NEW, _LEFT, _LOST = range(3)  # a touched pair's row: counted tonight; of a day that left the holdout; gone, or in the holdout now
+_TOLD = ("day", "num_users", "kind", "mark")
+_NEW, _LEFT, _OLD, _LOST = range(4)
+"""Rows of touched pairs: counted tonight; of a day that left the holdout; of a recounted day, as they were, which one counted tonight may
+equal; and of a day that the holdout has moved over otherwise."""
 _MOST_SIEVE_BITS = 27  # 128 MB
 _MOST_DICTIONARIES = 64  # kept by a worker: some 100 MB
 _SIEVE_ROOM = 16  # places for each pair: most others are told apart by one look
@@ -124,7 +127,7 @@ class Gains:
         weight: (P,) of their new rows, decayed.
         num_user_days: (P,) of their new rows.
         fit_weight: (P,) of rows before the holdout that are new, or were in it.
-        again: (P,) the pair has lost rows, to the holdout or for good: it is added up anew.
+        again: (P,) a row of the pair is gone, is another one, or is of the holdout now: it is added up anew.
     """
 
     pairs: Touched
@@ -146,11 +149,10 @@ class Gains:
         codes, items = encode(pa.chunked_array(coded[0] + coded[1], CODED))
         trigger, target = np.split(codes, [len(codes) // 2])
         key = trigger * len(items) + target
-        day, users, kind = (
-            np.concatenate([np.zeros(0, np.int64), *(ints(table, name) for table in tables)]) for name in ("day", "num_users", "kind")
-        )
-        order = row_order(key, day)
-        key, day, users, kind = key[order], day[order], users[order], kind[order]
+        columns = [np.concatenate([np.zeros(0, np.int64), *(ints(table, name) for table in tables)]) for name in _TOLD]
+        order = row_order(key, columns[0])
+        order = order[_differs(key[order], *(column[order] for column in columns))]
+        key, day, users, kind = (values[order] for values in (key, *columns[:3]))
         starts = run_starts(key)
         if not len(starts):
             nothing = np.zeros(0)
@@ -160,8 +162,8 @@ class Gains:
             pairs=Touched(items=items, keys=key[starts]),
             weight=sums(np.where(new, decayed, 0.0), starts),
             num_user_days=sums(np.where(new, users, 0), starts),
-            fit_weight=sums(np.where((kind != _LOST) & (day < rule.holdout_from), decayed, 0.0), starts),
-            again=np.maximum.reduceat(kind, starts) == _LOST,
+            fit_weight=sums(np.where((kind <= _LEFT) & (day < rule.holdout_from), decayed, 0.0), starts),
+            again=np.maximum.reduceat(kind, starts) >= _OLD,
         )
 
     def without(self, settled: Collection[bytes]) -> Touched:
@@ -170,6 +172,17 @@ class Gains:
         for block in settled:
             open_[np.frombuffer(block, np.int64)] = False
         return Touched(items=self.pairs.items, keys=self.pairs.keys[open_])
+
+
+def _differs(key: Ints, day: Ints, users: Ints, kind: Ints, mark: Ints) -> Mask:
+    """Rows in the order of pairs and days, without those of a recounted day that are as they were."""
+    same = (kind[1:] != kind[:-1]) & (kind[1:] + kind[:-1] == _OLD + _NEW)
+    for column in (key, day, users, mark):
+        same &= column[1:] == column[:-1]
+    differs = np.ones(len(key), np.bool_)
+    differs[1:] &= ~same
+    differs[:-1] &= ~same
+    return differs
 
 
 def drop_days(
@@ -193,14 +206,15 @@ def drop_days(
 
     Returns:
         Rows of DROPPED_SCHEMA; a file stays one of its own, as its days tell a later night whether to open it. `pairs` are blocks of
-        trigger_item_id, target_item_id, day, num_users and kind.
+        trigger_item_id, target_item_id, day, num_users, kind, and mark: the sum of the user hashes.
     """
-    gone, either = np.array(sorted(recounted), np.int64), np.array(sorted({*recounted, *moved}), np.int64)
+    gone, shifted = (np.array(sorted(days), np.int64) for days in (recounted, moved))
     for uri in _uris(batches):
         with _opened(uri) as file:
             is_new = _below(folder, uri) in added
             days = [_days(file.read_row_group(number, columns=["event_date"], use_threads=False)) for number in range(file.num_row_groups)]
-            told = [_told(file, number, day, either, gone, is_new, holdout_from) for number, day in enumerate(days)]
+            kinds = [_kinds(day, gone, shifted, is_new, holdout_from) for day in days]
+            told = [_told(file, number, day, kind) for number, (day, kind) in enumerate(zip(days, kinds, strict=True))]
             stays = [is_new | ~np.isin(day, gone) for day in days]
             new = PairFile(kind="daily", folder=folder)
             replaced = _moved_over(file, stays, new)
@@ -210,13 +224,26 @@ def drop_days(
             yield from _closed(new)
 
 
-def _told(file: pq.ParquetFile, number: int, day: Ints, either: Ints, gone: Ints, is_new: bool, holdout_from: int) -> pa.Table:
-    """The rows of a row group on recounted and moved days, with their `kind`."""
-    wanted = np.isin(day, either)
-    day = day[wanted]
-    kind = np.full(len(day), _NEW) if is_new else np.where(np.isin(day, gone) | (day >= holdout_from), _LOST, _LEFT)
-    rows = _rows(file, number, wanted, [*_IDS, "num_users"])
-    return rows.append_column("day", pa.array(day.astype(np.int32))).append_column("kind", pa.array(kind.astype(np.int8)))
+def _kinds(day: Ints, gone: Ints, shifted: Ints, is_new: bool, holdout_from: int) -> Ints:
+    """Of rows of these days, -1 where the pair is not touched by them."""
+    if is_new:
+        return np.full(len(day), _NEW)
+    is_gone, is_shifted = np.isin(day, gone), np.isin(day, shifted)
+    over = np.where(is_gone | (day >= holdout_from), _LOST, _LEFT)
+    return np.where(is_shifted, over, np.where(is_gone, _OLD, -1))
+
+
+def _told(file: pq.ParquetFile, number: int, day: Ints, kind: Ints) -> pa.Table:
+    """The rows of a row group that have a kind."""
+    rows = _rows(file, number, kind >= 0, [*_IDS, "num_users", "user_hashes"])
+    hashes = rows["user_hashes"].combine_chunks()
+    lengths = pc.list_value_length(hashes).to_numpy(zero_copy_only=False).astype(np.int64)
+    mark = sums(hashes.flatten().to_numpy(), np.cumsum(lengths) - lengths) if rows.num_rows else np.zeros(0, np.int64)
+    columns = (("day", day[kind >= 0], np.int32), ("kind", kind[kind >= 0], np.int8), ("mark", mark, np.int64))
+    rows = rows.drop_columns(["user_hashes"])
+    for name, values, width in columns:
+        rows = rows.append_column(name, pa.array(values.astype(width)))
+    return rows
 
 
 def rows_of_touched(batches: Iterable[pa.RecordBatch], *, touched: Touched) -> Iterator[pa.RecordBatch]:

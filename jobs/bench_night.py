@@ -140,7 +140,7 @@ def _rebuild(spark: SparkSession, events: _Events, work: Work, lake: _Lake) -> f
 
 
 def _add(spark: SparkSession, events: _Events, changed: Collection[date], holdout: date, work: Work, lake: _Lake) -> tuple[float, int]:
-    """Seconds, and the pairs that were added up again."""
+    """Seconds, and the totals that are others than before."""
     reach = window_reach(work.window, longest_session_days=1)
     stale = stale_days(changed, events.days.keys(), reach_days=reach)
     begin = time.monotonic()

@@ -129,7 +129,7 @@ def test_touched_pairs_are_found_in_either_order() -> None:
     names = [f"i{n}" for n in range(40)]
     pairs = sorted({tuple(sorted(rng.sample(names, 2))) for _ in range(60)})
     told = [
-        packed(0, coded(rows, day=ones, num_users=ones, kind=ones))["block"][0].as_py()
+        packed(0, coded(rows, day=ones, num_users=ones, kind=ones, mark=ones))["block"][0].as_py()
         for rows in (pairs[:20], pairs[10:])
         for ones in [pa.array([1] * len(rows), pa.int32())]
     ]
@@ -212,7 +212,9 @@ def test_totals_gain_what_changed_days_say(seed: int, symmetric: bool, min_users
         return {key: set(rng.sample(range(-3, 4), rng.randint(1, 3))) for key in found}
 
     was, stale = some(range(10)), {10} if only_more else set(rng.sample(range(12), 3))
-    anew = some(sorted(stale))
+    anew = some(sorted(stale)) | {
+        key: users for key, users in was.items() if key[0] in stale and rng.random() < 0.7
+    }  # most are as they were
     then, rule = (dataclasses.replace(RULE, min_users=min_users, holdout_from=rng.randint(4, 9)) for _ in range(2))
     days = {"recounted": stale, "moved": set(range(*sorted((then.holdout_from, rule.holdout_from)))), "holdout_from": rule.holdout_from}
     with TemporaryDirectory() as root:
