@@ -291,6 +291,12 @@ class PairSettings(Section):
         le=1,
         description="Share of days that changes can reach above which a night counts all days anew, for the same reason, and says so.",
     )
+    max_compared_rows: int = Field(
+        30_000_000,
+        ge=1,
+        description="Rows of pairs on changed days, as they were and as they are, above which a night counts all days anew: they are "
+        "compared on the driver, at 30 bytes each.",
+    )
     swing_max_users: int = Field(60, ge=2, description="Users per trigger that count for the score swing; the rest is cut by hash.")
     holdout_share: float = Field(0.1, gt=0, lt=0.5, description="Last share of engagements on which scores are calibrated.")
     user_hash_key_env: str = Field("MTMH_USER_HASH_KEY", description="Environment variable with the key of the user hashes.")

@@ -162,8 +162,8 @@ def make_plan(run: StageRun, signal: Signal, engagements: DataFrame) -> Plan:
     reach = increments.window_reach(settings.window, longest_session_days=longest)
     known = days.keys() | (before.days.keys() if before else set())
     stale = increments.stale_days(changed, known, reach_days=reach)
-    if before and len(stale) > settings.max_stale_share * len(known):
-        run.note(f"{signal.label} are counted from nothing: {len(stale)} of {len(known)} days are touched, which costs more to compare")
+    if before and (reason := too_much(settings, before, stale, num_events)):
+        run.note(f"{signal.label} are counted from nothing: {reason}")
         before, stale = None, set(days)
     return Plan(
         days=days,
@@ -173,6 +173,16 @@ def make_plan(run: StageRun, signal: Signal, engagements: DataFrame) -> Plan:
         landmark=landmark,
         holdout_from=pairs.holdout_start(num_events, holdout_share=settings.holdout_share, run_date=run.run_date),
     )
+
+
+def too_much(settings: PairSettings, before: PairState, stale: set[date], num_events: Mapping[date, int]) -> str | None:
+    """Why it does not pay to build on the last good night, or does not fit the driver; None: it does."""
+    known = len(num_events.keys() | before.days.keys())
+    if len(stale) > settings.max_stale_share * known:
+        return f"{len(stale)} of {known} days are touched, which costs more to compare"
+    if (compared := before.rows_of(stale, num_events)) > settings.max_compared_rows:
+        return f"some {compared:,} rows of days would be compared, more than pairs.max_compared_rows, {settings.max_compared_rows:,}"
+    return None
 
 
 def _state_to_build_on(run: StageRun, signal: Signal, landmark: date) -> PairState | None:

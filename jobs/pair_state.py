@@ -6,7 +6,7 @@ of everything that decides, per day, the counts, and beyond that the totals.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -95,15 +95,22 @@ class Signal:
 
 @dataclass(frozen=True, kw_only=True)
 class PairState:
-    """The days of the last good night, and the versions of the tables that hold their counts."""
+    """The days of the last good night, the versions of the tables that hold their counts, and rows of the daily one."""
 
     days: dict[date, dict[str, Any]]
     versions: dict[str, int]
+    num_daily_rows: int
 
     @property
     def states(self) -> dict[date, DayState]:
         """What each day was counted from."""
         return {day: DayState(num_events=row["num_events"], fingerprint=row["fingerprint"]) for day, row in self.days.items()}
+
+    def rows_of(self, days: Collection[date], num_events: Mapping[date, int]) -> int:
+        """About how many rows of co_engagement_daily are compared where some days are counted again: those of then, and those of now."""
+        then: dict[date, int] = {day: row["num_events"] for day, row in self.days.items()}
+        events = sum(then.get(day, 0) + num_events.get(day, 0) for day in days)
+        return round(self.num_daily_rows * events / max(1, sum(then.values())))
 
     def common(self, column: str) -> Any:
         """The value that all days share."""
@@ -137,7 +144,8 @@ def find_state(run: StageRun, signal: Signal) -> Found:
     if not rows:
         return Found(state=None, reason=f"the last good night, {record.run_id}, had no engagements")
     latest = {table.name: run.night.lake.version(table) for table in signal.state}
-    return Found(state=PairState(days={row["event_date"]: row.asDict() for row in rows}, versions=latest))
+    num_daily_rows = int(record.metrics[f"{signal.prefix}num_daily_rows"])
+    return Found(state=PairState(days={row["event_date"]: row.asDict() for row in rows}, versions=latest, num_daily_rows=num_daily_rows))
 
 
 def _in_place(run: StageRun, table: Table, version: int) -> bool:

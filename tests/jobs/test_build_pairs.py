@@ -21,9 +21,9 @@ from conf.tables import (
     Table,
 )
 from features.increments import DayState
-from jobs.build_pairs import _check_history, _longest_session, build_pairs
+from jobs.build_pairs import _check_history, _longest_session, build_pairs, too_much
 from jobs.ledger import StageRecord
-from jobs.pair_state import counting_rule, totaling_rule
+from jobs.pair_state import PairState, counting_rule, totaling_rule
 from jobs.progress import Display
 from jobs.stage import Night, StageRun, make_night, run_stage
 from tests.features.test_pairs import FIRST, LAST, SESSION, TIME, to_spark, world
@@ -110,6 +110,19 @@ def test_nights_build_on_each_other(shop: Callable[..., Shop]) -> None:
     assert back.metrics["built_from_nothing"] == 1
     assert "days are touched, which costs more to compare" in back.notes[0]
     assert mine.content(CO_ENGAGEMENT_DAILY).event_date.max() == FIRST + timedelta(days=1)
+
+
+def test_a_night_that_would_compare_too_much_starts_from_nothing() -> None:
+    days = {FIRST + timedelta(days=number): {"num_events": 100} for number in range(10)}
+    before = PairState(days=days, versions={}, num_daily_rows=3000)
+    now = dict.fromkeys([*days, FIRST + timedelta(days=10)], 100)
+    new, changed = {FIRST + timedelta(days=10)}, {FIRST + timedelta(days=9)}
+    assert before.rows_of(new, now) == 300
+    assert before.rows_of(changed, now) == 600, "as they were, and as they are"
+    settings = PairSettings(window=SESSION, half_life_days=30, max_stale_share=0.1, max_compared_rows=300)
+    assert too_much(settings, before, new, now) is None
+    assert "2 of 11 days are touched" in str(too_much(settings, before, new | changed, now))
+    assert "some 600 rows of days would be compared, more than" in str(too_much(settings, before, changed, now))
 
 
 def test_what_decides_counts_is_part_of_the_rule() -> None:
