@@ -16,12 +16,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from conf.tables import CO_ENGAGEMENT_PAIRS
 from features.pair_counts import CODED_TOTAL_ARROW, DAY_ARROW, Counted
-from features.pair_kernels import EPOCH, compacted
+from features.pair_kernels import CODED, EPOCH, compacted
 
 FILE_SCHEMA = "kind string, name string, size bigint, num_rows bigint, first_day date, last_day date"
-"""What a commit needs to know of a file: `daily` or `totals`, its name below the table's folder, bytes, rows, and the days it is of."""
+"""What a commit needs to know of a file: `daily`, `totals` or `pairs`, its name below the table's folder, bytes, rows, and the days it is
+of.
+"""
 
+_ARROW = {"string": CODED, "bigint": pa.int64(), "double": pa.float64(), "date": pa.date32()}
+_SCHEMAS = {
+    "daily": DAY_ARROW,
+    "totals": CODED_TOTAL_ARROW,
+    "pairs": pa.schema([(column.name, _ARROW[column.type]) for column in CO_ENGAGEMENT_PAIRS.columns]),
+}
 _SPAN_ROWS = 250_000  # a first span with fewer engagements grows: its files would be tiny
 _PAGE_BYTES = 64 * 1024 * 1024  # of a dictionary: all ids of a cell stay coded
 
@@ -101,7 +110,7 @@ class PairFile:
         """A row group with the columns of the table, ids coded."""
         if not rows.num_rows:
             return
-        schema = DAY_ARROW if self.kind == "daily" else CODED_TOTAL_ARROW
+        schema = _SCHEMAS[self.kind]
         rows = _with_small_dictionaries(rows.select(schema.names).cast(schema))
         if self._writer is None:
             self._place = open_uri(f"{self.folder}/{self.name}")

@@ -33,7 +33,6 @@ from features.pair_kernels import (
 )
 
 TOTAL_SCHEMA = "trigger_item_id string, target_item_id string, weight double, num_user_days bigint, fit_weight double"
-STRONG_SCHEMA = f"{TOTAL_SCHEMA}, conditional double"
 PARTNER_SCHEMA = "item_id string, num_triggers bigint, num_user_days bigint"
 _ENDS_SAY_ALL = 2  # at least two different users: the smallest hash of all is not the largest
 TOTAL_ARROW = pa.schema(
@@ -129,7 +128,7 @@ def strongest_pairs(batches: Iterable[pa.RecordBatch], *, max_pairs: int) -> Ite
         max_pairs: pairs kept per trigger.
 
     Returns:
-        Blocks with the columns of STRONG_SCHEMA, sorted by trigger and target.
+        Blocks with the columns of TOTAL_SCHEMA and `conditional`, sorted by trigger and target.
     """
     blocks = [(bucket.as_py(), unpack(block)) for batch in batches for bucket, block in zip(batch["bucket"], batch["block"], strict=True)]
     if not blocks:
@@ -148,7 +147,7 @@ def count_partners(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
     for pairs in unpacked(batches):
         target, targets = encode(pairs["target_item_id"])
         trigger, triggers = encode(pairs["trigger_item_id"])
-        num_triggers, days = np.bincount(target), np.zeros(len(triggers), dtype=np.int64)
+        num_triggers, days = np.bincount(target, minlength=len(targets)), np.zeros(len(triggers), dtype=np.int64)
         np.add.at(days, trigger, ints(pairs, "num_user_days"))
         for ids, counts in ((targets, [num_triggers, 0 * num_triggers]), (triggers, [0 * days, days])):
             yield pa.RecordBatch.from_arrays([ids, *map(pa.array, counts)], names=["item_id", "num_triggers", "num_user_days"])
@@ -227,6 +226,7 @@ class People:
 
 
 def _strongest(totals: pa.Table, max_pairs: int) -> pa.Table:
+    totals = totals.unify_dictionaries().combine_chunks()
     trigger, _ = encode(totals["trigger_item_id"])
     target, _ = encode(totals["target_item_id"])
     order = np.lexsort((target, trigger))

@@ -20,17 +20,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from conf.errors import SettingsError, SourceError
 from conf.settings import WindowSettings
-from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ITEM_POPULARITY
+from conf.tables import CO_ENGAGEMENT_DAILY, ITEM_POPULARITY
 from features.changed_pairs import DROPPED_SCHEMA, Gains, Touched, drop_days, renew_totals, rows_of_touched, write_totals
 from features.event_files import PART_SCHEMA, EventFiles, EventRule, deal, deal_files, read_events
 from features.pair_counts import CountRule, count_cells, decoded_days
 from features.pair_files import FILE_SCHEMA, KnownFile, day_spans, write_counted
 from features.pair_kernels import EPOCH, LEAST_EXPONENT, PACKED_SCHEMA, day_number, encode
+from features.pair_scores import ItemTotals, read_totals, write_scored
 from features.pair_totals import (
     PARTNER_SCHEMA,
     TotalRule,
@@ -40,7 +42,7 @@ from features.pair_totals import (
     strongest_pairs,
     total_pairs,
 )
-from features.swing import SCORED_SCHEMA, UserItems, add_swing, index_user_items
+from features.swing import UserItems, index_user_items
 from features.windows import CUT_SCHEMA, WindowRule, classes_for, make_windows, measure_cuts, pack_by_user
 
 if TYPE_CHECKING:
@@ -50,12 +52,6 @@ Transform = Callable[[DataFrame], DataFrame]
 Batches = Iterable[pa.RecordBatch]
 Shared: TypeAlias = "Broadcast[pa.Array]"
 """Ids of all items, broadcast."""
-
-BM25_K1 = 1.2
-"""How soon more co-engagement of a pair stops to add: the middle of the usual range (Robertson & Zaragoza 2009, section 3.5)."""
-
-BM25_B = 0.75
-"""How much triggers with many co-engagements are discounted, 0 (not) to 1 (in proportion); source as BM25_K1."""
 
 _ORDERS = (("trigger_item_id", "target_item_id"), ("target_item_id", "trigger_item_id"))
 _SECONDS_PER_DAY = 86_400
@@ -431,7 +427,9 @@ def collect_user_items(engaged: DataFrame, *, hash_key: bytes, max_users: int) -
     return index_user_items(engaged.select("user_id", "item_id").toArrow(), hash_key=hash_key, max_users=max_users)
 
 
-def score_pairs(
+def write_scores(
+    spark: SparkSession,
+    totals: Mapping[str, KnownFile],
     popularity: DataFrame,
     user_items: UserItems,
     *,
@@ -439,36 +437,49 @@ def score_pairs(
     holdout_from: date,
     max_pairs_per_trigger: int,
     run_date: date,
+    folder: str,
     num_tasks: int | None = None,
-) -> Transform:
-    """co_engagement_totals to co_engagement_pairs.
+) -> list[Row]:
+    """co_engagement_totals to co_engagement_pairs, from files to files; rows of `FILE_SCHEMA`.
 
     `conditional` is the share among all pairs of the trigger, before the cut to `max_pairs_per_trigger` (heaviest first, ties by
     target id).
 
     Args:
+        spark: whose tasks read, score and write.
+        totals: files of co_engagement_totals by path or URI.
         popularity: item_popularity as of the same run date and landmark; the denominators.
         user_items: who ever engaged what up to the same run date.
         landmark: as in the totals.
         holdout_from: as in the totals.
         max_pairs_per_trigger: pairs kept.
         run_date: as of which day the totals are.
+        folder: path or URI of co_engagement_pairs.
         num_tasks: tasks; None: twice `spark.sql.shuffle.partitions`. Each holds the totals of its triggers in memory.
     """
+    if not totals:
+        return []
+    tasks = num_tasks or 2 * _shuffle_partitions(spark)
+    blocks = _by_files(spark, totals).mapInArrow(partial(_totals_by_trigger, num_buckets=tasks), PACKED_SCHEMA)
+    strongest = partial(strongest_pairs, max_pairs=max_pairs_per_trigger)
+    strong = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(strongest, PACKED_SCHEMA).persist(StorageLevel.DISK_ONLY)
+    try:
+        partners = strong.mapInArrow(count_partners, PARTNER_SCHEMA).toArrow()
+        items = ItemTotals.of(popularity.select("item_id", "weight", "num_user_days").toArrow(), partners)
+        shared = spark.sparkContext.broadcast((items, user_items))
+        dates = {"landmark_date": landmark, "holdout_from": holdout_from, "as_of": run_date}
+        return strong.mapInArrow(partial(_scored, shared=shared, folder=folder, dates=dates), FILE_SCHEMA).collect()
+    finally:
+        strong.unpersist()
 
-    def transform(totals: DataFrame) -> DataFrame:
-        tasks = num_tasks or 2 * _shuffle_partitions(totals.sparkSession)
-        rows = totals.select(*CO_ENGAGEMENT_TOTALS.column_names)
-        blocks = rows.mapInArrow(partial(pack_by_trigger, num_buckets=tasks), PACKED_SCHEMA).repartitionById(tasks, F.col("bucket"))
-        strong = blocks.mapInArrow(partial(strongest_pairs, max_pairs=max_pairs_per_trigger), PACKED_SCHEMA)
-        # an exchange of few big blocks that Spark reuses: without it each reader of the pairs would rank them again
-        kept = strong.repartitionById(tasks, F.col("bucket"))
-        shared = totals.sparkSession.sparkContext.broadcast(user_items)
-        scored = kept.mapInArrow(partial(add_swing, shared=shared), SCORED_SCHEMA)
-        associated = scored.transform(_with_associations(_item_totals(popularity, kept)))
-        return _dated(associated, landmark, holdout_from, run_date).select(*CO_ENGAGEMENT_PAIRS.column_names)
 
-    return transform
+def _totals_by_trigger(batches: Batches, *, num_buckets: int) -> Iterator[pa.RecordBatch]:
+    return pack_by_trigger(read_totals(batches), num_buckets=num_buckets)
+
+
+def _scored(batches: Batches, *, shared: Any, **where: Any) -> Iterator[pa.RecordBatch]:
+    items, user_items = shared.value
+    return write_scored(batches, items=items, user_items=user_items, **where)
 
 
 def holdout_start(num_engagements: Mapping[date, int], *, holdout_share: float, run_date: date) -> date:
@@ -631,65 +642,3 @@ def where_days(days: Collection[date]) -> str:
     """An SQL condition on event_date: one range per run of days."""
     runs = [(EPOCH + timedelta(days=first), EPOCH + timedelta(days=last)) for first, last in _runs([day_number(day) for day in days])]
     return " OR ".join(f"event_date BETWEEN DATE'{first}' AND DATE'{last}'" for first, last in runs) or "false"
-
-
-def _item_totals(popularity: DataFrame, counted: DataFrame) -> DataFrame:
-    """Per item: its own weight and user-days; the triggers it is paired with and, as a trigger, the user-days of its pairs."""
-    parts = counted.mapInArrow(count_partners, PARTNER_SCHEMA)
-    partners = parts.groupBy("item_id").agg(
-        F.sum("num_triggers").cast("double").alias("num_triggers"), F.sum("num_user_days").cast("double").alias("pair_days")
-    )
-    days = F.col("num_user_days").cast("double")
-    return popularity.select("item_id", "weight", days.alias("days")).join(partners, on="item_id", how="left")
-
-
-def _with_associations(items: DataFrame) -> Transform:
-    """Add the association scores; double arithmetic, as products of counts overflow a bigint under ANSI.
-
-    Args:
-        items: item_id, weight, days, num_triggers, pair_days of every item.
-    """
-
-    def transform(pairs: DataFrame) -> DataFrame:
-        # hinted, as Spark cannot know that these are few and would shuffle and sort all pairs by trigger, then by target
-        triggers = F.broadcast(items.select(*_renamed("trigger", "item_id", "weight", "days", "pair_days")))
-        targets = F.broadcast(items.select(*_renamed("target", "item_id", "weight", "days", "num_triggers")))
-        everything = items.agg(
-            F.sum("days").alias("all_days"),
-            F.count_if(F.col("pair_days") > 0).cast("double").alias("num_all_triggers"),
-            F.avg(F.when(F.col("pair_days") > 0, F.col("pair_days"))).alias("mean_pair_days"),
-        )
-        joined = pairs.join(triggers, on="trigger_item_id", how="left").join(targets, on="target_item_id", how="left").crossJoin(everything)
-        days, i, j = F.col("num_user_days").cast("double"), F.col("trigger_days"), F.col("target_days")
-        return joined.withColumns(
-            {
-                "cosine": days / F.sqrt(i * j),
-                "jaccard": days / F.greatest(i + j - days, days),
-                "lift": days * F.col("all_days") / (i * j),
-                "decayed_jaccard": _decayed_jaccard(F.col("weight"), F.col("trigger_weight"), F.col("target_weight")),
-                "bm25": _bm25(days),
-            }
-        )
-
-    return transform
-
-
-def _renamed(side: str, *names: str) -> list[Column]:
-    return [F.col(name).alias(f"{side}_{name}") for name in names]
-
-
-def _decayed_jaccard(both: Column, i: Column, j: Column) -> Column:
-    """Pairs and items share the landmark, so its factor cancels. Weights of days a thousand half-lives before it are 0: so is the score."""
-    either = F.greatest(i + j - both, both)
-    return F.when(either > 0, both / either).otherwise(0.0)
-
-
-def _bm25(count: Column) -> Column:
-    """Triggers as documents, targets as terms (Robertson & Zaragoza 2009, "The Probabilistic Relevance Framework: BM25 and Beyond").
-
-    The IDF is Lucene's: 1 is added inside the logarithm, as an item paired with over half of the triggers would get a negative one.
-    """
-    num_all, num = F.col("num_all_triggers"), F.col("target_num_triggers")
-    idf = F.log(1.0 + (num_all - num + 0.5) / (num + 0.5))
-    length = F.col("trigger_pair_days") / F.col("mean_pair_days")
-    return idf * count * (BM25_K1 + 1) / (count + BM25_K1 * (1 - BM25_B + BM25_B * length))

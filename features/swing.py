@@ -11,24 +11,20 @@ only those with the smallest keyed hashes count, as the work grows with their sq
 Shapes: U users, N items, E distinct user-item pairs; of a batch of triggers p pairs and R users, each counted once per trigger.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import sparse
-from threadpoolctl import threadpool_limits
 
-from features.pair_kernels import OUTPUT_ROWS, Floats, Ints, encode, equal_runs, keyed_hashes, ranges, unpacked
-from features.pair_totals import STRONG_SCHEMA
+from features.pair_kernels import Floats, Ints, encode, equal_runs, keyed_hashes, number_values, ranges
 
 ALPHA = 1.0
 """Smoothing of the overlap: small against the two items that any two users of i and j share."""
 
-SCORED_SCHEMA = f"{STRONG_SCHEMA}, swing double"
 _BATCH_ITEMS = 100_000  # items of users in one sparse product, which then stays in cache; one trigger may have more
 _BATCH_COLUMNS = 500_000  # likewise
 
@@ -48,7 +44,7 @@ class UserItems:
 
 
 def index_user_items(engaged: pa.Table, *, hash_key: bytes, max_users: int) -> UserItems:
-    """Sort distinct (user_id, item_id) into what `add_swing` reads.
+    """Sort distinct (user_id, item_id) into what `swing_scores` reads.
 
     Args:
         engaged: the distinct pairs, in any order.
@@ -73,19 +69,6 @@ def index_user_items(engaged: pa.Table, *, hash_key: bytes, max_users: int) -> U
         kept_start=np.concatenate([[0], np.cumsum(num_kept)]).astype(np.int64),
         kept=by_item.indices[ranges(by_item.indptr[:-1].astype(np.int64), num_kept)].astype(np.int32),
     )
-
-
-def add_swing(batches: Iterable[pa.RecordBatch], *, shared: Any) -> Iterator[pa.RecordBatch]:
-    """Packed pairs to rows of SCORED_SCHEMA.
-
-    Args:
-        batches: blocks of `strongest_pairs`.
-        shared: broadcast UserItems.
-    """
-    for pairs in unpacked(batches):
-        with threadpool_limits(1):  # one per Spark task; the matrices of a trigger are too small for more
-            scores = swing_scores(shared.value, pairs["trigger_item_id"], pairs["target_item_id"])
-        yield from pairs.append_column("swing", pa.array(scores)).to_batches(max_chunksize=OUTPUT_ROWS)
 
 
 def swing_scores(user_items: UserItems, triggers: pa.ChunkedArray, targets: pa.ChunkedArray) -> Floats:
@@ -144,5 +127,6 @@ def _batch_scores(of: UserItems, trigger: Ints, target: Ints) -> Floats:
 
 def _positions(ids: pa.ChunkedArray, known: pa.Array) -> Ints:
     """Index of each id among the known ones, -1 where it is not."""
-    found: Ints = pc.fill_null(pc.index_in(ids, value_set=known), -1).to_numpy().astype(np.int64)
-    return found
+    codes, names = number_values(ids)
+    found: Ints = pc.fill_null(pc.index_in(names, value_set=known), -1).to_numpy().astype(np.int64)
+    return found[codes]

@@ -28,6 +28,7 @@ from features import exposures, increments, pairs
 from features.event_files import EventFiles
 from features.increments import DayState
 from features.pair_kernels import check_num_items
+from features.swing import UserItems
 from jobs.lake import in_memory, only_row
 from jobs.pair_state import PairState, Signal, counting_rule, find_state, totaling_rule
 from jobs.sources import user_hash_key
@@ -87,11 +88,21 @@ def _build(run: StageRun, signal: Signal, engagements: DataFrame) -> dict[str, f
         count = _count_all if plan.before is None else _count_stale
         changes = count(run, signal, plan, items=user_items.item_ids, decay=decay)
     with run.timed(f"{signal.prefix}scores"):
-        popularity = run.read_output(signal.popularity)
-        scored = pairs.score_pairs(popularity, user_items, max_pairs_per_trigger=settings.max_pairs_per_trigger, **as_of)
-        run.replace(signal.pairs, run.read_output(signal.totals).transform(scored))
+        _score(run, signal, user_items, as_of)
     run.replace(signal.days, _day_rows(run, signal, plan, items=user_items.item_ids))
     return _metrics(run, signal) | changes | _pruned(run, signal)
+
+
+def _score(run: StageRun, signal: Signal, user_items: UserItems, as_of: Mapping[str, Any]) -> None:
+    """Write co_engagement_pairs."""
+    totals = run.night.lake.files(signal.totals, run.outputs[signal.totals.name], None)
+    rule: dict[str, Any] = {"max_pairs_per_trigger": signal.settings.max_pairs_per_trigger, **as_of}
+
+    def write(folders: dict[str, str]) -> FileChanges:
+        popularity = run.read_output(signal.popularity)
+        return FileChanges(pairs.write_scores(run.night.spark, totals, popularity, user_items, folder=folders["pairs"], **rule))
+
+    run.replace_by_files({"pairs": (signal.pairs, None)}, write)
 
 
 def _count_exposures(run: StageRun, engagements: DataFrame) -> dict[str, float]:

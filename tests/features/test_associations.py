@@ -14,9 +14,8 @@ from pyspark.sql import DataFrame, SparkSession
 from conf.tables import ENGAGEMENTS
 from features import swing
 from features.pair_kernels import keyed_hash
-from features.pairs import BM25_B, BM25_K1, score_pairs
+from features.pair_scores import BM25_B, BM25_K1
 from tests.features.test_pairs import (
-    AS_OF,
     DECAY,
     HALF_LIFE,
     KEY,
@@ -24,6 +23,7 @@ from tests.features.test_pairs import (
     SESSION_DIRECTED,
     counter,
     popular,
+    score,
     sum_totals,
     to_spark,
     totals_oracle,
@@ -47,8 +47,8 @@ def scored(frame: DataFrame, *, max_users: int = 60, max_pairs: int = 100, num_t
     popularity = popular(frame)
     users = who(frame, max_users=max_users)
     totals = frame.transform(counter(SESSION_DIRECTED)).transform(sum_totals(min_users=2, **DECAY))
-    rows = totals.transform(score_pairs(popularity, users, max_pairs_per_trigger=max_pairs, num_tasks=num_tasks, **AS_OF)).collect()
-    return {(row.trigger_item_id, row.target_item_id): row.asDict() for row in rows}
+    rows = score(totals, popularity, users, max_pairs=max_pairs, num_tasks=num_tasks)
+    return {(row["trigger_item_id"], row["target_item_id"]): row for row in rows.to_dict("records")}
 
 
 def decayed_jaccard(events: pd.DataFrame, weights: dict[Pair, float]) -> dict[Pair, float]:

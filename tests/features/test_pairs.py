@@ -7,12 +7,14 @@ from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -23,7 +25,7 @@ from conf.settings import WindowSettings
 from conf.tables import CO_ENGAGEMENT_DAILY, CO_ENGAGEMENT_PAIRS, CO_ENGAGEMENT_TOTALS, ENGAGEMENTS, ITEM_POPULARITY
 from features.event_files import EventFiles
 from features.pair_counts import CountRule, count_cells
-from features.pair_files import FILE_SCHEMA, day_spans
+from features.pair_files import FILE_SCHEMA, KnownFile, day_spans
 from features.pair_kernels import PACKED_SCHEMA, check_num_items, day_number, keyed_hash, row_order
 from features.pair_totals import TOTAL_SCHEMA, TotalRule, pack_by_pair, total_pairs
 from features.pairs import (
@@ -36,9 +38,9 @@ from features.pairs import (
     future_pairs,
     holdout_start,
     measure_days,
-    score_pairs,
     sum_user_items,
     write_pairs,
+    write_scores,
 )
 from features.swing import UserItems
 from features.windows import make_windows, pack_by_user
@@ -99,6 +101,22 @@ def sum_totals(
         return blocks.repartitionById(num_tasks, F.col("bucket")).mapInArrow(add_up, TOTAL_SCHEMA)
 
     return transform
+
+
+def score(totals: DataFrame, popularity: DataFrame, users: UserItems, *, max_pairs: int, num_tasks: int | None = None) -> pd.DataFrame:
+    """Rows of co_engagement_pairs, by files as a night makes them."""
+    with TemporaryDirectory() as root:
+        totals.write.parquet(f"{root}/totals")
+        (Path(root) / "pairs").mkdir()
+        files = {str(path): KnownFile(path.stat().st_size) for path in Path(root, "totals").glob("*.parquet")}
+        rule: dict[str, Any] = {"max_pairs_per_trigger": max_pairs, "num_tasks": num_tasks, **AS_OF}
+        found = write_scores(totals.sparkSession, files, popularity, users, folder=f"{root}/pairs", **rule)
+        tables = [pq.read_table(f"{root}/pairs/{file['name']}") for file in found]
+        assert sum(file["num_rows"] for file in found) == sum(map(len, tables))
+        wanted = list(CO_ENGAGEMENT_PAIRS.column_names)
+        assert all(table.column_names == wanted for table in tables)
+        frame = pd.concat([table.to_pandas() for table in tables]) if tables else pd.DataFrame(columns=wanted)
+        return frame.astype({"trigger_item_id": str, "target_item_id": str})
 
 
 def who(frame: DataFrame, *, max_users: int = 60) -> UserItems:
@@ -320,10 +338,9 @@ def test_totals_equal_duckdb_and_keep_the_privacy_minimum(spark: SparkSession, m
     daily = frame.transform(counter(SESSION, min_users=min_users)).cache()
     user_items = who(frame)
     summed = daily.transform(sum_totals(min_users=min_users, symmetric=True, **DECAY)).cache()
-    totals = summed.transform(score_pairs(popularity, user_items, max_pairs_per_trigger=100, **AS_OF))
-    assert totals.columns == list(CO_ENGAGEMENT_PAIRS.column_names)
+    totals = score(summed, popularity, user_items, max_pairs=100)
     measures = ["weight", "num_user_days", "fit_weight", "conditional", "cosine", "jaccard", "lift"]
-    found = {(row.trigger_item_id, row.target_item_id): tuple(row[name] for name in measures) for row in totals.collect()}
+    found = {(row.trigger_item_id, row.target_item_id): tuple(getattr(row, name) for name in measures) for row in totals.itertuples()}
     expected = totals_oracle(events, SESSION, min_users=min_users)
     all_pairs = {(row[1], row[2]) for row in oracle(events, SESSION)}
     assert 0 < len(expected) < 2 * len(all_pairs)  # the minimum cuts something, and a pair one user repeats is among it
@@ -334,8 +351,8 @@ def test_totals_equal_duckdb_and_keep_the_privacy_minimum(spark: SparkSession, m
 
     # the cut leaves the heaviest, ties by target id, whatever the partitions; conditional still is the share of all
     shuffled = daily.repartition(5).transform(sum_totals(min_users=min_users, symmetric=True, num_tasks=1, **DECAY))
-    cut = shuffled.transform(score_pairs(popularity, user_items, max_pairs_per_trigger=3, num_tasks=1, **AS_OF))
-    kept = {(row.trigger_item_id, row.target_item_id): row.conditional for row in cut.collect()}
+    cut = score(shuffled, popularity, user_items, max_pairs=3, num_tasks=1)
+    kept = {(row.trigger_item_id, row.target_item_id): row.conditional for row in cut.itertuples()}
     strongest = sorted(expected, key=lambda pair: (pair[0], -expected[pair][0], pair[1]))
     wanted = [pair for n, pair in enumerate(strongest) if n < 3 or strongest[n - 3][0] != pair[0]]
     assert kept.keys() == set(wanted)
@@ -431,7 +448,9 @@ def test_no_engagements_give_no_pairs(spark: SparkSession) -> None:
     popularity = popular(empty)
     totals = daily.transform(sum_totals(min_users=2, **DECAY))
     assert totals.columns == list(CO_ENGAGEMENT_TOTALS.column_names)
-    assert totals.transform(score_pairs(popularity, who(empty), max_pairs_per_trigger=9, **AS_OF)).collect() == []
+    assert score(totals, popularity, who(empty), max_pairs=9).empty
+    rule: dict[str, Any] = {"max_pairs_per_trigger": 9, **AS_OF}
+    assert write_scores(spark, {}, popularity, who(empty), folder="nowhere", **rule) == []
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
