@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.pair_files import PairFile, open_uri
+from features.pair_files import PairFile, open_uri, with_small_dictionaries
 from features.pair_kernels import CODED, Floats, Ints, Mask, encode, ints, num_bits, packed, row_order, run_starts, unpack
 from features.pair_totals import TotalRule, sums
 
@@ -219,7 +219,7 @@ def drop_days(
             new = PairFile(kind="daily", folder=folder)
             replaced = _moved_over(file, stays, new)
             rows = pa.concat_tables(told)
-            block = packed(0, rows.unify_dictionaries().combine_chunks())["block"][0].as_py() if rows.num_rows else None
+            block = packed(0, with_small_dictionaries(rows))["block"][0].as_py() if rows.num_rows else None
             yield _row(replaces=_below(folder, uri) if replaced else None, pairs=block)
             yield from _closed(new)
 
@@ -258,8 +258,9 @@ def rows_of_touched(batches: Iterable[pa.RecordBatch], *, touched: Touched) -> I
             for number in range(file.num_row_groups):
                 rows = file.read_row_group(number, use_threads=False)
                 rows = rows.filter(pa.array(touched.places(rows, either_order=False) >= 0))
-                day = rows["event_date"].cast(pa.int32())
-                yield from rows.drop_columns(["event_date"]).append_column("day", day).to_batches()
+                if rows.num_rows:
+                    day = rows["event_date"].cast(pa.int32())
+                    yield from with_small_dictionaries(rows).drop_columns(["event_date"]).append_column("day", day).to_batches()
 
 
 def renew_totals(batches: Iterable[pa.RecordBatch], *, folder: str, gains: Gains, symmetric: bool) -> Iterator[pa.RecordBatch]:

@@ -111,7 +111,7 @@ class PairFile:
         if not rows.num_rows:
             return
         schema = _SCHEMAS[self.kind]
-        rows = _with_small_dictionaries(rows.select(schema.names).cast(schema))
+        rows = with_small_dictionaries(rows.select(schema.names).cast(schema))
         if self._writer is None:
             self._place = open_uri(f"{self.folder}/{self.name}")
             files, path = self._place
@@ -151,7 +151,7 @@ class PairFile:
         yield pa.RecordBatch.from_pydict(row)
 
 
-def _with_small_dictionaries(rows: pa.Table) -> pa.Table:
+def with_small_dictionaries(rows: pa.Table) -> pa.Table:
     """One chunk; where most ids of a dictionary are of no row, which a file would hold all the same, only the others."""
     rows = rows.unify_dictionaries().combine_chunks()
     for place, column in enumerate(rows.columns):

@@ -58,7 +58,8 @@ _SECONDS_PER_DAY = 86_400
 _FIRST_DAY = -(2**31)
 _ENGAGEMENTS_PER_TASK = 50_000  # a late day of a few hundred engagements is one file, not sixteen
 _ENGAGEMENTS_PER_CELL = 2_000_000  # some 5 to 30 million pairs
-_TASK_BYTES = 16 << 20  # of files of pairs that a task looks through
+_TASK_BYTES = 16 << 20  # of files of pairs that a task holds
+_SCANNED_BYTES = 64 << 20  # of those that it looks through, row group by row group
 _PAIRS_PER_TASK = 200_000  # touched pairs
 _BUCKET_EVENTS = 2_000_000  # engagements of users that a task holds: some 0.5 GB with what is derived from them
 _MAX_EXPONENT = 500  # 2^1023 is the largest double: sums need room above a single day's factor
@@ -311,7 +312,7 @@ def _add_up(
         return []
     shared = spark.sparkContext.broadcast(touched)
     tasks = max(1, min(2 * _shuffle_partitions(spark), ceil(len(touched.keys) / _PAIRS_PER_TASK)))
-    blocks = _by_files(spark, daily).mapInArrow(partial(_touched_blocks, shared=shared, num_buckets=tasks), PACKED_SCHEMA)
+    blocks = _by_files(spark, daily, _SCANNED_BYTES).mapInArrow(partial(_touched_blocks, shared=shared, num_buckets=tasks), PACKED_SCHEMA)
     add_up = partial(_added_up, rule=rule, symmetric=counting.window.symmetric, folder=folder)
     return blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(add_up, FILE_SCHEMA).collect()
 
@@ -320,10 +321,10 @@ def _numbers(days: Collection[date]) -> list[int]:
     return [day_number(day) for day in days]
 
 
-def _by_files(spark: SparkSession, files: Mapping[str, KnownFile]) -> DataFrame:
+def _by_files(spark: SparkSession, files: Mapping[str, KnownFile], task_bytes: int = _TASK_BYTES) -> DataFrame:
     """Paths or URIs of some files, at least one, dealt to tasks of about one size."""
     uris = sorted(files)
-    tasks = deal([files[uri].size for uri in uris], most=_TASK_BYTES)
+    tasks = deal([files[uri].size for uri in uris], most=task_bytes)
     dealt = spark.createDataFrame(list(zip(tasks, uris, strict=True)), "task int, uri string")
     return dealt.repartitionById(tasks[-1] + 1, F.col("task")).select("uri")
 
