@@ -13,7 +13,6 @@ Decoding the daily rows is what most of it costs.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -23,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.pair_files import PairFile, open_uri, with_small_dictionaries
+from features.pair_files import IDS, PairFile, opened, uris_of, with_small_dictionaries
 from features.pair_kernels import CODED, Floats, Ints, Mask, encode, ints, num_bits, packed, row_order, run_starts, unpack
 from features.pair_totals import TotalRule, sums
 
@@ -44,7 +43,6 @@ _DROPPED = pa.schema(
         ("pairs", pa.binary()),
     ]
 )
-_IDS = ["trigger_item_id", "target_item_id"]
 _TOLD = ("day", "num_users", "kind", "mark")
 _NEW, _LEFT, _OLD, _LOST = range(4)
 """Rows of touched pairs: counted tonight; of a day that left the holdout; of a recounted day, as they were, which one counted tonight may
@@ -79,7 +77,7 @@ class Touched:
         """Place of each row's pair among the keys, -1 for others; ids are coded. `either_order`: of its mirror image, too, the smaller id
         first here.
         """
-        trigger, target = (self._codes(rows[name]) for name in _IDS)
+        trigger, target = (self._codes(rows[name]) for name in IDS)
         if either_order:
             trigger, target = np.minimum(trigger, target), np.maximum(trigger, target)
         keys = trigger * len(self.items) + target
@@ -145,7 +143,7 @@ class Gains:
             rule: of the totals.
         """
         tables = [unpack(pa.scalar(block, pa.binary())) for block in blocks]
-        coded = [[chunk for table in tables for chunk in table[name].chunks] for name in _IDS]
+        coded = [[chunk for table in tables for chunk in table[name].chunks] for name in IDS]
         codes, items = encode(pa.chunked_array(coded[0] + coded[1], CODED))
         trigger, target = np.split(codes, [len(codes) // 2])
         key = trigger * len(items) + target
@@ -154,9 +152,6 @@ class Gains:
         order = order[_differs(key[order], *(column[order] for column in columns))]
         key, day, users, kind = (values[order] for values in (key, *columns[:3]))
         starts = run_starts(key)
-        if not len(starts):
-            nothing = np.zeros(0)
-            return cls(pairs=Touched(items=items, keys=key), weight=nothing, num_user_days=key, fit_weight=nothing, again=key > 0)
         decayed, new = users * rule.decay(day), kind == _NEW
         return cls(
             pairs=Touched(items=items, keys=key[starts]),
@@ -209,17 +204,16 @@ def drop_days(
         trigger_item_id, target_item_id, day, num_users, kind, and mark: the sum of the user hashes.
     """
     gone, shifted = (np.array(sorted(days), np.int64) for days in (recounted, moved))
-    for uri in _uris(batches):
-        with _opened(uri) as file:
+    for uri in uris_of(batches):
+        with opened(uri) as file:
             is_new = _below(folder, uri) in added
             days = [_days(file.read_row_group(number, columns=["event_date"], use_threads=False)) for number in range(file.num_row_groups)]
             kinds = [_kinds(day, gone, shifted, is_new, holdout_from) for day in days]
-            told = [_told(file, number, day, kind) for number, (day, kind) in enumerate(zip(days, kinds, strict=True))]
+            told = [_told(file, number, day, kind) for number, (day, kind) in enumerate(zip(days, kinds, strict=True)) if kind.max() >= 0]
             stays = [is_new | ~np.isin(day, gone) for day in days]
             new = PairFile(kind="daily", folder=folder)
             replaced = _moved_over(file, stays, new)
-            rows = pa.concat_tables(told)
-            block = packed(0, with_small_dictionaries(rows))["block"][0].as_py() if rows.num_rows else None
+            block = packed(0, with_small_dictionaries(pa.concat_tables(told)))["block"][0].as_py() if told else None
             yield _row(replaces=_below(folder, uri) if replaced else None, pairs=block)
             yield from _closed(new)
 
@@ -234,11 +228,11 @@ def _kinds(day: Ints, gone: Ints, shifted: Ints, is_new: bool, holdout_from: int
 
 
 def _told(file: pq.ParquetFile, number: int, day: Ints, kind: Ints) -> pa.Table:
-    """The rows of a row group that have a kind."""
-    rows = _rows(file, number, kind >= 0, [*_IDS, "num_users", "user_hashes"])
+    """The rows of a row group that have a kind, at least one."""
+    rows = _rows(file, number, kind >= 0, [*IDS, "num_users", "user_hashes"])
     hashes = rows["user_hashes"].combine_chunks()
     lengths = pc.list_value_length(hashes).to_numpy(zero_copy_only=False).astype(np.int64)
-    mark = sums(hashes.flatten().to_numpy(), np.cumsum(lengths) - lengths) if rows.num_rows else np.zeros(0, np.int64)
+    mark = sums(hashes.flatten().to_numpy(), np.cumsum(lengths) - lengths)
     columns = (("day", day[kind >= 0], np.int32), ("kind", kind[kind >= 0], np.int8), ("mark", mark, np.int64))
     rows = rows.drop_columns(["user_hashes"])
     for name, values, width in columns:
@@ -253,8 +247,8 @@ def rows_of_touched(batches: Iterable[pa.RecordBatch], *, touched: Touched) -> I
         batches: with a column `uri`, of files of co_engagement_daily.
         touched: pairs.
     """
-    for uri in _uris(batches):
-        with _opened(uri) as file:
+    for uri in uris_of(batches):
+        with opened(uri) as file:
             for number in range(file.num_row_groups):
                 rows = file.read_row_group(number, use_threads=False)
                 rows = rows.filter(pa.array(touched.places(rows, either_order=False) >= 0))
@@ -276,8 +270,8 @@ def renew_totals(batches: Iterable[pa.RecordBatch], *, folder: str, gains: Gains
         symmetric: the window is.
     """
     new, held, settled = PairFile(kind="totals", folder=folder), list[pa.Table](), list[Ints]()
-    for uri in _uris(batches):
-        with _opened(uri) as file:
+    for uri in uris_of(batches):
+        with opened(uri) as file:
             groups = [file.read_row_group(number, use_threads=False) for number in range(file.num_row_groups)]
         places = [gains.pairs.places(rows, either_order=symmetric) for rows in groups]
         if any((place >= 0).any() for place in places):
@@ -343,17 +337,6 @@ def _row(**values: Any) -> pa.RecordBatch:
 def _below(folder: str, uri: str) -> str:
     """A file's path below the table's folder."""
     return uri.removeprefix(f"{folder}/")
-
-
-def _uris(batches: Iterable[pa.RecordBatch]) -> Iterator[str]:
-    return (uri for batch in batches for uri in batch["uri"].to_pylist())
-
-
-@contextmanager
-def _opened(uri: str) -> Iterator[pq.ParquetFile]:
-    files, path = open_uri(uri)
-    with files.open_input_file(path) as source:
-        yield pq.ParquetFile(source, read_dictionary=_IDS)
 
 
 def _rows(file: pq.ParquetFile, number: int, wanted: Mask, columns: Sequence[str] | None = None) -> pa.Table:

@@ -6,6 +6,7 @@ are in no commit, and a VACUUM removes them.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ FILE_SCHEMA = "kind string, name string, size bigint, num_rows bigint, first_day
 """What a commit needs to know of a file: `daily`, `totals` or `pairs`, its name below the table's folder, bytes, rows, and the days it is
 of.
 """
+
+IDS = ["trigger_item_id", "target_item_id"]
+"""Columns of every table of pairs."""
 
 _ARROW = {"string": CODED, "bigint": pa.int64(), "double": pa.float64(), "date": pa.date32()}
 _SCHEMAS = {
@@ -175,3 +179,16 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), uri
     files, path = fs.FileSystem.from_uri(uri.replace("s3a://", "s3://", 1))
     return files, path
+
+
+def uris_of(batches: Iterable[pa.RecordBatch]) -> Iterator[str]:
+    """The column `uri` of some batches."""
+    return (uri for batch in batches for uri in batch["uri"].to_pylist())
+
+
+@contextmanager
+def opened(uri: str) -> Iterator[pq.ParquetFile]:
+    """A file of pairs, whose ids are read coded."""
+    files, path = open_uri(uri)
+    with files.open_input_file(path) as source:
+        yield pq.ParquetFile(source, read_dictionary=IDS)

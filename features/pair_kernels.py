@@ -164,6 +164,13 @@ def number_values(values: pa.Array | pa.ChunkedArray) -> tuple[Ints, pa.Array]:
     return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), encoded.dictionary
 
 
+def positions(ids: pa.Array | pa.ChunkedArray, known: pa.Array) -> Ints:
+    """Index of each id, coded or not, among the known ones, -1 where it is not."""
+    codes, names = number_values(ids)
+    found: Ints = pc.fill_null(pc.index_in(names, value_set=known), -1).to_numpy().astype(np.int64)
+    return found[codes]
+
+
 def ints(table: pa.Table | pa.RecordBatch, name: str) -> Ints:
     """A column without nulls as int64."""
     values: Ints = table.column(name).to_numpy(**({} if isinstance(table, pa.Table) else {"zero_copy_only": False}))

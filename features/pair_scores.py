@@ -13,12 +13,10 @@ from typing import Self
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from threadpoolctl import threadpool_limits
 
-from features.pair_files import PairFile, open_uri
-from features.pair_kernels import Floats, Ints, ints, unpacked
+from features.pair_files import IDS, PairFile, opened, uris_of
+from features.pair_kernels import Floats, Ints, ints, positions, unpacked
 from features.swing import UserItems, swing_scores
 
 BM25_K1 = 1.2
@@ -26,8 +24,6 @@ BM25_K1 = 1.2
 
 BM25_B = 0.75
 """How much triggers with many co-engagements are discounted, 0 (not) to 1 (in proportion); source as BM25_K1."""
-
-_IDS = ("trigger_item_id", "target_item_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +46,24 @@ class ItemTotals:
 
     @classmethod
     def of(cls, popularity: pa.Table, partners: pa.Table) -> Self:
-        """From item_popularity, and rows of `features.pair_totals.count_partners`, of which an item may have several."""
+        """From item_popularity, and sums by item of `features.pair_totals.count_partners`."""
         ids = popularity["item_id"].combine_chunks()
-        place = pc.index_in(partners["item_id"], value_set=ids).to_numpy()
-        sums = (np.bincount(place, weights=ints(partners, name), minlength=len(ids)) for name in ("num_triggers", "num_user_days"))
-        num_triggers, pair_days = (total.astype(np.float64) for total in sums)
+        place = positions(partners["item_id"], ids)
+        num_triggers, pair_days = (np.zeros(len(ids)) for _ in range(2))
+        num_triggers[place], pair_days[place] = ints(partners, "num_triggers"), ints(partners, "num_user_days")
         user_days = ints(popularity, "num_user_days").astype(np.float64)
         return cls(ids=ids, weight=popularity["weight"].to_numpy(), user_days=user_days, num_triggers=num_triggers, pair_days=pair_days)
 
     def places(self, coded: pa.ChunkedArray) -> Ints:
-        """(P,) of ids in a dictionary, all of which are known."""
-        found = coded.combine_chunks()
-        places: Ints = pc.index_in(found.dictionary, value_set=self.ids).to_numpy(zero_copy_only=False)[found.indices.to_numpy()]
-        return places.astype(np.int64)
+        """(P,) of ids.
+
+        Raises:
+            ValueError: an id is not known.
+        """
+        places = positions(coded, self.ids)
+        if places.min(initial=0) < 0:
+            raise ValueError(f"item {coded[int(places.argmin())].as_py()!r} has pairs, but is not in item_popularity: a defect, report it")
+        return places
 
 
 def read_totals(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -71,10 +72,8 @@ def read_totals(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     Args:
         batches: with a column `uri`, of its files.
     """
-    for uri in (uri for batch in batches for uri in batch["uri"].to_pylist()):
-        files, path = open_uri(uri)
-        with files.open_input_file(path) as source:
-            file = pq.ParquetFile(source, read_dictionary=list(_IDS))
+    for uri in uris_of(batches):
+        with opened(uri) as file:
             for number in range(file.num_row_groups):
                 yield from file.read_row_group(number, use_threads=False).to_batches()
 
@@ -106,7 +105,7 @@ def write_scored(
 
 def _scores(pairs: pa.Table, items: ItemTotals) -> dict[str, Floats]:
     """(P,) each; definitions in conf/tables.py. Weights of pairs and items share the landmark, so that its factor cancels."""
-    trigger, target = (items.places(pairs[name]) for name in _IDS)
+    trigger, target = (items.places(pairs[name]) for name in IDS)
     days, weight = ints(pairs, "num_user_days").astype(np.float64), pairs["weight"].to_numpy()
     i, j = items.user_days[trigger], items.user_days[target]
     either = np.maximum(items.weight[trigger] + items.weight[target] - weight, weight)

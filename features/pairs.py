@@ -465,8 +465,9 @@ def write_scores(
     strongest = partial(strongest_pairs, max_pairs=max_pairs_per_trigger)
     strong = blocks.repartitionById(tasks, F.col("bucket")).mapInArrow(strongest, PACKED_SCHEMA).persist(StorageLevel.DISK_ONLY)
     try:
-        partners = strong.mapInArrow(count_partners, PARTNER_SCHEMA).toArrow()
-        items = ItemTotals.of(popularity.select("item_id", "weight", "num_user_days").toArrow(), partners)
+        parts = strong.mapInArrow(count_partners, PARTNER_SCHEMA)
+        partners = parts.groupBy("item_id").agg(*(F.sum(name).alias(name) for name in ("num_triggers", "num_user_days")))
+        items = ItemTotals.of(popularity.select("item_id", "weight", "num_user_days").toArrow(), partners.toArrow())
         shared = spark.sparkContext.broadcast((items, user_items))
         dates = {"landmark_date": landmark, "holdout_from": holdout_from, "as_of": run_date}
         return strong.mapInArrow(partial(_scored, shared=shared, folder=folder, dates=dates), FILE_SCHEMA).collect()

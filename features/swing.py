@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import sparse
 
-from features.pair_kernels import Floats, Ints, encode, equal_runs, keyed_hashes, number_values, ranges
+from features.pair_kernels import Floats, Ints, encode, equal_runs, keyed_hashes, positions, ranges
 
 ALPHA = 1.0
 """Smoothing of the overlap: small against the two items that any two users of i and j share."""
@@ -73,7 +72,7 @@ def index_user_items(engaged: pa.Table, *, hash_key: bytes, max_users: int) -> U
 
 def swing_scores(user_items: UserItems, triggers: pa.ChunkedArray, targets: pa.ChunkedArray) -> Floats:
     """Swing (P,) of P pairs of item ids, of which those of a trigger follow each other; 0 where no two users share a pair."""
-    trigger, target = (_positions(ids, user_items.item_ids) for ids in (triggers, targets))
+    trigger, target = (positions(ids, user_items.item_ids) for ids in (triggers, targets))
     known = np.flatnonzero((trigger >= 0) & (target >= 0))
     scores = np.zeros(len(trigger))
     for start, stop in _batches(user_items, trigger[known]):
@@ -123,10 +122,3 @@ def _batch_scores(of: UserItems, trigger: Ints, target: Ints) -> Floats:
     both = by_item[pair]  # (p, R) 1 where a user of the trigger engaged the target
     scores: Floats = np.asarray(both.multiply(both @ weight).sum(axis=1), dtype=np.float64).ravel()
     return scores / 2  # every two users came in both orders
-
-
-def _positions(ids: pa.ChunkedArray, known: pa.Array) -> Ints:
-    """Index of each id among the known ones, -1 where it is not."""
-    codes, names = number_values(ids)
-    found: Ints = pc.fill_null(pc.index_in(names, value_set=known), -1).to_numpy().astype(np.int64)
-    return found[codes]

@@ -40,10 +40,13 @@ _DAY_SECONDS = 86_400
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What this night has to count. `before` is None where everything is counted from nothing."""
+    """What this night has to count. `before` is None where everything is counted from nothing; `moved` are days that the holdout has moved
+    over.
+    """
 
     days: dict[date, DayState]
     stale: set[date]
+    moved: set[date]
     before: PairState | None
     reach_days: int
     landmark: date
@@ -173,25 +176,28 @@ def make_plan(run: StageRun, signal: Signal, engagements: DataFrame) -> Plan:
     reach = increments.window_reach(settings.window, longest_session_days=longest)
     known = days.keys() | (before.days.keys() if before else set())
     stale = increments.stale_days(changed, known, reach_days=reach)
-    if before and (reason := too_much(settings, before, stale, num_events)):
+    holdout_from = pairs.holdout_start(num_events, holdout_share=settings.holdout_share, run_date=run.run_date)
+    moved = increments.moved_days(before.common("holdout_from"), holdout_from) if before else set()
+    if before and (reason := too_much(settings, before, stale, moved, num_events)):
         run.note(f"{signal.label} are counted from nothing: {reason}")
         before, stale = None, set(days)
     return Plan(
         days=days,
         stale=stale,
+        moved=moved,
         before=before,
         reach_days=longest,
         landmark=landmark,
-        holdout_from=pairs.holdout_start(num_events, holdout_share=settings.holdout_share, run_date=run.run_date),
+        holdout_from=holdout_from,
     )
 
 
-def too_much(settings: PairSettings, before: PairState, stale: set[date], num_events: Mapping[date, int]) -> str | None:
+def too_much(settings: PairSettings, before: PairState, stale: set[date], moved: set[date], num_events: Mapping[date, int]) -> str | None:
     """Why it does not pay to build on the last good night, or does not fit the driver; None: it does."""
     known = len(num_events.keys() | before.days.keys())
     if len(stale) > settings.max_stale_share * known:
         return f"{len(stale)} of {known} days are touched, which costs more to compare"
-    if (compared := before.rows_of(stale, num_events)) > settings.max_compared_rows:
+    if (compared := before.rows_of(stale, moved, num_events)) > settings.max_compared_rows:
         return f"some {compared:,} rows of days would be compared, more than pairs.max_compared_rows, {settings.max_compared_rows:,}"
     return None
 
@@ -272,7 +278,7 @@ def _count_stale(run: StageRun, signal: Signal, plan: Plan, *, items: pa.Array, 
     rule: dict[str, Any] = {
         "days": plan.recounted,
         "stale": plan.stale,
-        "moved": increments.moved_days(plan.before.common("holdout_from"), plan.holdout_from),
+        "moved": plan.moved,
         "reach_days": _reach(signal, plan),
         "known": plan.num_events,
         "items": items,

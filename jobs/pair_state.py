@@ -106,10 +106,12 @@ class PairState:
         """What each day was counted from."""
         return {day: DayState(num_events=row["num_events"], fingerprint=row["fingerprint"]) for day, row in self.days.items()}
 
-    def rows_of(self, days: Collection[date], num_events: Mapping[date, int]) -> int:
-        """About how many rows of co_engagement_daily are compared where some days are counted again: those of then, and those of now."""
+    def rows_of(self, stale: Collection[date], moved: Collection[date], num_events: Mapping[date, int]) -> int:
+        """About how many rows of co_engagement_daily a night compares: of days counted again those of then and of now, and of days that
+        the holdout has moved over.
+        """
         then: dict[date, int] = {day: row["num_events"] for day, row in self.days.items()}
-        events = sum(then.get(day, 0) + num_events.get(day, 0) for day in days)
+        events = sum(num_events.get(day, 0) for day in stale) + sum(then.get(day, 0) for day in {*stale, *moved})
         return round(self.num_daily_rows * events / max(1, sum(then.values())))
 
     def common(self, column: str) -> Any:

@@ -212,9 +212,8 @@ def test_totals_gain_what_changed_days_say(seed: int, symmetric: bool, min_users
         return {key: set(rng.sample(range(-3, 4), rng.randint(1, 3))) for key in found}
 
     was, stale = some(range(10)), {10} if only_more else set(rng.sample(range(12), 3))
-    anew = some(sorted(stale)) | {
-        key: users for key, users in was.items() if key[0] in stale and rng.random() < 0.7
-    }  # most are as they were
+    as_it_was = {key: users for key, users in was.items() if key[0] in stale and rng.random() < 0.7}
+    anew = some(sorted(stale)) | as_it_was
     then, rule = (dataclasses.replace(RULE, min_users=min_users, holdout_from=rng.randint(4, 9)) for _ in range(2))
     days = {"recounted": stale, "moved": set(range(*sorted((then.holdout_from, rule.holdout_from)))), "holdout_from": rule.holdout_from}
     with TemporaryDirectory() as root:

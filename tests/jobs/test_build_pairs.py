@@ -117,12 +117,16 @@ def test_a_night_that_would_compare_too_much_starts_from_nothing() -> None:
     before = PairState(days=days, versions={}, num_daily_rows=3000)
     now = dict.fromkeys([*days, FIRST + timedelta(days=10)], 100)
     new, changed = {FIRST + timedelta(days=10)}, {FIRST + timedelta(days=9)}
-    assert before.rows_of(new, now) == 300
-    assert before.rows_of(changed, now) == 600, "as they were, and as they are"
+    first = {FIRST}
+    assert before.rows_of(new, set(), now) == 300
+    assert before.rows_of(changed, set(), now) == 600, "as they were, and as they are"
+    assert before.rows_of(new, first, now) == 600, "and those that the holdout has moved over"
+    assert before.rows_of(changed, changed, now) == 600
     settings = PairSettings(window=SESSION, half_life_days=30, max_stale_share=0.1, max_compared_rows=300)
-    assert too_much(settings, before, new, now) is None
-    assert "2 of 11 days are touched" in str(too_much(settings, before, new | changed, now))
-    assert "some 600 rows of days would be compared, more than" in str(too_much(settings, before, changed, now))
+    assert too_much(settings, before, new, set(), now) is None
+    assert "2 of 11 days are touched" in str(too_much(settings, before, new | changed, set(), now))
+    for days_ in ((changed, set()), (new, first)):
+        assert "some 600 rows of days would be compared, more than" in str(too_much(settings, before, *days_, now))
 
 
 def test_what_decides_counts_is_part_of_the_rule() -> None:
