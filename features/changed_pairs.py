@@ -26,7 +26,7 @@ from features.pair_files import IDS, PairFile, opened, uris_of, with_small_dicti
 from features.pair_kernels import CODED, Floats, Ints, Mask, encode, ints, num_bits, packed, row_order, run_starts, unpack
 from features.pair_totals import TotalRule, sums
 
-DROPPED_SCHEMA = "kind string, name string, size bigint, num_rows bigint, first_day date, last_day date, replaces string, pairs binary"
+DROPPED_SCHEMA = "kind string, name string, size bigint, num_rows bigint, stats string, replaces string, pairs binary"
 """A row is a new file (columns of FILE_SCHEMA), or the name of a file that the new ones replace, or a block of `pairs`; or several of
 these. `drop_days` tells rows of co_engagement_daily of touched pairs, `renew_totals` places of pairs whose totals stand.
 """
@@ -37,8 +37,7 @@ _DROPPED = pa.schema(
         ("name", pa.string()),
         ("size", pa.int64()),
         ("num_rows", pa.int64()),
-        ("first_day", pa.date32()),
-        ("last_day", pa.date32()),
+        ("stats", pa.string()),
         ("replaces", pa.string()),
         ("pairs", pa.binary()),
     ]

@@ -5,25 +5,26 @@ as long as counting them. A task here writes them with coded ids and returns wha
 are in no commit, and a VACUUM removes them.
 """
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from uuid import uuid4
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from conf.tables import CO_ENGAGEMENT_PAIRS
+from features.file_stats import FileStats
 from features.pair_counts import CODED_TOTAL_ARROW, DAY_ARROW, Counted
 from features.pair_kernels import CODED, EPOCH, compacted
 
-FILE_SCHEMA = "kind string, name string, size bigint, num_rows bigint, first_day date, last_day date"
-"""What a commit needs to know of a file: `daily`, `totals` or `pairs`, its name below the table's folder, bytes, rows, and the days it is
-of.
+FILE_SCHEMA = "kind string, name string, size bigint, num_rows bigint, stats string"
+"""What a commit needs to know of a file: `daily`, `totals` or `pairs`, its name below the table's folder, bytes, rows, and Delta's
+statistics as JSON.
 """
 
 IDS = ["trigger_item_id", "target_item_id"]
@@ -45,6 +46,13 @@ class KnownFile(NamedTuple):
     size: int
     first_day: date | None = None
     last_day: date | None = None
+
+    @classmethod
+    def of(cls, row: Any) -> Self:
+        """From a row of FILE_SCHEMA."""
+        stats = json.loads(row["stats"])
+        days = (stats[end].get("event_date") for end in ("minValues", "maxValues"))
+        return cls(row["size"], *(day and date.fromisoformat(day) for day in days))
 
     def may_hold(self, days: Collection[date]) -> bool:
         """Whether it may have rows of one of the days."""
@@ -105,8 +113,7 @@ class PairFile:
     kind: str
     folder: str
     name: str = field(default_factory=lambda: f"part-{uuid4()}.parquet")
-    num_rows: int = 0
-    days: tuple[date, date] | None = None
+    stats: FileStats = field(default_factory=FileStats)
     _writer: Any = None
     _place: Any = None
 
@@ -132,10 +139,7 @@ class PairFile:
                 dictionary_pagesize_limit=_PAGE_BYTES,
             )
         self._writer.write_table(rows, row_group_size=rows.num_rows)
-        self.num_rows += rows.num_rows
-        if self.kind == "daily":
-            first, last = pc.min_max(rows["event_date"]).as_py().values()
-            self.days = (min(first, self.days[0]), max(last, self.days[1])) if self.days else (first, last)
+        self.stats.add(rows)
 
     def close(self) -> Iterator[pa.RecordBatch]:
         """Its row of FILE_SCHEMA."""
@@ -143,14 +147,12 @@ class PairFile:
             return
         self._writer.close()
         files, path = self._place
-        first, last = self.days or (None, None)
         row = {
             "kind": pa.array([self.kind]),
             "name": pa.array([self.name]),
             "size": pa.array([files.get_file_info(path).size]),
-            "num_rows": pa.array([self.num_rows]),
-            "first_day": pa.array([first], pa.date32()),
-            "last_day": pa.array([last], pa.date32()),
+            "num_rows": pa.array([self.stats.num_rows]),
+            "stats": pa.array([self.stats.as_json()]),
         }
         yield pa.RecordBatch.from_pydict(row)
 

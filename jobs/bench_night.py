@@ -72,7 +72,7 @@ class _Lake:
         """Take written files in, and replaced ones out."""
         for kind, folder in self.folders.items():
             gone = {f"{folder}/{name}" for name in removed.get(kind, ())}
-            known = (KnownFile(file["size"], file["first_day"], file["last_day"]) for file in files if file["kind"] == kind)
+            known = (KnownFile.of(file) for file in files if file["kind"] == kind)
             new = dict(zip((f"{folder}/{file['name']}" for file in files if file["kind"] == kind), known, strict=True))
             self.files[kind] = {uri: file for uri, file in self.files[kind].items() if uri not in gone} | new
 

@@ -98,14 +98,14 @@ def _build(run: StageRun, signal: Signal, engagements: DataFrame) -> dict[str, f
 
 def _score(run: StageRun, signal: Signal, user_items: UserItems, as_of: Mapping[str, Any]) -> None:
     """Write co_engagement_pairs."""
-    totals = run.night.lake.files(signal.totals, run.outputs[signal.totals.name], None)
+    totals = run.night.lake.files(signal.totals, run.outputs[signal.totals.name])
     rule: dict[str, Any] = {"max_pairs_per_trigger": signal.settings.max_pairs_per_trigger, **as_of}
 
     def write(folders: dict[str, str]) -> FileChanges:
         popularity = run.read_output(signal.popularity)
         return FileChanges(pairs.write_scores(run.night.spark, totals, popularity, user_items, folder=folders["pairs"], **rule))
 
-    run.replace_by_files({"pairs": (signal.pairs, None)}, write)
+    run.replace_by_files({"pairs": signal.pairs}, write)
 
 
 def _count_exposures(run: StageRun, engagements: DataFrame) -> dict[str, float]:
@@ -262,7 +262,7 @@ def _count_all(run: StageRun, signal: Signal, plan: Plan, *, items: pa.Array, de
         rule: dict[str, Any] = {"days": plan.recounted, "items": items, "folders": folders, **decay}
         return FileChanges(pairs.write_pairs(run.night.spark, _files(run, signal), _counting(signal.settings), **rule).collect())
 
-    run.replace_by_files({"daily": (signal.daily, "event_date"), "totals": (signal.totals, None)}, write)
+    run.replace_by_files({"daily": signal.daily, "totals": signal.totals}, write)
     return {"recounted_days_share": 1.0, "built_from_nothing": 1.0, "touched_pairs_share": 1.0}
 
 
@@ -274,7 +274,7 @@ def _count_stale(run: StageRun, signal: Signal, plan: Plan, *, items: pa.Array, 
     """Write the days that changed, and the totals of the pairs that they touch; how much that is."""
     assert plan.before is not None
     lake, versions, num_touched = run.night.lake, plan.before.versions, list[int]()
-    tables = {"daily": (signal.daily, "event_date"), "totals": (signal.totals, None)}
+    tables = {"daily": signal.daily, "totals": signal.totals}
     rule: dict[str, Any] = {
         "days": plan.recounted,
         "stale": plan.stale,
@@ -282,7 +282,7 @@ def _count_stale(run: StageRun, signal: Signal, plan: Plan, *, items: pa.Array, 
         "reach_days": _reach(signal, plan),
         "known": plan.num_events,
         "items": items,
-        "before": {kind: lake.files(table, versions[table.name], day) for kind, (table, day) in tables.items()},
+        "before": {kind: lake.files(table, versions[table.name]) for kind, table in tables.items()},
         **decay,
     }
 

@@ -144,20 +144,17 @@ class Lake:
                 if changes_since(self.root, table, seen) or attempt == _MOST_ATTEMPTS - 1:
                     raise _changed_meanwhile(table, self.root) from error
 
-    def replace_by_files(
-        self, table: Table, files: Sequence[Row], *, day: str | None = None, metadata: Mapping[str, object] | None = None
-    ) -> int:
+    def replace_by_files(self, table: Table, files: Sequence[Row], *, metadata: Mapping[str, object] | None = None) -> int:
         """Replace all rows by files that tasks have written into the table's folder, in one commit, and return its version.
 
         Args:
             table: exists; its files hold the declared columns.
             files: rows of `features.pair_files.FILE_SCHEMA`.
-            day: the column that `first_day` and `last_day` are of, for readers that skip files; None where the table has none.
             metadata: of the commit.
         """
         target, token = open_table(self.root, table), uuid4().hex
         seen, properties = target.version(), commit_properties(dict(metadata or {}) | {"commit": token}, fenced=False)
-        actions: list[AddAction | RemoveAction] = [_added(file, table, day) for file in files]
+        actions: list[AddAction | RemoveAction] = [_added(file) for file in files]
         target.create_write_transaction(actions, "overwrite", target.schema(), [], commit_properties=properties)
         return self._committed(table, seen, token)
 
@@ -168,7 +165,6 @@ class Lake:
         *,
         removed: Collection[str],
         version: int,
-        day: str | None = None,
         metadata: Mapping[str, object] | None = None,
     ) -> int:
         """Replace some files of a version by others, in one commit, and return the version that it makes.
@@ -181,7 +177,6 @@ class Lake:
             files: rows of `features.pair_files.FILE_SCHEMA`, in the table's folder.
             removed: paths, relative to that folder, of files of the version.
             version: that the files were read at.
-            day: as in `replace_by_files`.
             metadata: of the commit.
 
         Raises:
@@ -200,7 +195,7 @@ class Lake:
                 RemoveAction(path, True, moment, active[path]) for path in active.keys() - kept.keys()
             ]
             actions += [action for path, action in kept.items() if path not in active]
-            actions += [_added(file, table, day) for file in files]
+            actions += [_added(file) for file in files]
             if not actions:
                 return target.version()
             properties = commit_properties(dict(metadata or {}) | {"commit": token}, fenced=True)
@@ -211,8 +206,8 @@ class Lake:
             return self._committed(table, target.version(), token)
         raise _changed_meanwhile(table, self.root)
 
-    def files(self, table: Table, version: int, day: str | None) -> dict[str, KnownFile]:
-        """What is known of each file that makes up a version, by path or URI: `day` names the column that first and last day are of.
+    def files(self, table: Table, version: int) -> dict[str, KnownFile]:
+        """What is known of each file that makes up a version, by path or URI; its days are those of event_date.
 
         Raises:
             TableError: as `file_sizes`.
@@ -220,9 +215,8 @@ class Lake:
         found = open_table(self.root, table, version)
         self._check_deletion_vectors(found, table)
         rows = pa.table(found.get_add_actions(flatten=True)).to_pylist()
-        return {
-            f"{self.path(table)}/{row['path']}": KnownFile(row["size_bytes"], row.get(f"min.{day}"), row.get(f"max.{day}")) for row in rows
-        }
+        ends = ("min.event_date", "max.event_date")
+        return {f"{self.path(table)}/{row['path']}": KnownFile(row["size_bytes"], *map(row.get, ends)) for row in rows}
 
     def restore(self, table: Table, version: int) -> None:
         """Make an earlier version the latest one, by a commit of its own; without Spark, whose session may be what has failed.
@@ -286,11 +280,9 @@ def _actions(table: Any) -> list[AddAction]:
     return [add_action(row) for row in pa.table(table.get_add_actions()).to_pylist()]
 
 
-def _added(file: Row, table: Table, day: str | None) -> AddAction:
-    first, last = ({day: file[end].isoformat()} if day else {} for end in ("first_day", "last_day"))
-    stats = {"numRecords": file["num_rows"], "minValues": first, "maxValues": last, "nullCount": dict.fromkeys(table.column_names, 0)}
+def _added(file: Row) -> AddAction:
     moment = int(time.time() * 1000)
-    return AddAction(file["name"], file["size"], {}, modification_time=moment, data_change=True, stats=json.dumps(stats))
+    return AddAction(file["name"], file["size"], {}, modification_time=moment, data_change=True, stats=file["stats"])
 
 
 def only_row(frame: DataFrame) -> dict[str, Any]:

@@ -5,7 +5,6 @@ which takes four times as long as writing them here. A file holds all lists of a
 groups of some 2 MB, so that a point lookup decodes little.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from conf.errors import TableError
 from conf.tables import CONTRACT_VERSION, ITEM_NEIGHBORS_HISTORY
+from features.file_stats import FileStats
 from features.pair_files import open_uri
 from jobs.publication import commit_properties, files_of
 from jobs.reader import open_table
@@ -107,14 +107,12 @@ class _Writer:
     folder: str
     name: str = field(default_factory=lambda: f"part-{uuid4()}.parquet")
     _held: list[pa.Table] = field(default_factory=list)
-    _ends: list[pa.Table] = field(default_factory=list)
-    _num_rows: int = 0
+    _stats: FileStats = field(default_factory=FileStats)
     _writer: Any = None
 
     def add(self, rows: pa.Table) -> None:
-        self._num_rows += rows.num_rows
+        self._stats.add(rows)
         self._held.append(rows)
-        self._ends.append(_ends(rows))
         whole = sum(part.num_rows for part in self._held) // _ROWS_PER_GROUP * _ROWS_PER_GROUP
         if whole:
             held = pa.concat_tables(self._held)
@@ -130,26 +128,13 @@ class _Writer:
         self._writer.write_table(rows, row_group_size=_ROWS_PER_GROUP)
 
     def close(self) -> ListFile | None:
-        if not self._num_rows:
+        if not self._stats.num_rows:
             return None
         if rest := [part for part in self._held if part.num_rows]:
             self._write(pa.concat_tables(rest))
         self._writer.close()
         files, path = open_uri(f"{self.folder}/{self.name}")
-        ends = _ends(pa.concat_tables(self._ends)).to_pylist()
-        low, high = ({name: _as_json(value) for name, value in row.items()} for row in ends)
-        stats = {"numRecords": self._num_rows, "minValues": low, "maxValues": high, "nullCount": dict.fromkeys(_PLAIN, 0)}
-        return ListFile(name=self.name, size=int(files.get_file_info(path).size), stats=json.dumps(stats))
-
-
-def _ends(rows: pa.Table) -> pa.Table:
-    """Two rows: the least and the greatest of each column that has an order; no column of lists holds nulls."""
-    ends = {name: pc.min_max(rows[name]).as_py() for name in _PLAIN}
-    return pa.table({name: pa.array([both["min"], both["max"]], _SCHEMA.field(name).type) for name, both in ends.items()})
-
-
-def _as_json(value: Any) -> Any:
-    return value.isoformat() if isinstance(value, date) else value
+        return ListFile(name=self.name, size=int(files.get_file_info(path).size), stats=self._stats.as_json())
 
 
 def commit_lists(root: str, run_id: str, files: Sequence[ListFile], *, metadata: Mapping[str, object]) -> int:

@@ -171,28 +171,28 @@ class StageRun:
             if all('"stage"' in commit.get("userMetadata", "") for commit in changes):
                 lake.restore(table, good)
 
-    def replace_by_files(self, tables: Mapping[str, tuple[Table, str | None]], write: "Callable[[dict[str, str]], FileChanges]") -> None:
+    def replace_by_files(self, tables: Mapping[str, Table], write: "Callable[[dict[str, str]], FileChanges]") -> None:
         """Replace files of tables by files that `write` puts there; see `Lake.replace_by_files` and `Lake.exchange_files`.
 
         Args:
-            tables: by the kind that a file's row names, with the day column of each.
+            tables: by the kind that a file's row names.
             write: given the folder of each kind; says what it has written.
         """
         lake, metadata = self.night.lake, self.metadata
-        for table, _ in tables.values():
+        for table in tables.values():
             self._before.setdefault(table.name, lake.version(table) if lake.exists(table) else None)
             lake.create(table)
         with ExitStack() as writing:
-            for table, _ in tables.values():
+            for table in tables.values():
                 writing.enter_context(while_writing(f"{self.stage}.{table.name}.writing", lake.path(table)))
-            changes = write({kind: lake.path(table) for kind, (table, _) in tables.items()})
-        for kind, (table, day) in tables.items():
+            changes = write({kind: lake.path(table) for kind, table in tables.items()})
+        for kind, table in tables.items():
             found = [file for file in changes.files if file["kind"] == kind]
             if changes.removed is None:
-                self.outputs[table.name] = lake.replace_by_files(table, found, day=day, metadata=metadata)
+                self.outputs[table.name] = lake.replace_by_files(table, found, metadata=metadata)
             else:
                 gone, version = changes.removed[kind], changes.versions[table.name]
-                written = lake.exchange_files(table, found, removed=gone, version=version, day=day, metadata=metadata)
+                written = lake.exchange_files(table, found, removed=gone, version=version, metadata=metadata)
                 self.outputs[table.name] = written
             reach(f"{self.stage}.{table.name}.written")
 

@@ -273,9 +273,7 @@ class Lake:
             assert names <= set(known)
             kept = {uri: file for uri, file in known.items() if uri not in names}
             mine = (file for file in files if file.kind == kind)
-            self.files[kind] = kept | {
-                f"{self.folders[kind]}/{file.name}": KnownFile(file.size, file.first_day, file.last_day) for file in mine
-            }
+            self.files[kind] = kept | {f"{self.folders[kind]}/{file.name}": KnownFile.of(file) for file in mine}
 
     def rows(self, kind: str) -> pd.DataFrame:
         tables = [pq.read_table(uri).to_pandas() for uri in self.files[kind]]

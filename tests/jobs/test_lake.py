@@ -5,12 +5,15 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import DataFrame, Row, SparkSession
 
 from conf.errors import TableError
 from conf.settings import LakeSettings
 from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_NEIGHBORS, ITEM_POPULARITY, RUNS
+from features.file_stats import FileStats
+from features.pair_files import KnownFile
 from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord
 from jobs.reader import changes_since, first_row, known_changes, open_table, rows_where, same_rows
@@ -129,7 +132,9 @@ def _file_of(lake: Lake, item: str) -> Row:
     (found,) = scratch.glob("*.parquet")
     path = found.rename(Path(lake.path(ITEM_POPULARITY)) / name)
     shutil.rmtree(scratch)
-    return Row(kind="daily", name=name, size=path.stat().st_size, num_rows=1, first_day=date(2024, 1, 2), last_day=date(2024, 1, 2))
+    stats = FileStats()
+    stats.add(pq.read_table(path))
+    return Row(kind="daily", name=name, size=path.stat().st_size, num_rows=1, stats=stats.as_json())
 
 
 @pytest.mark.parametrize("compacted", [False, True])
@@ -138,14 +143,12 @@ def test_files_are_exchanged_also_where_a_compaction_came_between(lake: Lake, co
         lake.append(ITEM_POPULARITY, _popularity(lake, (item, 1.0)))
     version = lake.version(ITEM_POPULARITY)
     files = {
-        duckdb.execute("SELECT item_id FROM read_parquet(?)", [uri]).fetchone()[0]: uri
-        for uri in lake.files(ITEM_POPULARITY, version, "as_of")
+        duckdb.execute("SELECT item_id FROM read_parquet(?)", [uri]).fetchone()[0]: uri for uri in lake.files(ITEM_POPULARITY, version)
     }
-    known = lake.files(ITEM_POPULARITY, version, "as_of")[files["a"]]
-    assert (known.size, known.first_day, known.last_day) == (Path(files["a"]).stat().st_size, date(2024, 1, 2), date(2024, 1, 2))
+    assert lake.files(ITEM_POPULARITY, version)[files["a"]] == KnownFile(Path(files["a"]).stat().st_size)
     if compacted:
         assert open_table(lake.root, ITEM_POPULARITY).optimize.compact()["numFilesRemoved"] == 3
-    exchange = {"removed": {Path(files["b"]).name}, "version": version, "day": "as_of"}
+    exchange = {"removed": {Path(files["b"]).name}, "version": version}
     now = lake.exchange_files(ITEM_POPULARITY, [_file_of(lake, "d")], **exchange)
     assert now == lake.version(ITEM_POPULARITY) > version
     assert sorted(row["item_id"] for row in lake.read(ITEM_POPULARITY).collect()) == ["a", "c", "d"]
