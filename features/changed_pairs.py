@@ -48,6 +48,7 @@ _NEW, _LEFT, _OLD, _LOST = range(4)
 equal; and of a day that the holdout has moved over otherwise."""
 _MOST_SIEVE_BITS = 27  # 128 MB
 _MOST_DICTIONARIES = 64  # kept by a worker: some 100 MB
+_LEAST_ROWS = 250_000  # of a row group of renewed totals: small ones of many nights become one, and memory is used again
 _SIEVE_ROOM = 16  # places for each pair: most others are told apart by one look
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing, Knuth, TAOCP 3, 6.4
 
@@ -271,22 +272,32 @@ def renew_totals(batches: Iterable[pa.RecordBatch], *, folder: str, gains: Gains
     new, held, settled = PairFile(kind="totals", folder=folder), list[pa.Table](), list[Ints]()
     for uri in uris_of(batches):
         with opened(uri) as file:
-            groups = [file.read_row_group(number, use_threads=False) for number in range(file.num_row_groups)]
-        places = [gains.pairs.places(rows, either_order=symmetric) for rows in groups]
-        if any((place >= 0).any() for place in places):
-            for rows, place in zip(groups, places, strict=True):
-                renewed, stand = _renewed(rows, place, gains)
-                held.append(renewed)
+            if not _holds_some(file, gains.pairs, symmetric):
+                continue
+            for number in range(file.num_row_groups):
+                rows, stand = _renewed(file.read_row_group(number, use_threads=False), gains, symmetric)
+                held.append(rows)
                 settled.append(stand)
+                if sum(part.num_rows for part in held) >= _LEAST_ROWS:
+                    new.write(pa.concat_tables(held))
+                    held.clear()
             yield _row(replaces=_below(folder, uri))
     if held:
         new.write(pa.concat_tables(held))
+    if settled:
         yield _row(pairs=np.unique(np.concatenate(settled)).tobytes())
     yield from _closed(new)
 
 
-def _renewed(rows: pa.Table, place: Ints, gains: Gains) -> tuple[pa.Table, Ints]:
+def _holds_some(file: pq.ParquetFile, pairs: Touched, symmetric: bool) -> bool:
+    """Whether a file has one of some pairs."""
+    groups = (file.read_row_group(number, columns=IDS, use_threads=False) for number in range(file.num_row_groups))
+    return any((pairs.places(rows, either_order=symmetric) >= 0).any() for rows in groups)
+
+
+def _renewed(rows: pa.Table, gains: Gains, symmetric: bool) -> tuple[pa.Table, Ints]:
     """Totals with their gains, without those that do not stand; and the places of those that do."""
+    place = gains.pairs.places(rows, either_order=symmetric)
     at = np.flatnonzero(place >= 0)
     weight, days, fit = (rows[name].to_numpy().copy() for name in ("weight", "num_user_days", "fit_weight"))
     gained = gains.fit_weight[place[at]]

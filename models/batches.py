@@ -19,6 +19,7 @@ from models.data import Bools, Examples, Floats, Ints, Sparse
 from models.draws import Keys, choose, uniform
 from models.factorization import CoEngagement
 
+_ENGAGEMENT = "engagement"  # the task whose partners are candidates, too
 _NUM_PARTNERS = 4  # drawn per trigger when the softmax is sampled
 _NUM_EXAMPLES = 8  # graded items per trigger and step
 _NUM_RANDOM = 64  # mostly unrelated items, shared by all triggers: one product instead of a gather per trigger
@@ -92,6 +93,7 @@ class Batches:
         batch_size: triggers of the global batch.
         full_softmax_max_items: catalogs up to this size use all items as candidates.
         num_sampled_items: candidates above it.
+        in_batch_negatives: the partners that a batch's triggers draw are candidates, too.
         id_dropout: share of items whose id is hidden.
         seed: of every draw.
         rank: this worker, from 0.
@@ -111,6 +113,7 @@ class Batches:
         num_sampled_items: int,
         id_dropout: float,
         seed: int,
+        in_batch_negatives: bool = False,
         exposures: Sparse | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -127,13 +130,14 @@ class Batches:
         self.num_popular = int(_POPULAR_SHARE * num_sampled_items)
         self.num_uniform = num_sampled_items - self.num_popular
         self.by_popularity = np.argsort(-popularity, kind="stable").astype(np.int32)
+        self.drawn_as_partner = self._drawn_as_partner() if in_batch_negatives and self.is_sampled else None
 
     def batch(self, step: int) -> Batch:
         """The rows of a step that are this worker's."""
         draw = _Draw(self.keys, self.seed, step)
         triggers = self.triggers[draw.choose(_TRIGGERS, self.triggers, self.batch_size)]
-        candidates, log_inclusion = self._candidates(draw)
         partners = self._partners(draw, triggers)
+        candidates, log_inclusion = self._candidates(draw, partners[_ENGAGEMENT])
         examples, targets, present = self.examples.draw(draw, triggers, _NUM_EXAMPLES)
         everything = np.arange(self.num_items, dtype=np.int32)
         random = everything[draw.choose(_RANDOM, everything, _NUM_RANDOM)]
@@ -177,14 +181,32 @@ class Batches:
         rows = self.exposures[triggers]
         return np.log1p((rows[:, candidates] if self.is_sampled else rows).toarray())
 
-    def _candidates(self, draw: "_Draw") -> tuple[Ints, Floats]:
+    def _candidates(self, draw: "_Draw", partners: Ints) -> tuple[Ints, Floats]:
+        """Of the whole batch: all items; or the most popular ones, some of the others and, if wanted, the partners that its triggers
+        draw: what one trigger goes with is the likeliest mistake for another one.
+        """
         if not self.is_sampled:
             return np.arange(self.num_items, dtype=np.int32), np.zeros(self.num_items, dtype=np.float32)
-        rest = self.by_popularity[self.num_popular :]
-        drawn = rest[draw.choose(_CANDIDATES, rest, self.num_uniform)]
-        log_inclusion = np.zeros(self.num_popular + self.num_uniform, dtype=np.float32)
-        log_inclusion[self.num_popular :] = np.log(self.num_uniform / len(rest))
-        return np.concatenate([self.by_popularity[: self.num_popular], drawn]), log_inclusion
+        popular, rest = np.split(self.by_popularity, [self.num_popular])
+        others = rest[draw.choose(_CANDIDATES, rest, self.num_uniform)]
+        absent: float | Floats = 1 - self.num_uniform / len(rest)
+        if self.drawn_as_partner is not None:
+            others = np.setdiff1d(np.concatenate([others, partners.ravel()]), popular)
+            absent = absent * (1 - self.drawn_as_partner[others])
+        log_inclusion = np.zeros(len(popular) + len(others), dtype=np.float32)
+        log_inclusion[len(popular) :] = np.log(1 - absent)
+        return np.concatenate([popular, others]), log_inclusion
+
+    def _drawn_as_partner(self) -> Floats:
+        """(N,) how likely an item is to be drawn as a partner by some trigger of a batch, as if all draws were rare and independent: too
+        likely, by up to a fifth, where a trigger has a dozen partners only.
+        """
+        total = self.partners[_ENGAGEMENT].counted + self.partners[_ENGAGEMENT].walked
+        share = np.zeros((self.num_items, 1), dtype=np.float32)
+        share[self.triggers, 0] = np.divide(1, total[self.triggers], out=np.zeros(len(self.triggers)), where=total[self.triggers] > 0)
+        draws = self.matrices[_ENGAGEMENT].dot_transposed(share)[:, 0] * (_NUM_PARTNERS * self.batch_size / max(1, len(self.triggers)))
+        probability: Floats = -np.expm1(-np.maximum(draws, 0))
+        return probability
 
     def _graded(self, triggers: Ints, random: Ints) -> Bools:
         """(B, R) which shared examples count: not the trigger itself, and none for a trigger without examples of its own."""

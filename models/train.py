@@ -532,6 +532,7 @@ def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, us
         batch_size=settings.batch_size,
         full_softmax_max_items=settings.full_softmax_max_items,
         num_sampled_items=settings.num_sampled_items,
+        in_batch_negatives=settings.in_batch_negatives,
         id_dropout=spec.model.id_dropout,
         exposures=None if data.exposures is None else data.exposures * np.float32(spec.model.exposure_weight),
         seed=settings.seed,

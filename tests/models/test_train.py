@@ -144,7 +144,7 @@ def _worker(rank: int, spec_json: str, port: int) -> None:
 
 def test_two_workers_match_one(world: SmallWorld, tmp_path: Path) -> None:
     tables = world.write(tmp_path / "lake")
-    sampled = {"full_softmax_max_items": 10, "num_sampled_items": 24, "num_steps": 6}  # sampled candidates and partners too
+    sampled = {"full_softmax_max_items": 10, "num_sampled_items": 24, "in_batch_negatives": True, "num_steps": 6}
     one, two = (make_spec(tmp_path / name, tables, **sampled) for name in ("one", "two"))
     one, two = (dataclasses.replace(spec, model=spec.model.model_copy(update={"max_id_rows": 20})) for spec in (one, two))
     run_rank(one.to_json())
