@@ -102,7 +102,7 @@ def _measure(method: str, work: Work, runs: int) -> Json:
         return {"rows": list(bench_night(work, FOLDER / "night"))}
     if method.endswith("_sort"):
         return _limit(method, work, runs)
-    out = FOLDER / "answers" / work.name / f"{method}.parquet"
+    out = _answer(work, method)
     out.parent.mkdir(parents=True, exist_ok=True)
     if method in _PEERS:
         return {"seconds": [_timed(lambda: _PEERS[method](work, out)) for _ in range(1 + runs)]}
@@ -178,6 +178,7 @@ def _run(method: str, work: Work, *, runs: int, limit: int) -> Json:
     row: Json = {"work": work.name, "size": work.size, "method": method}
     found, peak = _child(method, work.name, runs=runs, limit=limit)
     if "fault" in found:
+        _forget(work, method)
         return row | {"runs": 0, "peak_rss_mb": peak} | found
     first, *seconds = found.pop("seconds")
     row |= {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds), "runs": len(seconds)}
@@ -186,10 +187,23 @@ def _run(method: str, work: Work, *, runs: int, limit: int) -> Json:
     return row | {"first_s": first, "peak_rss_mb": peak} | found
 
 
+def _answer(work: Work, method: str) -> Path:
+    """Where a method leaves its answer: a file or a folder."""
+    return FOLDER / "answers" / work.name / f"{method}.parquet"
+
+
+def _forget(work: Work, method: str) -> None:
+    """Remove what a method that failed has left of its answer: nobody's may be compared with it."""
+    left = _answer(work, method)
+    if left.is_dir():
+        shutil.rmtree(left)
+    left.unlink(missing_ok=True)
+
+
 def _compare(method: str, work: Work) -> None:
-    mine, other = (FOLDER / "answers" / work.name / f"{name}.parquet" for name in ("mtmh", method))
+    mine, other = (_answer(work, name) for name in ("mtmh", method))
     if not mine.exists():
-        raise MachineError(f"no answer of mtmh on {work.name} to compare {method} with: name mtmh first under --methods")
+        raise MachineError(f"no answer of mtmh on {work.name} to compare {method} with: it failed, or does not come first in --methods")
     if difference := answers_differ(mine, other, other_has_more=method == "scipy"):
         raise MachineError(f"{method} and mtmh answer differently on {work.name}: {difference}")
 
@@ -203,8 +217,14 @@ def _child(method: str, name: str, *, runs: int, limit: int) -> tuple[Json, floa
         output.seek(0)
         said = output.read().splitlines()
     if process.returncode:
-        return {"fault": said[-1] if said and process.returncode > 0 else f"given up after {limit} s"}, peak
+        return {"fault": _cause(said) if process.returncode > 0 else f"given up after {limit} s"}, peak
     return json.loads(said[-1]), peak
+
+
+def _cause(said: Sequence[str]) -> str:
+    """The last line that names an error, of a process that may go on to print a stack of Java's."""
+    named = [line.strip() for line in said if "rror" in line or "xception" in line]
+    return (named or [line.strip() for line in said] or ["it ended without a word"])[-1]
 
 
 def _watch(process: "subprocess.Popen[bytes]", limit: int) -> float:
