@@ -440,7 +440,7 @@ class TrainingSettings(Section):
     full_softmax_max_items: int = Field(20_000, ge=1, description="Catalogs up to this size use every item as a candidate.")
     num_sampled_items: int = Field(4096, ge=2, description="Candidates per step above that, weighted by inverse sampling probability.")
     in_batch_negatives: bool = Field(
-        False, description="Beside them, the partners that the triggers of a step draw are candidates of all its triggers."
+        False, description="Above that, partners that the triggers of a step draw are candidates of all its triggers, too."
     )
     affinity_weight: float = Field(1.0, ge=0, description="Multiplier of every head's affinity task.")
     timeout_seconds: int = Field(300, ge=10, description="A worker that waits longer for the others fails.")
