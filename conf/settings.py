@@ -455,7 +455,7 @@ class TrainingSettings(Section):
         "0: always cold. A forced night, other settings, and deleted engagements start cold, too.",
     )
     seed: int = Field(17, ge=0, description="Seed of sampling and initialization.")
-    num_validation_triggers: int = Field(1000, ge=10, description="Triggers sampled for that.")
+    num_validation_triggers: int = Field(1000, ge=10, description="Triggers of the holdout, sampled to calibrate the start on.")
 
 
 class FilterSettings(Section):

@@ -36,6 +36,7 @@ TREND_HALF_LIVES = (7.0, 30.0, 120.0, 480.0)
 
 TRENDS = (*(f"log_popularity_{days:g}d" for days in TREND_HALF_LIVES), "log_age")
 """Columns of `History.trends`."""
+LOG_AGE = TRENDS.index("log_age")
 
 _TREND_FLOOR = 0.05  # user-days that even an item of long ago counts for, so that no logarithm falls without end
 

@@ -31,7 +31,7 @@ import pyarrow as pa
 
 from conf.errors import TrainingError
 from conf.settings import RetrievalSettings
-from models.data import Bools, Floats, Ints, Sparse
+from models.data import LOG_AGE, Bools, Floats, Ints, Sparse
 from models.eligibility import CATEGORY, FilterColumn, FilterColumns, Pool, Rules
 from models.factorization import log_popularity
 from models.kept import KeptCandidates
@@ -570,6 +570,7 @@ class Retriever:
             scores=scores,
             log_p=self._log_p(
                 row,
+                trigger[row],
                 item,
                 scores[ENGAGEMENT],
                 counts=(weight, _row_sums(counted.weight, counted.indptr)[row]),
@@ -622,7 +623,9 @@ class Retriever:
         lists = pool.narrow(merged.position, merged.offsets, merged.score, merged.filled, self.categories)
         return self._filled_up(lists, pool.trigger, counted, k, rules)
 
-    def _log_p(self, row: Ints, item: Longs, head_score: Floats, *, counts: tuple[Floats, Floats], users: tuple[Floats, Floats]) -> Floats:
+    def _log_p(
+        self, row: Ints, trigger: Ints, item: Longs, head_score: Floats, *, counts: tuple[Floats, Floats], users: tuple[Floats, Floats]
+    ) -> Floats:
         """(M,) from the features that the scorer was fitted on; counts and users: (M,) values and sums over all of the trigger's."""
         if not len(item):
             return np.zeros(0, dtype=np.float32)
@@ -634,6 +637,7 @@ class Retriever:
             user_level_row_sum=users[1],
             popularity_p=np.exp(self.log_popularity)[item],
             trends=self.trends[item],
+            trigger_log_age=self.trends[trigger, LOG_AGE],
         )
         return self.scorer.log_probability(features, row)
 

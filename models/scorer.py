@@ -21,14 +21,18 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from models.data import TRENDS, Floats, History, Ints, Sparse
+from models.data import LOG_AGE, TRENDS, Floats, History, Ints, Sparse
 from models.draws import Keys, uniform
 from models.user_level import UserLevel
 
 if TYPE_CHECKING:
     import torch
 
-FEATURES = ("head_log_p", "smooth_log_p", "log_popularity", "log_count", "user_level_log_p", "user_level_log_count", *TRENDS)
+FEATURES = (
+    *("head_log_p", "smooth_log_p", "log_popularity", "log_count", "user_level_log_p", "user_level_log_count", *TRENDS, "log_days_apart"),
+    # the same for all candidates of a trigger: these order nothing by themselves, and say how far to trust the others
+    *("trigger_log_count", "trigger_user_level_log_count", "trigger_log_age"),
+)
 PRIOR_WEIGHT = 30.0  # mu of the smoothed count, in decayed user-days: against 3, +.005 recall@100 on ifdb_games, level on retail_gifts
 USER_LEVEL_PRIOR_WEIGHT = 3.0  # the same of user-level co-engagement, whose weights are shares of a user
 _PRIOR_WEIGHTS = [PRIOR_WEIGHT, USER_LEVEL_PRIOR_WEIGHT]
@@ -50,6 +54,7 @@ def candidate_features(
     user_level_row_sum: Floats,
     popularity_p: Floats,
     trends: Floats,
+    trigger_log_age: Floats,
 ) -> Floats:
     """Features of M (trigger, candidate) pairs, used when fitting and when listing.
 
@@ -61,11 +66,13 @@ def candidate_features(
         user_level_row_sum: (M,) the trigger's over all partners.
         popularity_p: (M,) the candidate's share of decayed user-days, > 0 (floored).
         trends: (M, S) the candidate's `models.data.TRENDS`.
+        trigger_log_age: (M,) column LOG_AGE of the trigger's trends.
 
     Returns:
-        (M, F) float32 in the order of FEATURES. smooth_log_p is log((count + mu p) / (row sum + mu)), likewise user_level_log_p.
+        (M, F) float32 in the order of FEATURES. smooth_log_p is log((count + mu p) / (row sum + mu)), likewise user_level_log_p;
+        log_days_apart is log(1 + days between the first user-days of trigger and candidate).
     """
-    columns = (
+    of_pair = (
         head_log_p,
         _smoothed(count, count_row_sum, popularity_p, PRIOR_WEIGHT),
         np.log(popularity_p),
@@ -73,7 +80,9 @@ def candidate_features(
         _smoothed(user_level, user_level_row_sum, popularity_p, USER_LEVEL_PRIOR_WEIGHT),
         np.log1p(user_level),
     )
-    return np.concatenate([np.stack(columns, axis=1), trends], axis=1).astype(np.float32)
+    days_apart = np.abs(np.expm1(trends[:, LOG_AGE]) - np.expm1(trigger_log_age))
+    others = (np.log1p(days_apart), np.log1p(count_row_sum), np.log1p(user_level_row_sum), trigger_log_age)
+    return np.concatenate([np.stack(of_pair, axis=1), trends, np.stack(others, axis=1)], axis=1).astype(np.float32)
 
 
 def _smoothed(weight: Floats, row_sum: Floats, popularity_p: Floats, prior_weight: float) -> Floats:
@@ -265,6 +274,7 @@ class CandidateSource:
                 user_level_row_sum=users.sum(axis=1)[row],
                 popularity_p=self.popularity_p[target],
                 trends=self.history.trends[target],
+                trigger_log_age=self.history.trends[triggers[row], LOG_AGE],
             ),
             gain=(future / np.maximum(future.sum(axis=1, keepdims=True), 1e-12))[row, target].astype(np.float32),
         )

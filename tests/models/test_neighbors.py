@@ -178,6 +178,7 @@ def plain_lists(world, trigger, scorer, policy, settings):
         user_level_row_sum=np.full(len(pool), users.sum()),
         popularity_p=np.exp(log_p[pool]),
         trends=a["trends"][pool],
+        trigger_log_age=np.full(len(pool), a["trends"][trigger, -1]),
     )
     probability = np.zeros(world.num_items)
     probability[pool] = np.exp(scorer.log_probability(features, segment))

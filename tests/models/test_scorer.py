@@ -26,12 +26,14 @@ from tests.models.small_world import make_spec
 from tests.models.test_factorization import WEIGHTS
 
 
-def planted(num_triggers: int = 150, length: int = 40) -> Candidates:
-    """The partner is popular where it is counted often, and not where it is not: no linear scorer can say so."""
+def planted(num_triggers: int = 150, length: int = 40, *, of_trigger: bool = False) -> Candidates:
+    """The partner is popular where it, or the trigger, is counted often, and not where it is not: no linear scorer can say so."""
     rng = np.random.default_rng(2)
     features = rng.standard_normal((num_triggers * length, len(FEATURES))).astype(np.float32)
     segment = np.repeat(np.arange(num_triggers, dtype=np.int32), length)
-    logit = 3 * features[:, 2] * np.sign(features[:, 3])
+    often = FEATURES.index("trigger_log_count" if of_trigger else "log_count")
+    features[:, often] = features[segment * length, often] if of_trigger else features[:, often]
+    logit = 3 * features[:, 2] * np.sign(features[:, often])
     gain = np.exp(log_softmax(logit.astype(np.float32), segment))
     return Candidates(segment=segment, target=np.zeros(len(segment), np.int32), features=features, gain=gain)
 
@@ -42,8 +44,10 @@ KEYS = item_keys(map(str, range(150)))
 def test_features_and_softmax_against_plain_formulas() -> None:
     count, popularity = np.array([0.0, 4.0], np.float32), np.array([0.1, 0.3], np.float32)
     head, trends = np.array([0.5, -1.0], np.float32), np.arange(2 * len(TRENDS), dtype=np.float32).reshape(2, -1)
+    trends[:, -1] = np.log([1, 11])  # new, and ten days old
     sums = {"count_row_sum": np.array([6.0, 6.0], np.float32), "user_level_row_sum": np.array([2.0, 2.0], np.float32)}
-    made = candidate_features(head_log_p=head, count=count, user_level=count / 8, popularity_p=popularity, trends=trends, **sums)
+    of_trigger = sums | {"trigger_log_age": trends[:, -1] + 1}
+    made = candidate_features(head_log_p=head, count=count, user_level=count / 8, popularity_p=popularity, trends=trends, **of_trigger)
     columns = dict(zip(FEATURES, made.T, strict=True))
     np.testing.assert_allclose(np.exp(columns["smooth_log_p"]), (count + PRIOR_WEIGHT * popularity) / (6 + PRIOR_WEIGHT), rtol=1e-6)
     of_users = (count / 8 + USER_LEVEL_PRIOR_WEIGHT * popularity) / (2 + USER_LEVEL_PRIOR_WEIGHT)
@@ -52,13 +56,18 @@ def test_features_and_softmax_against_plain_formulas() -> None:
     np.testing.assert_allclose(columns["log_count"], np.log(1 + count), rtol=1e-6)
     np.testing.assert_array_equal(columns["head_log_p"], head)
     np.testing.assert_array_equal(columns["log_age"], trends[:, -1])
+    np.testing.assert_array_equal(columns["trigger_log_age"], trends[:, -1] + 1)
+    np.testing.assert_allclose(np.exp(columns["log_days_apart"]), 1 + np.array([1, 11]) * (np.e - 1), rtol=1e-6)
+    np.testing.assert_allclose(columns["trigger_log_count"], np.log(7), rtol=1e-6)
+    np.testing.assert_allclose(columns["trigger_user_level_log_count"], np.log(3), rtol=1e-6)
     logits, segment = np.array([1, 2, 800, 801, 5], np.float32), np.array([0, 0, 3, 3, 7], np.int32)
     wanted = [-np.log(1 + np.e), 1 - np.log(1 + np.e), -np.log(1 + np.e), 1 - np.log(1 + np.e), 0]
     np.testing.assert_allclose(log_softmax(logits, segment), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_the_fit_finds_a_planted_rule_and_repeats(tmp_path: Path) -> None:
-    candidates = planted()
+@pytest.mark.parametrize("of_trigger", [False, True])
+def test_the_fit_finds_a_planted_rule_and_repeats(tmp_path: Path, of_trigger: bool) -> None:
+    candidates = planted(of_trigger=of_trigger)
     scorer, reached = fit_scorer(candidates, keys=KEYS, num_folds=2, seed=3)
     best = -(candidates.gain * np.log(np.maximum(candidates.gain, 1e-30))).sum() / 150  # entropy of the truth
     assert reached["scorer_loss"] < best + 0.35 * (reached["mixture_loss"] - best)
