@@ -371,7 +371,11 @@ class Retriever:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Map what `build_index` wrote; from here on FAISS uses one thread in this process, as each Spark task has one core."""
+        """Map what `build_index` wrote; from here on FAISS uses one thread in this process, as each Spark task has one core.
+
+        Raises:
+            TableError: the scorer there is of other code.
+        """
         faiss.omp_set_num_threads(1)
         meta = json.loads((folder / _META).read_text())
         return cls(

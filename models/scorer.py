@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from conf.errors import TableError
 from models.data import LOG_AGE, TRENDS, Floats, History, Ints, Sparse
 from models.draws import Keys, uniform
 from models.user_level import UserLevel
@@ -150,10 +151,13 @@ class Scorer:
         """What `to_content` gave.
 
         Raises:
-            ValueError: the features are not this code's; `where` they were read is said.
+            TableError: the features are not this code's; `where` they were read is said.
         """
         if tuple(content["features"]) != FEATURES or content.get("prior_weights") != _PRIOR_WEIGHTS:
-            raise ValueError(f"{where} was fitted on features {content['features']}; this code computes {FEATURES}: train again")
+            raise TableError(
+                f"{where} is of other code: it was fitted on features {content['features']}, this code computes {list(FEATURES)}; run the "
+                "night again with --force, or wait for the next one"
+            )
         names = ("mean", "scale", "linear", "hidden", "hidden_bias", "output")
         arrays: dict[str, Any] = {name: None if content[name] is None else np.asarray(content[name], dtype=np.float32) for name in names}
         return cls(**arrays)
@@ -167,7 +171,7 @@ class Scorer:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file's features are not this code's.
+            TableError: the file's features are not this code's.
         """
         return cls.from_content(json.loads(Path(path).read_text()), where=str(path))
 

@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from conf.errors import TrainingError
+from conf.errors import TableError, TrainingError
 from conf.faults import reach
 from conf.settings import ModelSettings, TrainingSettings
 from models import losses
@@ -47,7 +47,7 @@ from models.factorization import Calibrated, CoEngagement, Factorization, ScoreW
 from models.losses import Loss
 from models.mtmh import COSINE_TASKS, Head, Mtmh, SignalStart, Start
 from models.resume import Keeper, Optimization, Saved, training_key
-from models.scorer import MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
+from models.scorer import FEATURES, MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
 from models.user_level import UserLevel
 from models.workers import COSINE, Workers, on
 
@@ -102,7 +102,7 @@ class TrainingSpec:
     @property
     def key(self) -> str:
         """Hash of what decides the numbers that come out, and not where they go."""
-        return training_key(dataclasses.replace(self, folder="").to_json())
+        return training_key(dataclasses.replace(self, folder="").to_json() + ",".join(FEATURES))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -326,7 +326,7 @@ class Before:
                 scorer=Scorer.load(folder / "scorer.json"),
                 said=f"starts from the weights and the scorer of {folder.parent.name}",
             )
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, TableError) as error:
             return dataclasses.replace(cold, said=f"starts cold: the model in {folder} cannot be read ({error})")
 
 

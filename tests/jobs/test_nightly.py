@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
@@ -208,6 +210,24 @@ def test_mixing_anew_at_the_value_of_the_policy_gives_the_published_lists(done: 
         assert len(most_relevant & done.world.category_of(item_id)) > len(most_relevant & done.world.bundle_of(item_id))
     with pytest.raises(TableError, match="item 'unknown' is not in the index"):
         remixer.mixes("unknown")
+
+
+def test_mixing_says_when_the_scorer_is_of_another_release(done: Done) -> None:
+    with _scorer_of_another_release(done.night):
+        Explorer(settings=done.night.settings).remixer().mixes(done.world.item_id(3, 2))
+
+
+@contextmanager
+def _scorer_of_another_release(night: Night) -> Iterator[None]:
+    """What is done with the night's index inside must say that its scorer reads other features than this code computes."""
+    scorer = night.artifacts("index") / "scorer.json"
+    ours = scorer.read_text()
+    scorer.write_text(ours.replace("log_days_apart", "log_clicks"))
+    try:
+        with pytest.raises(TableError, match=r"scorer.json is of other code.*log_clicks.*run the night again"):
+            yield
+    finally:
+        scorer.write_text(ours)
 
 
 @needs_chromium
@@ -535,6 +555,8 @@ def _the_current_night_follows_a_changed_policy_and_is_rolled_back(done: Done, l
     spark, item_id = later.spark, done.world.item_id(3, 2)
     register_views(later.lake)
     spark.sql("UPDATE merge_policy SET kind = 'rrf', value = 1.0 WHERE scope = 'default'")
+    with _scorer_of_another_release(later):
+        remerge(later.settings, display=later.display)
     again = remerge(later.settings, display=later.display)
     assert again.run_id.startswith(f"{later.run_id}.m")
     register_views(later.lake)

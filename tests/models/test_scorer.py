@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conf.errors import TableError
 from models.data import TRENDS, TrainingData
 from models.draws import item_keys
 from models.factorization import factorize
@@ -104,7 +105,7 @@ def test_the_mixture_stands_in_and_strange_files_are_refused(tmp_path: Path) -> 
     Scorer.mixture().save(tmp_path / "scorer.json")
     np.testing.assert_allclose(np.exp(Scorer.load(tmp_path / "scorer.json").logits(features)), [0.47, 0.13], rtol=1e-5)
     (tmp_path / "scorer.json").write_text((tmp_path / "scorer.json").read_text().replace("log_count", "log_clicks"))
-    with pytest.raises(ValueError, match=r"log_clicks.*train again"):
+    with pytest.raises(TableError, match=r"log_clicks.*run the night again"):
         Scorer.load(tmp_path / "scorer.json")
 
 
