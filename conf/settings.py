@@ -455,7 +455,9 @@ class TrainingSettings(Section):
         "0: always cold. A forced night, other settings, and deleted engagements start cold, too.",
     )
     seed: int = Field(17, ge=0, description="Seed of sampling and initialization.")
-    num_validation_triggers: int = Field(1000, ge=10, description="Triggers of the holdout, sampled to calibrate the start on.")
+    num_validation_triggers: int = Field(
+        1000, ge=10, description="Triggers of the holdout, sampled to calibrate the start and to fit the scorer on."
+    )
 
 
 class FilterSettings(Section):

@@ -45,6 +45,7 @@ def remerge(settings: Settings, *, display: Display, now: datetime | None = None
         PublishError: nothing is published, its candidates were not kept, or somebody else published meanwhile.
         SettingsError: merge_policy has faults.
         GateError: the lists are not fit for publication.
+        TableError: the night's index is of other code.
     """
     root = lake_root(settings.lake)
     ledger, current, policy = Ledger(root=root), published(root), open_table(root, MERGE_POLICY)

@@ -36,7 +36,10 @@ FEATURES = (
 )
 PRIOR_WEIGHT = 30.0  # mu of the smoothed count, in decayed user-days: against 3, +.005 recall@100 on ifdb_games, level on retail_gifts
 USER_LEVEL_PRIOR_WEIGHT = 3.0  # the same of user-level co-engagement, whose weights are shares of a user
-_PRIOR_WEIGHTS = [PRIOR_WEIGHT, USER_LEVEL_PRIOR_WEIGHT]
+READS = {
+    "features": list(FEATURES),
+    "prior_weights": [PRIOR_WEIGHT, USER_LEVEL_PRIOR_WEIGHT],
+}  # weights fitted on anything else mean nothing here
 _HEAD_SHARE = 0.9  # of the fallback mixture: the counts' tenth adds what the factorization does not memorize
 _PATIENCE = 8  # passes without a better held-out loss
 _COLD = (0.02, 0.0)  # learning rate, and standard errors by which a held-out loss must be lower than at the start
@@ -144,19 +147,20 @@ class Scorer:
     def to_content(self) -> dict[str, Any]:
         """As JSON, floats as they are."""
         weights = {name: None if value is None else value.tolist() for name, value in self.__dict__.items()}
-        return {"features": list(FEATURES), "prior_weights": _PRIOR_WEIGHTS, **weights}
+        return {**READS, **weights}
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], *, where: str) -> Self:
         """What `to_content` gave.
 
         Raises:
-            TableError: the features are not this code's; `where` they were read is said.
+            TableError: it was not fitted on what this code computes (READS); `where` it was read is said.
         """
-        if tuple(content["features"]) != FEATURES or content.get("prior_weights") != _PRIOR_WEIGHTS:
+        found = {name: content.get(name) for name in READS}
+        if found != READS:
             raise TableError(
-                f"{where} is of other code: it was fitted on features {content['features']}, this code computes {list(FEATURES)}; run the "
-                "night again with --force, or wait for the next one"
+                f"{where} is of other code: it was fitted on {found}, this code computes {READS}; run the night again with "
+                "--force, or wait for the next one"
             )
         names = ("mean", "scale", "linear", "hidden", "hidden_bias", "output")
         arrays: dict[str, Any] = {name: None if content[name] is None else np.asarray(content[name], dtype=np.float32) for name in names}
@@ -171,7 +175,7 @@ class Scorer:
         """Read what `save` wrote.
 
         Raises:
-            TableError: the file's features are not this code's.
+            TableError: it was not fitted on what this code computes.
         """
         return cls.from_content(json.loads(Path(path).read_text()), where=str(path))
 

@@ -47,7 +47,7 @@ from models.factorization import Calibrated, CoEngagement, Factorization, ScoreW
 from models.losses import Loss
 from models.mtmh import COSINE_TASKS, Head, Mtmh, SignalStart, Start
 from models.resume import Keeper, Optimization, Saved, training_key
-from models.scorer import FEATURES, MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
+from models.scorer import MIN_TRIGGERS, READS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
 from models.user_level import UserLevel
 from models.workers import COSINE, Workers, on
 
@@ -102,7 +102,7 @@ class TrainingSpec:
     @property
     def key(self) -> str:
         """Hash of what decides the numbers that come out, and not where they go."""
-        return training_key(dataclasses.replace(self, folder="").to_json() + ",".join(FEATURES))
+        return training_key(dataclasses.replace(self, folder="").to_json() + json.dumps(READS))
 
     @classmethod
     def from_json(cls, text: str) -> Self:

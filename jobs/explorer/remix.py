@@ -38,7 +38,7 @@ class Remixer:
         """Merged lists under the policy's own value and the values that backtests are swept over.
 
         Raises:
-            TableError: the night's index is gone, or it does not know the item.
+            TableError: the night's index is gone or of other code, or it does not know the item.
         """
         from models.merge import Policy, read_policies
 
