@@ -21,6 +21,7 @@ from pathlib import Path
 VARIABLE = "MTMH_FAULT"
 POINTS = {
     "train_model.rank.started": "a torch worker, before it reads",
+    "train_model.rank.rehearsal": "a torch worker, in the middle of the rehearsal's steps (not where a resumed one begins)",
     "train_model.rank.training": "a torch worker, in the middle of its steps (not where a resumed one begins)",
     "train_model.rank.written": "a torch worker, checkpoint and vectors written, its status not",
     "publish_neighbors.index.written": "the search index is on disk, no list is made",

@@ -95,7 +95,7 @@ def _measured(backtest: Backtest, settings: Settings, seed: int, cut: date, data
     for head in _HEADS:
         scored = measure(lists[head], data.exam).values
         values |= {(head, key): scored[key] for key in _keys(data)}
-    return values, float(record.metrics["calibration_seconds"] + record.metrics["training_seconds"])
+    return values, sum(float(record.metrics.get(f"{part}_seconds", 0.0)) for part in ("calibration", "rehearsal", "training"))
 
 
 def _keys(data: CutData) -> list[Key]:

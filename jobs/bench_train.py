@@ -38,9 +38,11 @@ from models.data import TRENDS, Examples, History, Ints, TrainingData, sparse_ro
 from models.draws import item_keys
 from models.external import als_vectors, item2vec_vectors
 from models.factorization import ScoreWeights, factorize
+from models.fine_tuning import backward, make_batches
 from models.mtmh import Mtmh
 from models.resume import Optimization
-from models.train import TrainingSpec, backward, build_model, make_batches
+from models.spec import TrainingSpec
+from models.start import build_model
 from models.workers import Workers
 
 Json = dict[str, Any]

@@ -48,8 +48,8 @@ class Saved:
     """What a killed training has left.
 
     Attributes:
-        plan: whatever its calibration had chosen, as JSON.
-        content: step, history, groups of the optimizer, schedule.
+        plan: whatever had been chosen before its steps, as JSON.
+        content: phase, history, groups of the optimizer, schedule.
         tensors: of the model and of the optimizer, by name.
     """
 
@@ -68,6 +68,11 @@ class Saved:
                 return cls(plan=content["plan"], content=content, tensors={name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except (OSError, SafetensorError):
             return None
+
+    @property
+    def phase(self) -> str:
+        """Which of a training's phases these steps are."""
+        return str(self.content["phase"])
 
     @property
     def num_steps(self) -> int:
@@ -98,10 +103,10 @@ class Saved:
 
 
 class Keeper:
-    """Writes the state now and then; the first time at once, as calibration has just ended."""
+    """Writes the state of a phase now and then; the first time at once, as what precedes the steps has just ended."""
 
-    def __init__(self, folder: Path, *, key: str, plan: Mapping[str, Any], every_seconds: float) -> None:
-        self.folder, self.key, self.plan, self.every_seconds = folder, key, plan, every_seconds
+    def __init__(self, folder: Path, *, key: str, phase: str, plan: Mapping[str, Any], every_seconds: float) -> None:
+        self.folder, self.key, self.phase, self.plan, self.every_seconds = folder, key, phase, plan, every_seconds
         self._last = -float("inf")
 
     def look(self, optimization: Optimization) -> None:
@@ -114,6 +119,7 @@ class Keeper:
             tensors |= {f"{_OPTIMIZER}{number}.{part}": value.contiguous() for part, value in parts.items()}
         content = {
             "key": self.key,
+            "phase": self.phase,
             "plan": self.plan,
             "history": optimization.history,
             "groups": state["param_groups"],

@@ -62,7 +62,7 @@ DRIVER = {stage: [f"{stage}.{point}" for point in ("started", *inside, "done", "
 DRIVER["evaluate"].append("report.written")
 """Where a driver is killed in each stage, in the order in which a night comes by."""
 WORKERS = {
-    "train_model": ["train_model.rank.started", "train_model.rank.training", "train_model.rank.written"],
+    "train_model": ["train_model.rank.started", "train_model.rank.rehearsal", "train_model.rank.training", "train_model.rank.written"],
     "publish_neighbors": ["publish_neighbors.search"],
 }
 

@@ -14,7 +14,7 @@ from deltalake import write_deltalake
 from conf.settings import HeadSettings, ModelSettings, TrainingSettings
 from models.data import TRENDS, Examples, Floats, History, Sparse, TableRef, TrainingData, load_training_data, sparse_rows
 from models.draws import item_keys
-from models.train import TrainingSpec
+from models.spec import TrainingSpec
 
 RUN_DATE = date(2024, 4, 9)
 LANDMARK = date(2024, 3, 1)

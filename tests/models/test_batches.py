@@ -7,7 +7,7 @@ import pytest
 
 from models.batches import Batches
 from models.data import TrainingData
-from models.train import make_batches
+from models.fine_tuning import make_batches
 from models.workers import Workers
 from tests.models.small_world import make_spec
 

@@ -11,7 +11,7 @@ from models.checkpoint import load_checkpoint, save_checkpoint
 from models.data import TrainingData
 from models.factorization import factorize
 from models.mtmh import Mtmh
-from models.train import build_model
+from models.start import build_model
 from tests.models.small_world import make_spec
 from tests.models.test_factorization import WEIGHTS
 

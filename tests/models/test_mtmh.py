@@ -9,8 +9,9 @@ import torch
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.data import TrainingData
 from models.factorization import Factorization, factorize
+from models.fine_tuning import backward, fine_tune, make_batches
 from models.mtmh import Mtmh
-from models.train import backward, build_model, fine_tune, make_batches
+from models.start import build_model
 from models.workers import Workers
 from tests.models.small_world import make_spec
 from tests.models.test_factorization import WEIGHTS

@@ -18,13 +18,14 @@ from conf.tables import CO_ENGAGEMENT_PAIRS
 from jobs.train_model import distribute
 from models.data import TableRef
 from models.resume import FILE, Saved
-from models.train import TrainingSpec
+from models.spec import TrainingSpec
 from tests.conftest import ROOT
 from tests.models.small_world import SmallWorld, make_spec
 from tests.models.test_train import free_port
 
 KILL = "train_model.rank.training=kill"
 WENT_ON = "training was interrupted, and went on from step 6 of 12"
+PHASES = {"rehearsal": f"{WENT_ON} of the rehearsal", "training": WENT_ON}
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,12 @@ def outcome(spec: TrainingSpec) -> tuple[list[float], str, list[str]]:
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_killed_training_goes_on_to_the_same_loss(tables: dict[str, TableRef], tmp_path: Path, num_processes: int) -> None:
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_training_goes_on_to_the_same_loss(tables: dict[str, TableRef], tmp_path: Path, phase: str, num_processes: int) -> None:
     calm, disturbed = (make_spec(tmp_path / name, tables, checkpoint_seconds=0) for name in ("calm", "disturbed"))
     assert run_ranks(calm, num_processes=num_processes) == [0] * num_processes
     killed = num_processes - 1
-    codes = run_ranks(disturbed, num_processes=num_processes, fault=KILL, of_rank=killed)
+    codes = run_ranks(disturbed, num_processes=num_processes, fault=f"train_model.rank.{phase}=kill", of_rank=killed)
     assert codes[killed] == -signal.SIGKILL
     if num_processes == 2:  # by this word the job knows that a worker is gone, and not that the training is wrong
         assert "gloo" in json.loads((tmp_path / "disturbed" / "status" / "rank-0.json").read_text())["error"]
@@ -65,20 +67,22 @@ def test_a_killed_training_goes_on_to_the_same_loss(tables: dict[str, TableRef],
     losses, version, notes = outcome(disturbed)
     wanted = outcome(calm)
     assert (losses, version) == wanted[:2]
-    assert notes == [*wanted[2], WENT_ON]
+    assert notes == [*wanted[2], PHASES[phase]]
+    assert (tmp_path / "disturbed" / "scorer.json").read_bytes() == (tmp_path / "calm" / "scorer.json").read_bytes()
 
 
-def test_a_killed_training_of_a_signal_goes_on_to_the_same_loss(tables: dict[str, TableRef], tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_killed_training_of_a_signal_goes_on_to_the_same_loss(tables: dict[str, TableRef], tmp_path: Path, phase: str) -> None:
     with_buys = tables | {CO_ENGAGEMENT_PAIRS.of_signal("buy").name: tables[CO_ENGAGEMENT_PAIRS.name]}
     plain = make_spec(tmp_path, with_buys, checkpoint_seconds=0)
     heads = plain.model.heads | {"buy": HeadSettings(signals={"buy": 1.0})}
     model = plain.model.model_copy(update={"heads": heads})
     calm, disturbed = (replace(plain, model=model, signals={"buy": 30.0}, folder=str(tmp_path / name)) for name in ("calm", "disturbed"))
     assert run_ranks(calm, num_processes=1) == [0]
-    assert run_ranks(disturbed, num_processes=1, fault=KILL) == [-signal.SIGKILL]
+    assert run_ranks(disturbed, num_processes=1, fault=f"train_model.rank.{phase}=kill") == [-signal.SIGKILL]
     assert run_ranks(disturbed, num_processes=1) == [0]
     assert outcome(disturbed)[:2] == outcome(calm)[:2]
-    assert outcome(disturbed)[2][-1] == WENT_ON
+    assert outcome(disturbed)[2][-1] == PHASES[phase]
 
 
 def test_only_the_same_training_goes_on(tables: dict[str, TableRef], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from models.scorer import (
     fit_scorer,
     log_softmax,
 )
-from models.train import build_model, candidate_source
+from models.start import build_model, candidate_source
 from tests.models.small_world import make_spec
 from tests.models.test_factorization import WEIGHTS
 
@@ -111,7 +111,8 @@ def test_the_mixture_stands_in_and_strange_files_are_refused(tmp_path: Path) -> 
 
 def test_candidates_hold_every_source_and_nothing_forbidden(data: TrainingData, tmp_path: Path) -> None:
     start = factorize(data.fit, data.content, weights=WEIGHTS, seed=0)
-    source = candidate_source(data, build_model(start, data.content, make_spec(tmp_path).model, 0.3, seed=0), start, min_users=2)
+    model = build_model(start, data.content, make_spec(tmp_path).model, 0.3, seed=0)
+    source = candidate_source(replace(data, full=data.fit), model, min_users=2)
     triggers = np.array([3, 11, 40, data.num_items - 1], np.int32)
     made = source.propose(triggers, data.holdout[triggers], widths=Widths(counts=3, users=2, head=2, content=2, popular=2), block=3)
     assert (np.diff(made.segment) >= 0).all()

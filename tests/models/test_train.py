@@ -18,7 +18,8 @@ from conf.settings import load_settings
 from models.checkpoint import load_checkpoint
 from models.data import TrainingData, sparse_rows
 from models.scorer import Scorer
-from models.train import TrainingSpec, _describe, run_rank, train
+from models.spec import TrainingSpec
+from models.train import _describe, run_rank, train
 from models.workers import Workers
 from tests.models.small_world import SmallWorld, make_spec
 from validation.gates import check_metrics

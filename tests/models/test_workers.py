@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from conf.errors import TrainingError
 from models.data import TrainingData
 from models.factorization import ScoreWeights, factorize
-from models.train import backward, build_model, fine_tune, make_batches
+from models.fine_tuning import backward, fine_tune, make_batches
+from models.start import build_model
 from models.workers import Workers, own_device
 from tests.models.small_world import make_spec
 
