@@ -29,11 +29,13 @@ from models.user_level import UserLevel
 if TYPE_CHECKING:
     import torch
 
-FEATURES = (
-    *("head_log_p", "smooth_log_p", "log_popularity", "log_count", "user_level_log_p", "user_level_log_count", *TRENDS, "log_days_apart"),
-    # the same for all candidates of a trigger: these order nothing by themselves, and say how far to trust the others
-    *("trigger_log_count", "trigger_user_level_log_count", "trigger_log_age"),
+_OF_PAIR = (
+    *("head_log_p", "smooth_log_p", "log_popularity", "log_count", "user_level_log_p", "user_level_log_count"),
+    *(*TRENDS, "log_days_apart"),
 )
+# the same for all candidates of a trigger: these order nothing by themselves, and say how far to trust the others
+_OF_TRIGGER = ("trigger_log_count", "trigger_user_level_log_count", "trigger_log_age")
+FEATURES = (*_OF_PAIR, *_OF_TRIGGER)
 PRIOR_WEIGHT = 30.0  # mu of the smoothed count, in decayed user-days: against 3, +.005 recall@100 on ifdb_games, level on retail_gifts
 USER_LEVEL_PRIOR_WEIGHT = 3.0  # the same of user-level co-engagement, whose weights are shares of a user
 READS = {
@@ -435,6 +437,9 @@ def _descend(
 
     learning_rate, stay = options
     optimizer = torch.optim.Adam([weight.requires_grad_() for weight in weights], lr=learning_rate)
+    # a linear weight of what is the trigger's alone adds a constant: its gradient is rounding, which Adam would make steps of
+    orders = torch.tensor([1.0] * len(_OF_PAIR) + [0.0] * len(_OF_TRIGGER))
+    weights[0].register_hook(lambda gradient: gradient * orders)  # type: ignore[no-untyped-call]  # torch does not type it
     first = lists.losses(held_out, logits).detach()
     best, lowest, at, gain = [weight.detach().clone() for weight in weights], float(first.mean()), 0, torch.zeros_like(first)
     start = best

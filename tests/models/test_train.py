@@ -154,6 +154,9 @@ def test_two_workers_match_one(world: SmallWorld, tmp_path: Path) -> None:
     weights = [load_file(Path(spec.folder) / "checkpoint" / "model.safetensors") for spec in (one, two)]
     for name, value in weights[0].items():
         np.testing.assert_allclose(weights[1][name], value, atol=1e-4, err_msg=name)
+    scorers = [Scorer.load(Path(spec.folder) / "scorer.json") for spec in (one, two)]
+    for name, value in vars(scorers[0]).items():
+        np.testing.assert_allclose(vars(scorers[1])[name], value, atol=1e-3, err_msg=f"scorer: {name}")
     said = [read(Path(spec.folder), "history.json")["steps"] for spec in (one, two)]
     for alone, together in zip(*said, strict=True):
         losses = {name: value for name, value in alone.items() if not name.startswith("cosine")}
