@@ -19,12 +19,13 @@ from torch import Tensor
 
 FILE = "resume.safetensors"
 _CONTENT = "content"  # of the header
+_FORMAT = 2  # of what is saved; code that saves anything else counts on
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 
 
 def training_key(described: str) -> str:
-    """Of everything that decides what a training computes."""
-    return hashlib.sha256(described.encode()).hexdigest()
+    """Of everything that decides what a training computes, and how its state is saved."""
+    return hashlib.sha256(f"{_FORMAT} {described}".encode()).hexdigest()
 
 
 class Optimization:

@@ -16,6 +16,7 @@ from conf.faults import VARIABLE
 from conf.settings import HeadSettings
 from conf.tables import CO_ENGAGEMENT_PAIRS
 from jobs.train_model import distribute
+from models import resume
 from models.data import TableRef
 from models.resume import FILE, Saved
 from models.spec import TrainingSpec
@@ -85,7 +86,7 @@ def test_a_killed_training_of_a_signal_goes_on_to_the_same_loss(tables: dict[str
     assert outcome(disturbed)[2][-1] == PHASES[phase]
 
 
-def test_only_the_same_training_goes_on(tables: dict[str, TableRef], tmp_path: Path) -> None:
+def test_only_the_same_training_goes_on(tables: dict[str, TableRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = make_spec(tmp_path, tables, checkpoint_seconds=0)
     run_ranks(spec, num_processes=1, fault=KILL)
     saved = Saved.find(tmp_path, key=spec.key)
@@ -95,6 +96,9 @@ def test_only_the_same_training_goes_on(tables: dict[str, TableRef], tmp_path: P
     newer = replace(spec, tables=tables | {"engagements": TableRef(uri=tables["engagements"].uri, version=1)})
     assert [Saved.find(tmp_path, key=changed.key) for changed in (other, newer)] == [None, None]
     assert replace(spec, folder="elsewhere").key == spec.key
+    with monkeypatch.context() as other_code:
+        other_code.setattr(resume, "_FORMAT", 1)
+        assert Saved.find(tmp_path, key=spec.key) is None
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:1000])
     assert Saved.find(tmp_path, key=spec.key) is None
 
