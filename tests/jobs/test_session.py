@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
+from conf.memory import KEPT_MEMORY
+
 
 def _probe(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Which lists of files a worker reads anew when Spark has it forget its import caches, and what its memory is set to."""
@@ -21,8 +23,8 @@ def _probe(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     zipimport._read_directory = lambda archive: read.append(archive) or original(archive)
     importlib.invalidate_caches()
     zipimport._read_directory = original
-    memory = [f"{name}={os.environ.get(name)}" for name in ("ARROW_DEFAULT_MEMORY_POOL", "MALLOC_MMAP_THRESHOLD_")]
-    kinds = ["archive"] * len(archives) + ["read"] * len(read) + ["memory"] * 2
+    memory = [f"{name}={os.environ.get(name)}" for name in KEPT_MEMORY]
+    kinds = ["archive"] * len(archives) + ["read"] * len(read) + ["memory"] * len(memory)
     yield pa.RecordBatch.from_pydict({"kind": kinds, "text": [*archives, *read, *memory]})
 
 
@@ -31,4 +33,4 @@ def test_a_worker_reads_no_archive_again_and_keeps_its_memory(spark: SparkSessio
     found = {kind: [row["text"] for row in rows if row["kind"] == kind] for kind in ("archive", "read", "memory")}
     assert any(name.endswith(".jar") for name in found["archive"]), "Spark no longer has workers look for Python in its jar"
     assert found["read"] == []
-    assert found["memory"] == ["ARROW_DEFAULT_MEMORY_POOL=system", f"MALLOC_MMAP_THRESHOLD_={32 << 20}"]
+    assert found["memory"] == [f"{name}={value}" for name, value in KEPT_MEMORY.items()]
