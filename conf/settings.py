@@ -434,7 +434,11 @@ class TrainingSettings(Section):
     mixed_precision: bool = Field(
         True, description="On a GPU, factors of matrix products are rounded to TF32 and sums stay float32; false: all float32."
     )
-    num_steps: int = Field(80, ge=0, description="Optimizer steps, taken twice: for the scorer before the holdout, then of everything; 0 keeps the factorization.")
+    num_steps: int = Field(
+        80,
+        ge=0,
+        description="Optimizer steps, taken twice: for the scorer before the holdout, then of everything; 0 keeps the factorization.",
+    )
     batch_size: int = Field(512, ge=1, description="Triggers per step over all workers.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak of the one-cycle schedule.")
     full_softmax_max_items: int = Field(20_000, ge=1, description="Catalogs up to this size use every item as a candidate.")
