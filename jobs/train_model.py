@@ -33,7 +33,7 @@ from jobs.reader import artifacts_of
 from jobs.stage import StageRun, stage_main
 from models.data import TableRef
 from models.resume import FILE
-from models.spec import TrainingSpec
+from models.spec import REHEARSAL, TrainingSpec
 
 STAGE = "train_model"
 _NUM_ENGAGEMENTS = "num_trained_engagements"
@@ -212,7 +212,7 @@ def _progress(folder: Path) -> Callable[[], Reading | None]:
             return None
         if content["phase"] == "calibration":  # how many settings will be tried depends on what they reach
             return content["done"], 0, "settings of the calibration tried"
-        steps = "training steps beside which the scorer will be fitted" if content["phase"] == "rehearsal" else "training steps"
+        steps = "training steps beside which the scorer will be fitted" if content["phase"] == REHEARSAL else "training steps"
         return content["done"], content["total"], steps
 
     return read

@@ -21,7 +21,7 @@ from models.factorization import CoEngagement
 from models.losses import Loss
 from models.mtmh import COSINE_TASKS, Head, Mtmh
 from models.resume import Keeper, Optimization, Saved
-from models.spec import Progress, TrainingSpec
+from models.spec import REHEARSAL, TRAINING, Progress, TrainingSpec
 from models.workers import COSINE, Workers, on
 
 _CONFLICT_EVERY = 10  # steps between looks at the gradients' cosine
@@ -35,7 +35,7 @@ def fine_tune(
     *,
     user_level_weight: float,
     progress: Progress | None = None,
-    phase: str = "training",
+    phase: str = TRAINING,
     saved: Saved | None = None,
     keeper: Keeper | None = None,
 ) -> list[dict[str, float]]:
@@ -68,7 +68,7 @@ def fine_tune(
         if keeper:
             keeper.look(work)
         if step == settings.num_steps // 2 > first:
-            reach(f"train_model.rank.{phase}")
+            reach("train_model.rank.rehearsal") if phase == REHEARSAL else reach("train_model.rank.training")
         work.optimizer.zero_grad(set_to_none=True)
         compare = step % _CONFLICT_EVERY == 0
         said = backward(model, batches.batch(step), workers, affinity_weight=settings.affinity_weight, compare=compare)

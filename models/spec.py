@@ -14,6 +14,9 @@ from models.data import TableRef
 from models.resume import training_key
 from models.scorer import READS
 
+REHEARSAL, TRAINING = "rehearsal", "training"
+"""Phases whose steps are shown, and saved to go on from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSpec:

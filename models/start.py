@@ -28,14 +28,12 @@ from models.fine_tuning import fine_tune
 from models.mtmh import Mtmh, SignalStart, Start
 from models.resume import Keeper, Saved
 from models.scorer import MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
-from models.spec import Progress, Stopwatch, TrainingSpec
+from models.spec import REHEARSAL, Progress, Stopwatch, TrainingSpec
 from models.user_level import UserLevel
 from models.workers import Workers
 
 _STAY = 2.0  # standard errors that a gain on the holdout must exceed to move a weight from last night's
 _START_TEMPERATURE = 3.0  # likelihood chose 2 to 4 on the development sets; what stands without a holdout
-REHEARSAL, TRAINING = "rehearsal", "training"
-"""Phases whose steps are shown, and saved to go on from."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,8 +36,8 @@ from models.data import Floats, TrainingData, load_training_data
 from models.fine_tuning import fine_tune
 from models.mtmh import Mtmh
 from models.resume import Saved
-from models.spec import Progress, Stopwatch, TrainingSpec, write_json
-from models.start import REHEARSAL, TRAINING, find_saved, go_on, keeper, prepare, user_level_weight
+from models.spec import REHEARSAL, TRAINING, Progress, Stopwatch, TrainingSpec, write_json
+from models.start import find_saved, go_on, keeper, prepare, user_level_weight
 from models.user_level import UserLevel
 from models.workers import Workers
 
