@@ -62,9 +62,10 @@ DRIVER = {stage: [f"{stage}.{point}" for point in ("started", *inside, "done", "
 DRIVER["evaluate"].append("report.written")
 """Where a driver is killed in each stage, in the order in which a night comes by."""
 WORKERS = {
-    "train_model": ["train_model.rank.started", "train_model.rank.rehearsal", "train_model.rank.training", "train_model.rank.written"],
+    "train_model": ["train_model.rank.started", "train_model.rank.training", "train_model.rank.written"],
     "publish_neighbors": ["publish_neighbors.search"],
 }
+ELSEWHERE = {"train_model.rank.rehearsal"}  # this world has too few triggers for one: tests/models/test_resume.py kills there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +176,7 @@ def test_every_point_is_killed_at() -> None:
     points = [point for found in (*DRIVER.values(), *WORKERS.values()) for point in found]
     assert len(set(points)) == len(points) >= 50
     assert list(DRIVER) == list(STAGES)
-    assert set(POINTS) <= set(points)
+    assert set(POINTS) <= {*points, *ELSEWHERE}
     by_others = {RUNS.name, RELEVANCE_FEEDBACK.name, MERGE_POLICY.name}  # the ledger, votes, a policy; the published lists have `linked`
     assert {table for table in TABLES if f".{table}.written" not in " ".join(points)} == {ITEM_NEIGHBORS.name, *by_others}
 
