@@ -1,7 +1,7 @@
 """How processes that work on large arrays one after the other get their memory, and keep it instead of handing it back for each.
 
 glibc returns a freed array to the kernel, which zeroes its pages for the next one: a third of the time of counting pairs, before these.
-The first touch of a page is not free either: where the kernel gives huge pages to those who ask (`madvise`), a quarter of the time remains.
+The first touch of a page is not free either: where the kernel gives huge pages to those who ask (`madvise`), there are fewer of them.
 """
 
 KEPT_MEMORY = {
