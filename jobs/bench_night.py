@@ -140,23 +140,22 @@ def _rebuild(spark: SparkSession, events: _Events, work: Work, lake: _Lake) -> f
 
 
 def _add(spark: SparkSession, events: _Events, changed: Collection[date], holdout: date, work: Work, lake: _Lake) -> tuple[float, int]:
-    """Seconds, and the totals that are others than before."""
+    """Seconds of a second run, as the rebuild's are, and the totals that are others than before."""
     reach = window_reach(work.window, longest_session_days=1)
     stale = stale_days(changed, events.days.keys(), reach_days=reach)
-    begin = time.monotonic()
-    changes = update_pairs(
-        spark,
-        events.files,
-        _counting(work),
-        days={day: num for day, num in events.days.items() if day in stale},
-        stale=stale,
-        moved=moved_days(holdout, _holdout(events)),
-        reach_days=reach,
-        known=events.days,
-        before=lake.files,
-        folders=lake.folders,
+    rule: Json = {
+        "days": {day: num for day, num in events.days.items() if day in stale},
+        "stale": stale,
+        "moved": moved_days(holdout, _holdout(events)),
+        "reach_days": reach,
+        "known": events.days,
+        "before": lake.files,
+        "folders": lake.folders,
         **_decay(events),
-    )
+    }
+    update_pairs(spark, events.files, _counting(work), **rule)
+    begin = time.monotonic()
+    changes = update_pairs(spark, events.files, _counting(work), **rule)
     seconds = time.monotonic() - begin
     lake.change(changes.files, changes.removed)
     return seconds, changes.num_touched

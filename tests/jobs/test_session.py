@@ -1,12 +1,15 @@
 """What Spark's Python workers are spared before and in every task."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pyarrow as pa
 from pyspark.sql import SparkSession
 
 from conf.memory import KEPT_MEMORY
+from tests.conftest import ROOT
 
 
 def _probe(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -39,3 +42,33 @@ def test_a_worker_reads_no_archive_again_and_keeps_its_memory(spark: SparkSessio
         f"MALLOC_TRIM_THRESHOLD_={1 << 30}",
         "GLIBC_TUNABLES=glibc.malloc.hugetlb=1",
     ]
+
+
+def _looked_at(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Objects that a worker looks through for garbage after each task, those that it does not, and how it talks with Spark."""
+    import gc
+
+    list(batches)
+    sockets = ["unix" if os.environ.get("PYTHON_UNIX_DOMAIN_ENABLED") == "true" else "tcp"]
+    yield pa.RecordBatch.from_pydict({"looked_at": [len(gc.get_objects())], "frozen": [gc.get_freeze_count()], "socket": sockets})
+
+
+def test_a_worker_looks_for_garbage_only_in_what_came_after_its_first_task(spark: SparkSession) -> None:
+    tasks = spark.range(8, numPartitions=8)
+    tasks.mapInArrow(_looked_at, "looked_at long, frozen long, socket string").collect()  # the first tasks of all workers
+    rows = tasks.mapInArrow(_looked_at, "looked_at long, frozen long, socket string").collect()
+    assert all(row["frozen"] > 10_000 and row["looked_at"] < row["frozen"] / 2 for row in rows), rows
+    assert {row["socket"] for row in rows} == {"unix"}
+
+
+def test_the_end_of_a_session_leaves_no_traceback() -> None:
+    code = (
+        "from conf.settings import SparkSettings\n"
+        "from jobs.session import start_session\n"
+        "spark = start_session(SparkSettings(), app_name='ends')\n"
+        "print(spark.range(4).mapInArrow(lambda batches: batches, 'id long').count())\n"
+        "spark.stop()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "4"
+    assert "Traceback" not in done.stderr, done.stderr
