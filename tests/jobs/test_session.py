@@ -49,7 +49,7 @@ def _looked_at(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     import gc
 
     list(batches)
-    sockets = ["unix" if os.environ.get("PYTHON_UNIX_DOMAIN_ENABLED") == "true" else "tcp"]
+    sockets = ["unix" if os.environ.get("PYTHON_UNIX_DOMAIN_ENABLED", "").lower() == "true" else "tcp"]
     yield pa.RecordBatch.from_pydict({"looked_at": [len(gc.get_objects())], "frozen": [gc.get_freeze_count()], "socket": sockets})
 
 
