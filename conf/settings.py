@@ -529,11 +529,16 @@ class PolicySettings(Section):
     )
     value: float = Field(ge=0, description="blend: lambda; quota, rrf: share or weight of the relevance order in [0,1].")
     popularity_exponent: float = Field(0.0, ge=0, le=1, description="Discount of popularity.")
+    relevance_share: float = Field(
+        0.0, ge=0, le=1, description="Share of the positions that goes to the relevance order, whatever the kind: of 0.1 every tenth."
+    )
 
     @model_validator(mode="after")
     def _share(self) -> Self:
         if self.kind != "blend" and self.value > 1:
             raise ValueError(f"a {self.kind} is a share in [0,1], found {self.value}")
+        if self.kind == "quota" and self.relevance_share:
+            raise ValueError(f"the value of a quota, {self.value}, is its relevance_share; found {self.relevance_share} too: leave it out")
         return self
 
 

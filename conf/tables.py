@@ -382,6 +382,11 @@ MERGE_POLICY = Table(
             "rrf: weight of the relevance order, in [0,1].",
         ),
         _key("popularity_exponent", "double", "Discount of popularity in the engagement score, 0 (none) to 1."),
+        _col(
+            "relevance_share",
+            "double",
+            "Share of the positions that goes to the relevance order, whatever the kind, 0 (also null) to 1: of 0.1 every tenth position.",
+        ),
     ),
 )
 

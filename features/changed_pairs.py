@@ -272,16 +272,17 @@ def renew_totals(batches: Iterable[pa.RecordBatch], *, folder: str, gains: Gains
     new, held, settled = PairFile(kind="totals", folder=folder), list[pa.Table](), list[Ints]()
     for uri in uris_of(batches):
         with opened(uri) as file:
-            if not _holds_some(file, gains.pairs, symmetric):
-                continue
-            for number in range(file.num_row_groups):
-                rows, stand = _renewed(file.read_row_group(number, use_threads=False), gains, symmetric)
+            replaced = False
+            for rows, place in _holding(file, gains.pairs, symmetric):
+                rows, stand = _renewed(rows, place, gains)
                 held.append(rows)
                 settled.append(stand)
+                replaced = True
                 if sum(part.num_rows for part in held) >= _LEAST_ROWS:
                     new.write(pa.concat_tables(held))
                     held.clear()
-            yield _row(replaces=_below(folder, uri))
+            if replaced:
+                yield _row(replaces=_below(folder, uri))
     if held:
         new.write(pa.concat_tables(held))
     if settled:
@@ -289,15 +290,24 @@ def renew_totals(batches: Iterable[pa.RecordBatch], *, folder: str, gains: Gains
     yield from _closed(new)
 
 
-def _holds_some(file: pq.ParquetFile, pairs: Touched, symmetric: bool) -> bool:
-    """Whether a file has one of some pairs."""
-    groups = (file.read_row_group(number, columns=IDS, use_threads=False) for number in range(file.num_row_groups))
-    return any((pairs.places(rows, either_order=symmetric) >= 0).any() for rows in groups)
+def _holding(file: pq.ParquetFile, pairs: Touched, symmetric: bool) -> Iterator[tuple[pa.Table, Ints]]:
+    """All row groups of a file that has one of some pairs, and the place of each row's pair; of another file none."""
+    waiting, holds = list[tuple[int, pa.Table, Ints]](), False
+    others = [name for name in file.schema_arrow.names if name not in IDS]
+    for number in range(file.num_row_groups):
+        rows = file.read_row_group(number, columns=IDS, use_threads=False)
+        waiting.append((number, rows, pairs.places(rows, either_order=symmetric)))
+        holds |= bool((waiting[-1][2] >= 0).any())
+        if not holds:
+            continue
+        for group, ids, place in waiting:
+            numbers = file.read_row_group(group, columns=others, use_threads=False)
+            yield pa.table([*ids.columns, *numbers.columns], names=[*IDS, *others]), place
+        waiting.clear()
 
 
-def _renewed(rows: pa.Table, gains: Gains, symmetric: bool) -> tuple[pa.Table, Ints]:
+def _renewed(rows: pa.Table, place: Ints, gains: Gains) -> tuple[pa.Table, Ints]:
     """Totals with their gains, without those that do not stand; and the places of those that do."""
-    place = gains.pairs.places(rows, either_order=symmetric)
     at = np.flatnonzero(place >= 0)
     weight, days, fit = (rows[name].to_numpy().copy() for name in ("weight", "num_user_days", "fit_weight"))
     gained = gains.fit_weight[place[at]]

@@ -5,7 +5,7 @@ The lists are made by the very index and retriever that a night publishes from, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 
 import numpy as np
@@ -165,14 +165,14 @@ def head_lists(run: StageRun, opened: Opened) -> dict[str, Ints]:
 
 
 def _swept_lists(run: StageRun, opened: Opened) -> dict[str, dict[str, Ints]]:
-    """Per family (T, K) merged lists, swept over each kind of policy and over the popularity discount."""
+    """Per family (T, K) merged lists, swept over each kind of policy, over the popularity discount and over the share of relevance."""
     settings, default = run.settings.backtest, _policies(run)["default"]
-    exponent, value = default.popularity_exponent, default.value if default.kind == "blend" else 0.0
+    blend = default if default.kind == "blend" else replace(default, kind="blend", value=0.0)
     mixes = {
-        _BLEND: {v: Policy(kind="blend", value=v, popularity_exponent=exponent) for v in settings.blend_values},
-        "mtmh_quota": {v: Policy(kind="quota", value=v, popularity_exponent=exponent) for v in settings.content_shares},
-        "mtmh_rrf": {v: Policy(kind="rrf", value=v, popularity_exponent=exponent) for v in settings.content_shares},
-        DIAL: {x: Policy(kind="blend", value=value, popularity_exponent=x) for x in settings.popularity_exponents},
+        _BLEND: {v: replace(blend, value=v) for v in settings.blend_values},
+        "mtmh_share": {v: replace(blend, relevance_share=v) for v in settings.content_shares},
+        "mtmh_rrf": {v: replace(blend, kind="rrf", value=v, relevance_share=0.0) for v in settings.content_shares},
+        DIAL: {x: replace(blend, popularity_exponent=x) for x in settings.popularity_exponents},
     }
     flat = [policy for family in mixes.values() for policy in family.values()]
     length = _list_settings(run.settings)

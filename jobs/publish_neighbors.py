@@ -86,7 +86,7 @@ def _start_policy(run: StageRun) -> None:
     """Write the settings' policies once; from then on the table rules."""
     lake = run.night.lake
     if not lake.exists(MERGE_POLICY) or lake.read(MERGE_POLICY).isEmpty():  # empty: a night was killed between its creation and this
-        rows = [(policy.scope, policy.kind, policy.value, policy.popularity_exponent) for policy in run.settings.merge]
+        rows = [policy.model_dump() for policy in run.settings.merge]
         run.replace(MERGE_POLICY, run.night.spark.createDataFrame(rows, MERGE_POLICY.ddl))
 
 

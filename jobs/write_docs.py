@@ -81,7 +81,7 @@ EXAMPLES: Mapping[str, tuple[str, str]] = {
         "On which nights an item's merged list changed: equal hashes are equal lists.",
         "SELECT run_date, run_id, list_hash FROM item_neighbors_history WHERE item_id = '1029743' AND head = 'merged' ORDER BY run_date",
     ),
-    "merge_policy": ("How lists are merged.", "SELECT scope, kind, value, popularity_exponent FROM merge_policy ORDER BY scope"),
+    "merge_policy": ("How lists are merged.", "SELECT * FROM merge_policy ORDER BY scope"),
     "runs": (
         "What the last nights did, and where their reports lie.",
         "SELECT run_date, run_id, stage, status, seconds, report FROM runs ORDER BY sequence DESC LIMIT 20",

@@ -1,8 +1,11 @@
 """The merged list: how the heads' candidates of a trigger become one list, by rows of `merge_policy`.
 
     blend   score = p(j|i) + value * max(relevance, 0)
-    quota   a share `value` of the positions goes to the relevance order, the rest to the engagement order
+    quota   the engagement order, but for a share `value` of the positions that goes to the relevance order
     rrf     reciprocal rank fusion: by (1 - value) / (60 + rank by p) + value / (60 + rank by relevance), the latter if that head found it
+
+Whatever the kind, `relevance_share` of the positions can go to the relevance order: with a tenth, every tenth position. A score lets the
+popular in first; a place that they cannot take is what less popular items, and new ones, are found in.
 
 where p(j|i) is the scorer's probability over the trigger's candidates, discounted for popular items if the policy says so:
 log p - exponent * log popularity_j, renormalized. A policy is data: a changed row needs no training.
@@ -36,10 +39,11 @@ class Policy:
     kind: str
     value: float
     popularity_exponent: float
+    relevance_share: float = 0.0
 
 
 def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
-    """Policies by scope, from rows of merge_policy.
+    """Policies by scope, from rows of merge_policy; a table of an earlier release has no relevance_share, which is then 0.
 
     Raises:
         SettingsError: naming every bad row: unknown kind, value or exponent out of range, a scope twice, or no default.
@@ -47,7 +51,12 @@ def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
     policies: dict[str, Policy] = {}
     faults = []
     for row in rows:
-        policy = Policy(kind=row["kind"], value=row["value"], popularity_exponent=row["popularity_exponent"])
+        policy = Policy(
+            kind=row["kind"],
+            value=row["value"],
+            popularity_exponent=row["popularity_exponent"],
+            relevance_share=row.get("relevance_share") or 0.0,
+        )
         faults += [f"row scope={row['scope']!r}: {fault}" for fault in _faults(policy)]
         if row["scope"] in policies:
             faults.append(f"row scope={row['scope']!r}: found twice, wanted one row a scope; delete one")
@@ -68,6 +77,10 @@ def _faults(policy: Policy) -> list[str]:
         faults.append(f"value {policy.value} of kind {policy.kind}; wanted a number from 0{' to 1' if most == 1 else ''}")
     if not 0 <= policy.popularity_exponent <= 1:
         faults.append(f"popularity_exponent {policy.popularity_exponent}; wanted a number from 0 to 1")
+    if not 0 <= policy.relevance_share <= 1:
+        faults.append(f"relevance_share {policy.relevance_share}; wanted a number from 0 to 1")
+    if policy.kind == "quota" and policy.relevance_share:
+        faults.append(f"relevance_share {policy.relevance_share} of kind quota, whose value is that share; set one of the two")
     return faults
 
 
@@ -78,6 +91,7 @@ class Policies:
     kind: npt.NDArray[np.str_]
     value: Floats
     popularity_exponent: Floats
+    relevance_share: Floats
 
     @classmethod
     def for_triggers(cls, policies: Mapping[str, Policy], coarsest: Sequence[str | None]) -> Self:
@@ -95,13 +109,17 @@ class Policies:
             kind=np.array([policy.kind for policy in chosen], dtype=np.str_),
             value=np.array([policy.value for policy in chosen], dtype=np.float32),
             popularity_exponent=np.array([policy.popularity_exponent for policy in chosen], dtype=np.float32),
+            relevance_share=np.array([policy.relevance_share for policy in chosen], dtype=np.float32),
         )
 
     def part(self, start: int, stop: int) -> Self:
         """The policies of triggers start to stop."""
-        return type(self)(
-            kind=self.kind[start:stop], value=self.value[start:stop], popularity_exponent=self.popularity_exponent[start:stop]
-        )
+        return type(self)(**{name: column[start:stop] for name, column in vars(self).items()})
+
+    def of(self, trigger: int) -> Policy:
+        """The policy of one trigger, with 0.01 and not 0.009999999776: the numbers that were written into it."""
+        numbers = {name: float(str(column[trigger])) for name, column in vars(self).items() if name != "kind"}
+        return Policy(kind=str(self.kind[trigger]), **numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,18 +166,23 @@ class _Order:
 def merge_candidates(candidates: CandidateSet, policies: Policies, *, k: int) -> Merged:
     """Merged lists of B triggers, each by its own policy.
 
-    A blend's score is its order; the others' is the (discounted) probability, which need not descend along the list. So scores are
-    probabilities under every policy but for a blend's bonus, and can be compared across triggers.
+    A blend's score is its order, but where a share goes to relevance; the others' is the (discounted) probability, which need not descend
+    along the list. So scores are probabilities under every policy but for a blend's bonus, and can be compared across triggers.
     """
     segment = segments(candidates.offsets)
     p = _probability(candidates, policies, segment)
-    key, score, filled = p.copy(), p.copy(), np.zeros(len(p), dtype=np.bool_)
+    key, score, filled = p, p, np.zeros(len(p), dtype=np.bool_)
     for kind in np.unique(policies.kind):
-        order = _KINDS[str(kind)](candidates, p, policies.value, k)
         mine = (policies.kind == kind)[segment]
-        key, filled = np.where(mine, order.key, key), np.where(mine, order.filled, filled)
+        key = np.where(mine, _KINDS[str(kind)](candidates, p, policies.value), key)
         if kind == "blend":
-            score = np.where(mine, order.key, score)
+            score = np.where(mine, key, score)
+    is_quota = policies.kind == "quota"
+    share = np.where(is_quota, policies.value, policies.relevance_share)
+    if (shared := is_quota | (share > 0)).any():
+        order = _interleaved(candidates, key, share, k)
+        key = np.where(shared[segment], order.key, key)
+        filled = is_quota[segment] & order.filled  # a blend or a fusion is for all positions: what it has there is no filling
     position, offsets = best_per_segment(key, candidates.offsets, k)
     return Merged(position=position, offsets=offsets, score=score[position], filled=filled[position])
 
@@ -172,23 +195,27 @@ def _probability(candidates: CandidateSet, policies: Policies, segment: Longs) -
     return np.exp(log_softmax(discounted, segment.astype(np.int32)))
 
 
-def _blend(candidates: CandidateSet, p: Floats, value: Floats, k: int) -> _Order:
-    key = p + value[segments(candidates.offsets)] * np.maximum(candidates.relevance, 0)
-    return _Order(key=key, filled=np.zeros(len(p), dtype=np.bool_))
+def _blend(candidates: CandidateSet, p: Floats, value: Floats) -> Floats:
+    return p + value[segments(candidates.offsets)] * np.maximum(candidates.relevance, 0)
 
 
-def _quota(candidates: CandidateSet, p: Floats, value: Floats, k: int) -> _Order:
-    """Every candidate takes the earliest slot its ranks give it; a repeat's later slot falls away and what follows moves up.
+def _quota(candidates: CandidateSet, p: Floats, value: Floats) -> Floats:
+    return p
 
+
+def _interleaved(candidates: CandidateSet, key: Floats, shares: Floats, k: int) -> _Order:
+    """A share of the positions goes to the relevance order, the rest to that of the key.
+
+    Every candidate takes the earliest slot its ranks give it; a repeat's later slot falls away and what follows moves up.
     What lies behind position K plus the row's repeats is there only because the other order ran out: it fills up.
     """
     relevance = np.where(candidates.found_by_relevance, candidates.relevance, -np.inf).astype(np.float32)
-    by_p, by_relevance = best_per_row(pad(p, candidates.offsets), k), best_per_row(pad(relevance, candidates.offsets), k)
+    by_key, by_relevance = best_per_row(pad(key, candidates.offsets), k), best_per_row(pad(relevance, candidates.offsets), k)
     width = int(np.diff(candidates.offsets).max(initial=0))
-    slots = np.full((2, len(value), width + 1), np.inf, dtype=np.float32)  # one column more takes the -1 of short rows
-    for share in np.unique(value):
-        rows = np.flatnonzero(value == share)[:, None]
-        for side, columns, own in zip(slots, (by_p, by_relevance), slots_of_share(float(share), by_p.shape[1]), strict=True):
+    slots = np.full((2, len(shares), width + 1), np.inf, dtype=np.float32)  # one column more takes the -1 of short rows
+    for share in np.unique(shares):
+        rows = np.flatnonzero(shares == share)[:, None]
+        for side, columns, own in zip(slots, (by_key, by_relevance), slots_of_share(float(share), by_key.shape[1]), strict=True):
             side[rows, columns[rows[:, 0]]] = own
     slots = slots[:, :, :-1]
     repeats = np.isfinite(slots).all(axis=0).sum(axis=1, keepdims=True)
@@ -207,13 +234,12 @@ def slots_of_share(share: float, k: int) -> tuple[Floats, Floats]:
     return engagement.astype(np.float32), relevance.astype(np.float32)
 
 
-def _rrf(candidates: CandidateSet, p: Floats, value: Floats, k: int) -> _Order:
+def _rrf(candidates: CandidateSet, p: Floats, value: Floats) -> Floats:
     """Cormack, Clarke and Buettcher (2009), weighted; an order without a candidate gives it nothing."""
     segment = segments(candidates.offsets)
     relevance = np.where(candidates.found_by_relevance, candidates.relevance, -np.inf).astype(np.float32)
     by_p, by_relevance = _reciprocal_ranks(p, candidates.offsets), _reciprocal_ranks(relevance, candidates.offsets)
-    key = (1 - value[segment]) * by_p + value[segment] * by_relevance
-    return _Order(key=key.astype(np.float32), filled=np.zeros(len(p), dtype=np.bool_))
+    return ((1 - value[segment]) * by_p + value[segment] * by_relevance).astype(np.float32)
 
 
 def _reciprocal_ranks(score: Floats, offsets: Longs) -> Floats:
@@ -224,7 +250,7 @@ def _reciprocal_ranks(score: Floats, offsets: Longs) -> Floats:
     return out
 
 
-_KINDS: dict[str, Callable[[CandidateSet, Floats, Floats, int], _Order]] = {"blend": _blend, "quota": _quota, "rrf": _rrf}
+_KINDS: dict[str, Callable[[CandidateSet, Floats, Floats], Floats]] = {"blend": _blend, "quota": _quota, "rrf": _rrf}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,7 +40,7 @@ class Remixer:
         Raises:
             TableError: the night's index is gone or of other code, or it does not know the item.
         """
-        from models.merge import Policy, read_policies
+        from models.merge import read_policies
 
         with self._lock:  # the first two questions may come at once
             retriever = self._retriever
@@ -48,14 +48,14 @@ class Remixer:
         if trigger[0] < 0:
             raise TableError(f"item {item_id!r} is not in the index of night {self.night.run_id}")
         policies = read_policies(open_table(self.night.root, MERGE_POLICY).to_pyarrow_table().to_pylist())
-        chosen = retriever.policies_for(policies, trigger)
-        kind, own, exponent = str(chosen.kind[0]), _shortest(chosen.value[0]), _shortest(chosen.popularity_exponent[0])
+        chosen = retriever.policies_for(policies, trigger).of(0)
+        kind, own = chosen.kind, chosen.value
         swept = self.night.settings.backtest.blend_values if kind == "blend" else self.night.settings.backtest.content_shares
         values = sorted({own, *swept})
         lists = retriever.merge_under(
             trigger,
             self._counted(retriever, item_id),
-            [Policy(kind=kind, value=value, popularity_exponent=exponent) for value in values],
+            [replace(chosen, value=value) for value in values],
             settings=self.night.settings.retrieval,
         )
         return Mixes(kind=kind, own=own, lists=self._described(retriever, trigger, dict(zip(values, lists, strict=True))))
@@ -118,8 +118,3 @@ def _positions(retriever: Any, item_ids: Sequence[str]) -> np.ndarray[tuple[int]
     """Item indices, -1 for unknown ones."""
     found = pc.index_in(pa.array(item_ids, pa.string()), retriever.item_ids)
     return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), np.int32)
-
-
-def _shortest(value: np.float32) -> float:
-    """0.01 and not 0.009999999776: the number that was written into the policy."""
-    return float(str(value))

@@ -43,8 +43,9 @@ def test_a_value_out_of_range_is_refused(assignment):
 
 
 def test_all_faults_are_reported_together():
-    faults = faults_of(*FAULTS, "evaluation.window={kind: never}", "training.seed=x", "merge=[{value: 2, kind: quota}]")
-    assert len(faults) == len(FAULTS) + 1 + 3  # two of the grades are wrong
+    merge = "merge=[{value: 2, kind: quota}, {value: 0.2, kind: quota, relevance_share: 0.1}]"
+    faults = faults_of(*FAULTS, "evaluation.window={kind: never}", "training.seed=x", merge)
+    assert len(faults) == len(FAULTS) + 1 + 4  # two of the grades are wrong
     for where in [
         *(where for where, _ in FAULTS.values()),
         "backtest.judges.taxonomy.level_grades.1",
@@ -53,6 +54,7 @@ def test_all_faults_are_reported_together():
     ]:
         assert sum(fault.strip().startswith(f"{where}: ") for fault in faults) == 1, where
     assert any("a quota is a share in [0,1], found 2" in fault for fault in faults)
+    assert any("the value of a quota, 0.2, is its relevance_share; found 0.1 too" in fault for fault in faults)
 
 
 def test_filters_name_mapped_columns_and_lists_that_exist():

@@ -7,7 +7,7 @@ import pytest
 
 from models.baselines import content_lists, engagement_lists
 from models.blends import Mixes, blend_lists, content_cosine
-from models.merge import CandidateSet, Policies, merge_candidates
+from models.merge import CandidateSet, Policies, Policy, merge_candidates
 
 NUM_ITEMS = 14
 TRIGGERS = np.array([3, 0, 13, 5, 14, 30], np.int32)  # 13 has no content, 14 and 30 were not known yet
@@ -130,7 +130,7 @@ def test_quota_is_the_policy_of_the_merge(share):
         log_popularity=np.zeros(log_p.size, np.float32),
         found_by_relevance=np.ones(log_p.size, bool),
     )
-    policies = Policies(kind=np.array(["quota"] * 5), value=np.full(5, share, np.float32), popularity_exponent=np.zeros(5, np.float32))
+    policies = Policies.same(Policy(kind="quota", value=share, popularity_exponent=0.0), 5)
     merged = merge_candidates(candidates, policies, k=6)
     for row in range(5):
         positions = merged.position[merged.offsets[row] : merged.offsets[row + 1]] - row * NUM_ITEMS

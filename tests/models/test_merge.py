@@ -8,8 +8,14 @@ from models.merge import CandidateSet, FillOrder, Policies, Policy, merge_candid
 from models.ranking import best_per_row, best_per_segment, ends
 
 
-def row(scope="default", kind="blend", value=0.0, popularity_exponent=0.0):
-    return {"scope": scope, "kind": kind, "value": value, "popularity_exponent": popularity_exponent}
+def row(scope="default", kind="blend", value=0.0, popularity_exponent=0.0, relevance_share=None):
+    return {
+        "scope": scope,
+        "kind": kind,
+        "value": value,
+        "popularity_exponent": popularity_exponent,
+        "relevance_share": relevance_share,
+    }
 
 
 def candidates(*triggers):
@@ -84,6 +90,40 @@ def test_quota_by_hand(trigger, share, k, order, filled):
     assert scores == pytest.approx([TEN[n][0] for n in order])  # the probability, whatever the order
 
 
+@pytest.mark.parametrize(
+    ("trigger", "value", "share", "k", "order"),
+    [
+        (TEN, 0.0, 0.5, 6, [0, 9, 1, 8, 2, 7]),  # as a quota of the same share
+        (TEN, 9.0, 0.5, 6, [9, 8, 7, 6, 5, 4]),  # both orders are the same
+        # p + .02 r = (10 - n) / 55 + n / 500: 0, 1, 2, ...; every third position is of 9 and 8
+        (TEN, 0.02, 1 / 3, 7, [0, 1, 9, 2, 3, 8, 4]),
+        (found_by_relevance(), 0.02, 0.5, 3, [0, 1, 2]),  # relevance found nothing: all places are the blend's
+    ],
+)
+def test_a_blend_leaves_a_share_of_the_positions_to_relevance(trigger, value, share, k, order):
+    positions, scores, filled = merged(candidates(trigger), row(value=value, relevance_share=share), k=k)[0]
+    assert positions == order
+    assert scores == pytest.approx([TEN[n][0] + value * TEN[n][1] for n in order])
+    assert not any(filled)
+
+
+def test_a_fusion_leaves_a_share_too_and_rows_do_not_mix():
+    shared, plain = row("toys", "rrf", 0.0, relevance_share=0.5), row("books", "rrf", 0.0)
+    lists = merged(candidates(TEN, TEN, TEN), row(), shared, plain, coarsest=["toys", "books", None], k=4)
+    assert [positions for positions, _, _ in lists] == [[0, 9, 1, 8], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_a_policy_reads_as_it_was_written():
+    policy = Policy(kind="blend", value=0.01, popularity_exponent=0.3, relevance_share=0.1)
+    assert Policies.same(policy, 3).of(1) == policy
+
+
+def test_a_table_of_an_earlier_release_leaves_relevance_no_share():
+    old = row(value=2)
+    del old["relevance_share"]
+    assert read_policies([old])["default"].relevance_share == 0
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_rank_fusion_against_a_plain_loop(share):
     rng = np.random.default_rng(4)
@@ -113,7 +153,14 @@ def test_policies_by_category_of_the_trigger():
 
 
 def test_bad_policies_are_named_together():
-    rows = [row("toys", "mix"), row("books", "quota", 1.5), row("games", value=float("nan"), popularity_exponent=2), row("toys")]
+    rows = [
+        row("toys", "mix"),
+        row("books", "quota", 1.5),
+        row("games", value=float("nan"), popularity_exponent=2),
+        row("toys"),
+        row("bikes", relevance_share=-0.1),
+        row("pens", "quota", 0.2, relevance_share=0.1),
+    ]
     with pytest.raises(SettingsError) as raised:
         read_policies(rows)
     for text in (
@@ -122,6 +169,8 @@ def test_bad_policies_are_named_together():
         "row scope='games': value nan",
         "row scope='games': popularity_exponent 2",
         "row scope='toys': found twice",
+        "row scope='bikes': relevance_share -0.1",
+        "row scope='pens': relevance_share 0.1 of kind quota",
         "no row of scope 'default'",
     ):
         assert text in str(raised.value)
