@@ -169,7 +169,7 @@ def _swept_lists(run: StageRun, opened: Opened) -> dict[str, dict[str, Ints]]:
     settings, default = run.settings.backtest, _policies(run)["default"]
     blend = default if default.kind == "blend" else replace(default, kind="blend", value=0.0)
     mixes = {
-        _BLEND: {v: replace(blend, value=v) for v in settings.blend_values},
+        _BLEND: {v: replace(blend, value=v, relevance_share=0.0) for v in settings.blend_values},
         "mtmh_share": {v: replace(blend, relevance_share=v) for v in settings.content_shares},
         "mtmh_rrf": {v: replace(blend, kind="rrf", value=v, relevance_share=0.0) for v in settings.content_shares},
         DIAL: {x: replace(blend, popularity_exponent=x) for x in settings.popularity_exponents},

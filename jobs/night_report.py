@@ -224,12 +224,13 @@ def judged_report(night: Night, rows: Sequence[Mapping[str, Any]]) -> Report | N
 
 
 def _default_mix(night: Night) -> str:
-    """Lambda of the default policy, as a backtest names its mixes; empty if it is no blend."""
+    """Lambda of the default policy, as a backtest names its mixes; empty if it is no blend, or one that leaves places to relevance."""
     root = night.lake.root
     table = open_table(root, MERGE_POLICY).to_pyarrow_table().to_pylist() if table_exists(root, MERGE_POLICY) else []
     policies = table or [policy.model_dump() for policy in night.settings.merge]
     default = next((policy for policy in policies if policy["scope"] == "default"), None)
-    return f"{default['value']:g}" if default and default["kind"] == "blend" else ""
+    swept = default and default["kind"] == "blend" and not default.get("relevance_share")
+    return f"{default['value']:g}" if default and swept else ""
 
 
 def _frontier(report: Report | None) -> dict[str, Any] | None:
