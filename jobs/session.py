@@ -59,8 +59,8 @@ def _local_settings(spark: SparkSettings) -> dict[str, str]:
         "spark.driver.memory": spark.driver_memory,
         "spark.driver.host": "127.0.0.1",  # loopback only: nothing outside the machine can reach the driver
         "spark.driver.bindAddress": "127.0.0.1",
-        "spark.python.daemon.module": "jobs.worker_daemon",  # a task of Python costs a tenth: see there
-        "spark.python.unix.domain.socket.enabled": "true",  # TCP waits 40 ms for some acknowledgements
+        "spark.python.daemon.module": "jobs.worker_daemon",  # less to do between tasks
+        "spark.python.unix.domain.socket.enabled": "true",  # TCP waits for acknowledgements: see there
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",  # our own progress display replaces it
         "spark.sql.warehouse.dir": str(Path("var/warehouse").absolute()),

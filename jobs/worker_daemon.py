@@ -1,8 +1,8 @@
 """The process that forks Spark's Python workers on this machine, `spark.python.daemon.module`, with less to do between tasks.
 
 After each task a worker collects garbage, and looks for it through all that was ever imported. Here it looks through what came after its
-first task. With Unix sockets in the place of TCP, which waits for acknowledgements (`jobs.session`), a task that does nothing takes 15 ms
-of a core instead of 60; either alone brings next to nothing.
+first task. That goes with Unix sockets in the place of TCP, which waits for acknowledgements (`jobs.session`): either alone brings next
+to nothing, as the one wait hides the other; both together are most of what a task costs that does nothing.
 """
 
 import gc
