@@ -172,6 +172,12 @@ class NightReport:
         return judged_report(night, [row for row in rows if row["slice"] == "all"])
 
     @property
+    def _policies(self) -> list[dict[str, Any]]:
+        root = self.night.lake.root
+        table = open_table(root, MERGE_POLICY).to_pyarrow_table().to_pylist() if table_exists(root, MERGE_POLICY) else []
+        return table or [policy.model_dump() for policy in self.night.settings.merge]
+
+    @property
     def backtest(self) -> Report | str:
         """The latest backtest of this configuration, its published mix marked; a sentence where there is none."""
         name, path = self.night.settings.name, REPORTS / f"{self.night.settings.name}.json"
@@ -181,7 +187,7 @@ class NightReport:
             report = read_json(path)
         except TableError as error:
             return str(error)
-        mix = _default_mix(self.night)
+        mix = published_mix(self._policies)
         return replace(report, marks={**report.marks, mix: " and ".join(filter(None, [report.marks.get(mix), "the mix of merge_policy"]))})
 
 
@@ -223,11 +229,10 @@ def judged_report(night: Night, rows: Sequence[Mapping[str, Any]]) -> Report | N
     )
 
 
-def _default_mix(night: Night) -> str:
-    """Lambda of the default policy, as a backtest names its mixes; empty if it is no blend, or one that leaves places to relevance."""
-    root = night.lake.root
-    table = open_table(root, MERGE_POLICY).to_pyarrow_table().to_pylist() if table_exists(root, MERGE_POLICY) else []
-    policies = table or [policy.model_dump() for policy in night.settings.merge]
+def published_mix(policies: Sequence[Mapping[str, Any]]) -> str:
+    """Lambda of the default row of merge_policy, as a backtest names its mixes; empty if it is no blend, or one that leaves places to
+    relevance.
+    """
     default = next((policy for policy in policies if policy["scope"] == "default"), None)
     swept = default and default["kind"] == "blend" and not default.get("relevance_share")
     return f"{default['value']:g}" if default and swept else ""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from conf.settings import load_settings
 from jobs.night_picture import curves_svg
-from jobs.night_report import settings_text
+from jobs.night_report import published_mix, settings_text
 from jobs.night_words import first_line, listed
 
 
@@ -34,3 +34,11 @@ def test_curves_show_losses_alone() -> None:
     assert "share" not in picture
     assert "cosine" not in picture
     assert curves_svg([]) == ""
+
+
+def test_the_published_mix_is_a_point_of_the_frontier_only_as_a_blend_for_all_places() -> None:
+    row = {"scope": "default", "kind": "blend", "value": 0.02, "popularity_exponent": 0.0}  # as tables of earlier releases have it
+    assert published_mix([{**row, "scope": "toys", "value": 0.5}, row]) == "0.02"
+    assert published_mix([row | {"relevance_share": 0.0}]) == "0.02"
+    assert published_mix([row | {"relevance_share": 0.1}]) == ""
+    assert published_mix([row | {"kind": "quota"}]) == ""
