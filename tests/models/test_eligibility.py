@@ -11,7 +11,7 @@ from models.eligibility import FilterColumns, Rules
 from models.merge import read_policies
 from models.neighbors import Retriever
 from models.search import ItemIndex
-from tests.models.test_neighbors import BLEND, NIGHT, QUOTA, SETTINGS, World, rows_of
+from tests.models.test_neighbors import BLEND, NIGHT, QUOTA, SETTINGS, SHARED, World, rows_of
 
 NARROW = SETTINGS.model_copy(update={"num_candidates_head": 8, "num_candidates_content": 4})
 FILTERS = {
@@ -103,7 +103,7 @@ CASES = [([name], []) for name in FILTERS] + [([], [name]) for name in LIMITS]
 CASES += [(["in stock", "same market", "no variants"], ["two of a brand"]), (["released", "toys stay among toys"], ["one of a category"])]
 
 
-@pytest.mark.parametrize("policy", [BLEND, QUOTA], ids=["blend", "quota"])
+@pytest.mark.parametrize("policy", [BLEND, QUOTA, SHARED], ids=["blend", "quota", "share"])
 @pytest.mark.parametrize(("filters", "limits"), CASES, ids=[" and ".join(a + b) for a, b in CASES])
 def test_lists_hold_the_best_that_they_may_and_are_full(tmp_path, filters, limits, policy):
     filters, limits = [FILTERS[name] for name in filters], [LIMITS[name] for name in limits]

@@ -25,6 +25,7 @@ from models.user_level import UserLevel
 NIGHT = date(2024, 3, 31)
 BLEND = {"scope": "default", "kind": "blend", "value": 0.02, "popularity_exponent": 0.3}
 QUOTA = {"scope": "default", "kind": "quota", "value": 0.4, "popularity_exponent": 0.0}
+SHARED = BLEND | {"relevance_share": 0.25}
 SETTINGS = RetrievalSettings(
     list_length=8,
     num_candidates_counts=5,
@@ -262,7 +263,7 @@ def test_bundles_and_categories(tmp_path):
 # --- what every list keeps, whatever the head, policy and settings ---
 
 
-@pytest.mark.parametrize("policy", [BLEND, QUOTA], ids=["blend", "quota"])
+@pytest.mark.parametrize("policy", [BLEND, QUOTA, SHARED], ids=["blend", "quota", "share"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -286,7 +287,7 @@ def test_retrieval_contract(tmp_path, policy, settings):
             assert trigger not in neighbors
             assert eligible[neighbors].all()
             assert len(set(neighbors)) == len(neighbors) <= settings.list_length
-            if not (name == "merged" and policy is QUOTA):
+            if not (name == "merged" and policy in (QUOTA, SHARED)):
                 assert neighbors == sorted(neighbors, key=lambda item: (-found[neighbors.index(item)]["score"], item))
             if name == "merged":
                 assert len(neighbors) == min(settings.list_length, eligible.sum() - eligible[trigger]), "merged lists are full"
@@ -308,7 +309,7 @@ def test_retrieval_contract(tmp_path, policy, settings):
 def test_lists_under_several_policies_are_those_of_each(tmp_path):
     world = World(seed=4)
     retriever = world.open(tmp_path)
-    rows = [BLEND, QUOTA, BLEND | {"value": 0.0}]
+    rows = [BLEND, QUOTA, SHARED, BLEND | {"value": 0.0}]
     policies = [read_policies([row])["default"] for row in rows]
     trigger = np.arange(world.num_items, dtype=np.int32)
     swept = retriever.merge_under(trigger, world.counted(trigger), policies, settings=SETTINGS)
@@ -331,7 +332,7 @@ def test_merging_again_from_what_was_kept_gives_the_lists_of_a_retrieval(tmp_pat
         kept.save(tmp_path)
     files = sorted(tmp_path.glob("*.arrow"))
     assert len(files) == -(-world.num_items // settings.block_size)
-    for row in (QUOTA, BLEND | {"value": 1.0}, QUOTA | {"kind": "rrf"}):
+    for row in (QUOTA, SHARED, BLEND | {"value": 1.0}, QUOTA | {"kind": "rrf"}):
         policies, wanted = read_policies([row]), world.retrieve(retriever, row, settings)
         again = []
         for file in files:
@@ -398,7 +399,7 @@ def test_short_lists_are_filled_by_category_then_popularity(tmp_path):
 def test_catalogs_that_lack_something(tmp_path, changed):
     world = World()
     retriever = world.open(tmp_path, **changed)
-    for policy in (BLEND, QUOTA):
+    for policy in (BLEND, QUOTA, SHARED):
         lists = world.retrieve(retriever, policy)
         lengths = np.diff(lists.heads["merged"].offsets)
         assert (lengths == (0 if "eligible" in changed else 8)).all()
