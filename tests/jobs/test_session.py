@@ -48,12 +48,14 @@ def _looked_at(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Objects that a worker looks through for garbage after each task, those that it does not, and how it talks with Spark."""
     import gc
 
+    import features.swing  # noqa: F401 - with it scipy, which no first task has imported
+
     list(batches)
     sockets = ["unix" if os.environ.get("PYTHON_UNIX_DOMAIN_ENABLED", "").lower() == "true" else "tcp"]
     yield pa.RecordBatch.from_pydict({"looked_at": [len(gc.get_objects())], "frozen": [gc.get_freeze_count()], "socket": sockets})
 
 
-def test_a_worker_looks_for_garbage_only_in_what_came_after_its_first_task(spark: SparkSession) -> None:
+def test_a_worker_looks_for_garbage_only_in_what_is_no_import(spark: SparkSession) -> None:
     tasks = spark.range(8, numPartitions=8)
     tasks.mapInArrow(_looked_at, "looked_at long, frozen long, socket string").collect()  # the first tasks of all workers
     rows = tasks.mapInArrow(_looked_at, "looked_at long, frozen long, socket string").collect()
