@@ -126,8 +126,8 @@ class PairFile:
         if self._writer is None:
             self._place = open_uri(f"{self.folder}/{self.name}")
             files, path = self._place
-            even = [name for name in schema.names if name != "user_hashes"]
-            coded = [name for name in even if schema.field(name).type != pa.float64()]  # finding equal weights takes longer than all else
+            compressed = [name for name in schema.names if name != "user_hashes"]
+            coded = [name for name in compressed if schema.field(name).type != pa.float64()]  # few weights are equal: finding them is dear
             random = {"user_hashes.list.element": "none"} if self.kind == "daily" else {}
             self._writer = pq.ParquetWriter(
                 path,
@@ -135,7 +135,7 @@ class PairFile:
                 filesystem=files,
                 store_schema=False,
                 use_dictionary=coded,
-                compression=dict.fromkeys(even, "snappy") | random,
+                compression=dict.fromkeys(compressed, "snappy") | random,
                 write_statistics=["event_date"],  # those of coded ids take four times as long as all the rest, and rule out nothing
                 dictionary_pagesize_limit=_PAGE_BYTES,
             )

@@ -234,8 +234,9 @@ def published_mix(policies: Sequence[Mapping[str, Any]]) -> str:
     relevance.
     """
     default = next((policy for policy in policies if policy["scope"] == "default"), None)
-    swept = default and default["kind"] == "blend" and not default.get("relevance_share")
-    return f"{default['value']:g}" if default and swept else ""
+    if default is None or default["kind"] != "blend" or default.get("relevance_share"):
+        return ""
+    return f"{default['value']:g}"
 
 
 def _frontier(report: Report | None) -> dict[str, Any] | None:

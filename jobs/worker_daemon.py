@@ -23,8 +23,8 @@ def _work(infile: BufferedReader, outfile: BinaryIO) -> None:
     if not infile.peek(1):
         sys.exit(1)
     _do_task(infile, outfile)
-    if len(sys.modules) > len(_frozen):  # it has imported something
-        _frozen.update(sys.modules)
+    if imported := sys.modules.keys() - _frozen:
+        _frozen.update(imported)
         gc.collect()
         gc.freeze()
 

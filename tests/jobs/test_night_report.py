@@ -1,11 +1,20 @@
 """What a night's report says of settings and errors; the page itself is tested on real nights in test_nightly."""
 
+from datetime import UTC, date, datetime
 from pathlib import Path
 
+import pytest
+from pyspark.sql import SparkSession
+
 from conf.settings import load_settings
+from jobs.backtest_report import REPORTS, Report, frontier_svg, write_json
 from jobs.night_picture import curves_svg
-from jobs.night_report import published_mix, settings_text
+from jobs.night_report import NightReport, published_mix, settings_text
 from jobs.night_words import first_line, listed
+from jobs.progress import Display
+from jobs.stage import make_night
+from tests.jobs.test_backtest_report import family
+from tests.jobs.test_backtest_report import report as judged_lists
 
 
 def test_the_settings_of_a_report_are_settings_again_and_hide_secrets(tmp_path: Path) -> None:
@@ -42,3 +51,20 @@ def test_the_published_mix_is_a_point_of_the_frontier_only_as_a_blend_for_all_pl
     assert published_mix([row | {"relevance_share": 0.0}]) == "0.02"
     assert published_mix([row | {"relevance_share": 0.1}]) == ""
     assert published_mix([row | {"kind": "quota"}]) == ""
+
+
+@pytest.mark.parametrize(("share", "rings"), [(0.0, 1), (0.1, 0)])
+def test_the_published_mix_is_ringed(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, rings: int
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where a backtest has left its report
+    merge = f"merge=[{{kind: blend, value: 0.005, relevance_share: {share}}}]"
+    settings = load_settings("demo", [f"lake.root={tmp_path / 'lake'}", merge])
+    mixes = family("mtmh_blend", "", 0, ("0", "0.005", "0.02", "0.1", "0.3", "1"))
+    write_json(judged_lists(config=settings.name, families={"mtmh_blend": mixes}), REPORTS / f"{settings.name}.json")
+    night = make_night(
+        settings, date(2024, 3, 31), spark=spark, display=Display(seconds_per_line=3600), now=datetime(2024, 4, 1, tzinfo=UTC)
+    )
+    report = NightReport.of(night, ["ingest"]).backtest
+    assert isinstance(report, Report)
+    assert frontier_svg(report).count(">the mix of merge_policy<") == rings

@@ -6,10 +6,10 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, Field, write_deltalake
 
 from conf.errors import PublishError, SettingsError, TableError
-from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
+from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY
 from features import store
 from jobs.look_up import Lookup
 from jobs.online import open_feature_store
@@ -113,6 +113,23 @@ def test_runs_that_cannot_be_rolled_back_to(world: ListWorld) -> None:
             roll_back(world.settings, run, display=QUIET)
     assert published(world.root).run_id == kept
     assert [record.stage for record in world.ledger.records()] == ["publish_neighbors"] * 3
+
+
+def test_a_policy_table_of_an_earlier_release_leaves_relevance_no_share(world: ListWorld) -> None:
+    world.night(SECOND, seed=2)
+    world.set_policy(kind="blend", value=0.3)
+    remerge(world.settings, display=QUIET)
+    lists = {key: row["neighbors"] for key, row in world.current().items()}
+    table = open_table(world.root, MERGE_POLICY).to_pyarrow_table()
+    assert table["relevance_share"].null_count == 1
+    old = table.drop_columns(["relevance_share"])
+    write_deltalake(f"{world.root}/{MERGE_POLICY.name}", old, mode="overwrite", schema_mode="overwrite")
+    remerge(world.settings, display=QUIET)
+    assert {key: row["neighbors"] for key, row in world.current().items()} == lists
+    open_table(world.root, MERGE_POLICY).alter.add_columns([Field("relevance_share", "double", nullable=True)])
+    open_table(world.root, MERGE_POLICY).update(updates={"relevance_share": "0.5"})
+    remerge(world.settings, display=QUIET)
+    assert {key: row["neighbors"] for key, row in world.current().items()} != lists
 
 
 def test_a_changed_policy_is_followed_without_retrieval(world: ListWorld) -> None:
