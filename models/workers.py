@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a group: its defaults would keep that group, and its threads outlive the interpreter
 from torch import Tensor
 
 from conf.errors import TrainingError

@@ -25,6 +25,8 @@ from tests.models.small_world import SmallWorld, make_spec
 from tests.models.test_train import free_port
 
 KILL = "train_model.rank.training=kill"
+TRAIN = "import sys; from models.train import run_rank; run_rank(sys.argv[1])"
+THREADS = Path("/proc/self/task")
 WENT_ON = "training was interrupted, and went on from step 6 of 12"
 PHASES = {"rehearsal": f"{WENT_ON} of the rehearsal", "training": WENT_ON}
 
@@ -34,16 +36,23 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TableRef]:
     return SmallWorld().write(tmp_path_factory.mktemp("lake"))
 
 
-def run_ranks(spec: TrainingSpec, *, num_processes: int, fault: str | None = None, of_rank: int = 0) -> list[int]:
-    """Exit codes of the workers, one of which reads the fault."""
+def start_ranks(
+    spec: TrainingSpec, *, num_processes: int, fault: str | None = None, of_rank: int = 0, code: str = TRAIN, stdout: int | None = None
+) -> list[subprocess.Popen[bytes]]:
+    """The workers, one of which reads the fault."""
     count, port = str(num_processes), str(free_port())
     world = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for rank in range(num_processes):
         environment = os.environ | world | {"RANK": str(rank)} | ({VARIABLE: fault} if fault and rank == of_rank else {})
-        command = [sys.executable, "-c", "import sys; from models.train import run_rank; run_rank(sys.argv[1])", spec.to_json()]
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL))
-    return [process.wait(timeout=120) for process in started]
+        command = [sys.executable, "-c", code, spec.to_json()]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stdout, stderr=subprocess.DEVNULL))
+    return started
+
+
+def run_ranks(spec: TrainingSpec, *, num_processes: int, fault: str | None = None, of_rank: int = 0) -> list[int]:
+    """Exit codes of the workers, one of which reads the fault."""
+    return [process.wait(timeout=120) for process in start_ranks(spec, num_processes=num_processes, fault=fault, of_rank=of_rank)]
 
 
 def outcome(spec: TrainingSpec) -> tuple[list[float], str, list[str]]:
@@ -84,6 +93,17 @@ def test_a_killed_training_of_a_signal_goes_on_to_the_same_loss(tables: dict[str
     assert run_ranks(disturbed, num_processes=1) == [0]
     assert outcome(disturbed)[:2] == outcome(calm)[:2]
     assert outcome(disturbed)[2][-1] == PHASES[phase]
+
+
+@pytest.mark.skipif(not THREADS.is_dir(), reason="names of threads are read from /proc")
+def test_no_thread_between_workers_outlives_a_training(tables: dict[str, TableRef], tmp_path: Path) -> None:
+    """One that did held tensors when the interpreter was gone, now and then, and aborted a worker that was done."""
+    spec = make_spec(tmp_path / "run", tables)
+    look = f"from pathlib import Path; print([f.read_text().strip() for f in Path('{THREADS}').glob('*/comm')])"
+    started = start_ranks(spec, num_processes=2, code=f"{TRAIN}; {look}", stdout=subprocess.PIPE)
+    said = [process.communicate(timeout=120)[0].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert all("python" in names and "gloo" not in names for names in said), said
 
 
 def test_only_the_same_training_goes_on(tables: dict[str, TableRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
