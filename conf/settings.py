@@ -503,6 +503,10 @@ class RetrievalSettings(Section):
     num_candidates_head: int = Field(300, ge=1, description="Nearest items per trigger and head.")
     num_candidates_content: int = Field(100, ge=0, description="Nearest items per trigger in content.")
     num_candidates_popular: int = Field(100, ge=0, description="Most popular items offered to every trigger.")
+    num_candidates_new: int = Field(
+        0, ge=0, description="Nearest new items per trigger, by the relevance head: what `merge.new_share` chooses from; 0: none."
+    )
+    new_below_user_days: int = Field(5, ge=1, description="An item with fewer user-days up to the run date is new.")
     block_size: int = Field(1024, ge=1, description="Triggers scored together in a task.")
     search: Literal["auto", "exact", "ivf"] = Field(
         "auto", description="How nearest items are found; auto: IVF where an estimate of its cost says that it is worth it."
@@ -531,6 +535,12 @@ class PolicySettings(Section):
     popularity_exponent: float = Field(0.0, ge=0, le=1, description="Discount of popularity.")
     relevance_share: float = Field(
         0.0, ge=0, le=1, description="Share of the positions that goes to the relevance order, whatever the kind: of 0.1 every tenth."
+    )
+    new_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the positions, before all others, that goes to new items in relevance order; of 0.05 every 20th.",
     )
 
     @model_validator(mode="after")
@@ -631,6 +641,10 @@ class BacktestSettings(Section):
         default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5],
         description="Popularity discounts that the merged list is swept over, in [0,1].",
     )
+    new_shares: list[Share] = Field(
+        default_factory=lambda: [0.0, 0.02, 0.05, 0.1],
+        description="Shares of new items that the merged list is swept over, in [0,1], where retrieval.num_candidates_new is above 0.",
+    )
     churn: bool = Field(False, description="Train the day before each cut too, to see how much the lists change from night to night.")
     ease_max_items: int = Field(12_000, ge=1, description="Largest catalog that EASE, which inverts an items x items matrix, is run on.")
     external_baselines: bool = Field(True, description="Run ALS (implicit) and item2vec (gensim) where these libraries are installed.")
@@ -720,6 +734,13 @@ class Settings(Section):
         scopes = [policy.scope for policy in self.merge]
         if "default" not in scopes or len(scopes) != len(set(scopes)):
             raise ValueError(f"merge needs one policy per scope and one of scope default, found scopes {scopes}")
+        return self
+
+    @model_validator(mode="after")
+    def _new_items(self) -> Self:
+        asking = [policy.scope for policy in self.merge if policy.new_share]
+        if asking and not self.retrieval.num_candidates_new:
+            raise ValueError(f"merge has a new_share in scopes {asking}, which needs retrieval.num_candidates_new above 0; found 0")
         return self
 
     @model_validator(mode="after")

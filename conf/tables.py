@@ -387,6 +387,12 @@ MERGE_POLICY = Table(
             "double",
             "Share of the positions that goes to the relevance order, whatever the kind, 0 (also null) to 1: of 0.1 every tenth position.",
         ),
+        _col(
+            "new_share",
+            "double",
+            "Share of the positions, before all others, that goes to new items in relevance order, 0 (also null) to 1; "
+            "needs retrieval.num_candidates_new.",
+        ),
     ),
 )
 

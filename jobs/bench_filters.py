@@ -79,6 +79,7 @@ def _lay(folder: Path, num_items: int) -> None:
         content=base,
         popularity_p=rng.pareto(1, num_items).astype(np.float32) + 1,
         eligible=np.ones(num_items, np.bool_),
+        new=np.zeros(num_items, np.bool_),
         category_codes=np.zeros((num_items, 1), np.int32),
         category_names=["all"],
         tags=FilterColumn.encode([None] * num_items),

@@ -94,7 +94,8 @@ def _note_reach(run: StageRun, data: CutData) -> None:
 def _num_methods(run: StageRun) -> int:
     settings = run.settings.backtest
     families = len(settings.blend_values) + 2 * len(settings.content_shares)  # of ours, and of the baselines'
-    return len(run.settings.list_names) + 1 + 2 * families + len(settings.popularity_exponents) + _NUM_BASELINES
+    new = len(settings.new_shares) if run.settings.retrieval.num_candidates_new else 0
+    return len(run.settings.list_names) + 1 + 2 * families + len(settings.popularity_exponents) + new + _NUM_BASELINES
 
 
 # --- boards ---
@@ -169,11 +170,13 @@ def _swept_lists(run: StageRun, opened: Opened) -> dict[str, dict[str, Ints]]:
     settings, default = run.settings.backtest, _policies(run)["default"]
     blend = default if default.kind == "blend" else replace(default, kind="blend", value=0.0)
     mixes = {
-        _BLEND: {v: replace(blend, value=v, relevance_share=0.0) for v in settings.blend_values},
+        _BLEND: {v: replace(blend, value=v, relevance_share=0.0, new_share=0.0) for v in settings.blend_values},
         "mtmh_share": {v: replace(blend, relevance_share=v) for v in settings.content_shares},
-        "mtmh_rrf": {v: replace(blend, kind="rrf", value=v, relevance_share=0.0) for v in settings.content_shares},
+        "mtmh_rrf": {v: replace(blend, kind="rrf", value=v, relevance_share=0.0, new_share=0.0) for v in settings.content_shares},
         DIAL: {x: replace(blend, popularity_exponent=x) for x in settings.popularity_exponents},
     }
+    if run.settings.retrieval.num_candidates_new:
+        mixes["mtmh_new"] = {v: replace(blend, new_share=v) for v in settings.new_shares}
     flat = [policy for family in mixes.values() for policy in family.values()]
     length = _list_settings(run.settings)
     merged = iter(opened.retriever.merge_under(opened.triggers, opened.counted, flat, settings=length))

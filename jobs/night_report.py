@@ -231,10 +231,10 @@ def judged_report(night: Night, rows: Sequence[Mapping[str, Any]]) -> Report | N
 
 def published_mix(policies: Sequence[Mapping[str, Any]]) -> str:
     """Lambda of the default row of merge_policy, as a backtest names its mixes; empty if it is no blend, or one that leaves places to
-    relevance.
+    relevance or to new items.
     """
     default = next((policy for policy in policies if policy["scope"] == "default"), None)
-    if default is None or default["kind"] != "blend" or default.get("relevance_share"):
+    if default is None or default["kind"] != "blend" or default.get("relevance_share") or default.get("new_share"):
         return ""
     return f"{default['value']:g}"
 

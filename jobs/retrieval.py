@@ -26,7 +26,7 @@ from jobs.reader import shared_folder
 from jobs.stage import StageRun
 from models.data import TableRef, read_table
 from models.eligibility import FilterColumn, FilterColumns
-from models.merge import read_policies
+from models.merge import read_policies, require_new_candidates
 from models.neighbors import CONTENT, MERGED, Counted, Retriever, build_index
 from models.search import estimate_search
 from models.user_level import UserLevel
@@ -47,7 +47,7 @@ def index_items(run: StageRun) -> Path:
     columns = ("item_id", "item_index", "content_vector", "categories", "tags", "eligible", "filter_values")
     features = table(ITEM_FEATURES, *columns).sort_by("item_index")
     item_ids = features["item_id"].combine_chunks().cast(pa.string())
-    popularity = table(ITEM_POPULARITY, "item_id", "weight")
+    popularity = table(ITEM_POPULARITY, "item_id", "weight", "num_user_days")
     embeddings = table(ITEM_EMBEDDINGS, "item_id", "head", "trigger_vector", "target_vector")
     model = run.night.artifacts("model")
     folder = run.night.artifacts("index")
@@ -65,6 +65,7 @@ def index_items(run: StageRun) -> Path:
         content=content,
         popularity_p=_aligned(popularity, "weight", item_ids),
         eligible=eligible,
+        new=_aligned(popularity, "num_user_days", item_ids) < run.settings.retrieval.new_below_user_days,
         category_codes=codes,
         category_names=_category_names(paths, codes),
         tags=FilterColumn.rarest(features["tags"].to_pylist(), _MOST_TAGS),
@@ -147,7 +148,8 @@ def list_tasks(run: StageRun, index: Path) -> tuple[DataFrame, MakeLists]:
         .sortWithinPartitions("item_index")
     )
     policies = [row.asDict() for row in run.read(MERGE_POLICY).collect()]
-    read_policies(policies)  # a bad row is reported here, not by a task
+    has_new = run.settings.retrieval.num_candidates_new > 0
+    require_new_candidates(read_policies(policies), has_new=has_new)  # a bad row is reported here, not by a task
     keep = str(new_candidates(run)) if run.settings.retrieval.keep_candidates else None
     search = partial(search_batches, index=str(index), policies=policies, settings=run.settings.retrieval, keep=keep)
     return blocks, search

@@ -5,7 +5,8 @@
     rrf     reciprocal rank fusion: by (1 - value) / (60 + rank by p) + value / (60 + rank by relevance), the latter if that head found it
 
 Whatever the kind, `relevance_share` of the positions can go to the relevance order: with a tenth, every tenth position. A score lets the
-popular in first; a place that they cannot take is what less popular items, and new ones, are found in.
+popular in first; a place that they cannot take is what less popular items are found in. `new_share` of the positions, chosen before those,
+can go to new items in relevance order: what nobody has met yet is likely by no score.
 
 where p(j|i) is the scorer's probability over the trigger's candidates, discounted for popular items if the policy says so:
 log p - exponent * log popularity_j, renormalized. A policy is data: a changed row needs no training.
@@ -40,10 +41,11 @@ class Policy:
     value: float
     popularity_exponent: float
     relevance_share: float = 0.0
+    new_share: float = 0.0
 
 
 def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
-    """Policies by scope, from rows of merge_policy; a table of an earlier release has no relevance_share, which is then 0.
+    """Policies by scope, from rows of merge_policy; a share that the table of an earlier release does not have is 0.
 
     Raises:
         SettingsError: naming every bad row: unknown kind, value or exponent out of range, a scope twice, or no default.
@@ -56,6 +58,7 @@ def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
             value=row["value"],
             popularity_exponent=row["popularity_exponent"],
             relevance_share=row.get("relevance_share") or 0.0,
+            new_share=row.get("new_share") or 0.0,
         )
         faults += [f"row scope={row['scope']!r}: {fault}" for fault in _faults(policy)]
         if row["scope"] in policies:
@@ -68,6 +71,19 @@ def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
     return policies
 
 
+def require_new_candidates(policies: Mapping[str, Policy], *, has_new: bool) -> None:
+    """Refuse a share of new items where a night has not looked for any.
+
+    Raises:
+        SettingsError: naming the scopes that ask for one.
+    """
+    if asking := sorted(scope for scope, policy in policies.items() if policy.new_share and not has_new):
+        raise SettingsError(
+            f"merge_policy has a new_share in scopes {asking}, and these lists have no new items to choose from: set "
+            "retrieval.num_candidates_new and run the night, or set new_share to 0"
+        )
+
+
 def _faults(policy: Policy) -> list[str]:
     if policy.kind not in _KINDS:
         return [f"unknown kind {policy.kind!r}; wanted one of {sorted(_KINDS)}"]
@@ -77,8 +93,8 @@ def _faults(policy: Policy) -> list[str]:
         faults.append(f"value {policy.value} of kind {policy.kind}; wanted a number from 0{' to 1' if most == 1 else ''}")
     if not 0 <= policy.popularity_exponent <= 1:
         faults.append(f"popularity_exponent {policy.popularity_exponent}; wanted a number from 0 to 1")
-    if not 0 <= policy.relevance_share <= 1:
-        faults.append(f"relevance_share {policy.relevance_share}; wanted a number from 0 to 1")
+    shares = {"relevance_share": policy.relevance_share, "new_share": policy.new_share}
+    faults += [f"{name} {share}; wanted a number from 0 to 1" for name, share in shares.items() if not 0 <= share <= 1]
     if policy.kind == "quota" and policy.relevance_share:
         faults.append(f"relevance_share {policy.relevance_share} of kind quota, whose value is that share; set one of the two")
     return faults
@@ -92,6 +108,7 @@ class Policies:
     value: Floats
     popularity_exponent: Floats
     relevance_share: Floats
+    new_share: Floats
 
     @classmethod
     def for_triggers(cls, policies: Mapping[str, Policy], coarsest: Sequence[str | None]) -> Self:
@@ -110,6 +127,7 @@ class Policies:
             value=np.array([policy.value for policy in chosen], dtype=np.float32),
             popularity_exponent=np.array([policy.popularity_exponent for policy in chosen], dtype=np.float32),
             relevance_share=np.array([policy.relevance_share for policy in chosen], dtype=np.float32),
+            new_share=np.array([policy.new_share for policy in chosen], dtype=np.float32),
         )
 
     def part(self, start: int, stop: int) -> Self:
@@ -132,6 +150,7 @@ class CandidateSet:
         relevance: (M,) score of the relevance head.
         log_popularity: (M,) log of the candidate's floored popularity.
         found_by_relevance: (M,) the relevance head proposed it.
+        found_new: (M,) it is new, and near the trigger among new items.
     """
 
     offsets: Longs
@@ -139,6 +158,7 @@ class CandidateSet:
     relevance: Floats
     log_popularity: Floats
     found_by_relevance: Bools
+    found_new: Bools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,8 +186,9 @@ class _Order:
 def merge_candidates(candidates: CandidateSet, policies: Policies, *, k: int) -> Merged:
     """Merged lists of B triggers, each by its own policy.
 
-    A blend's score is its order, but where a share goes to relevance; the others' is the (discounted) probability, which need not descend
-    along the list. So scores are probabilities under every policy but for a blend's bonus, and can be compared across triggers.
+    A blend's score is its order, but where a share goes to relevance or to new items; the others' is the (discounted) probability, which
+    need not descend along the list. So scores are probabilities under every policy but for a blend's bonus, and can be compared across
+    triggers.
     """
     segment = segments(candidates.offsets)
     p = _probability(candidates, policies, segment)
@@ -180,9 +201,13 @@ def merge_candidates(candidates: CandidateSet, policies: Policies, *, k: int) ->
     is_quota = policies.kind == "quota"
     share = np.where(is_quota, policies.value, policies.relevance_share)
     if (shared := is_quota | (share > 0)).any():
-        order = _interleaved(candidates, key, share, k)
+        order = _interleaved(candidates, key, candidates.found_by_relevance, share, k)
         key = np.where(shared[segment], order.key, key)
         filled = is_quota[segment] & order.filled  # a blend or a fusion is for all positions: what it has there is no filling
+    if (shared := policies.new_share > 0).any():
+        order = _interleaved(candidates, key, candidates.found_new, policies.new_share, k)
+        key = np.where(shared[segment], order.key, key)
+        filled &= ~candidates.found_new  # their places are their own
     position, offsets = best_per_segment(key, candidates.offsets, k)
     return Merged(position=position, offsets=offsets, score=score[position], filled=filled[position])
 
@@ -203,13 +228,13 @@ def _quota(candidates: CandidateSet, p: Floats, value: Floats) -> Floats:
     return p
 
 
-def _interleaved(candidates: CandidateSet, key: Floats, shares: Floats, k: int) -> _Order:
-    """A share of the positions goes to the relevance order, the rest to that of the key.
+def _interleaved(candidates: CandidateSet, key: Floats, found: Bools, shares: Floats, k: int) -> _Order:
+    """A share of the positions goes to the found candidates in relevance order, the rest to that of the key.
 
     Every candidate takes the earliest slot its ranks give it; a repeat's later slot falls away and what follows moves up.
     What lies behind position K plus the row's repeats is there only because the other order ran out: it fills up.
     """
-    relevance = np.where(candidates.found_by_relevance, candidates.relevance, -np.inf).astype(np.float32)
+    relevance = np.where(found, candidates.relevance, -np.inf).astype(np.float32)
     by_key, by_relevance = best_per_row(pad(key, candidates.offsets), k), best_per_row(pad(relevance, candidates.offsets), k)
     width = int(np.diff(candidates.offsets).max(initial=0))
     slots = np.full((2, len(shares), width + 1), np.inf, dtype=np.float32)  # one column more takes the -1 of short rows

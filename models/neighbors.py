@@ -4,7 +4,7 @@
 processes, which then share one copy in memory. Candidates of a trigger:
 
     counted pairs (the heaviest)  +  items that its users know too (models.user_level)  +  nearest targets of every head (FAISS)
-    +  nearest in content  +  the most popular items
+    +  nearest in content  +  the most popular items  +  nearest new items, if the settings ask for some
 
 never the trigger itself, never an ineligible item, nor one that a filter or limit of the list refuses (models.eligibility): a search goes
 on until the list is full. A head's list is the best of its own candidates by its score, and is never filled with anything else. The
@@ -43,9 +43,9 @@ from models.search import ItemIndex, SearchReport, write_index
 from models.user_level import UserLevel
 
 ENGAGEMENT, RELEVANCE, MERGED = "engagement", "relevance", "merged"
-COUNTS, USERS, CONTENT, POPULARITY = "counts", "users", "content", "popularity"
+COUNTS, USERS, CONTENT, POPULARITY, NEW = "counts", "users", "content", "popularity", "new"
 _NUM_SAMPLED = 256  # triggers on which the recall of a search is measured
-_SOURCE_BITS = 16  # of a packed candidate key: counts, users, content, popularity, category and up to 11 heads
+_SOURCE_BITS = 16  # of a packed candidate key: counts, users, content, popularity, category, new and up to 10 heads
 _META = "meta.json"
 
 
@@ -87,6 +87,7 @@ def build_index(
     content: Floats,
     popularity_p: Floats,
     eligible: Bools,
+    new: Bools,
     category_codes: Ints,
     trends: Floats,
     user_level: UserLevel,
@@ -106,6 +107,7 @@ def build_index(
         content: (N, C) unit rows, zeros for an item without content.
         popularity_p: (N,) decayed user-days or any multiple of them, 0 for an item never engaged with; floored as in training.
         eligible: (N,) may be a neighbor.
+        new: (N,) hardly anybody has engaged with it yet.
         category_codes: (N, L) a code per level that stands for the whole path down to it, -1 for none.
         trends: (N, S) of `models.data.item_trends` as of the run date.
         user_level: as of the run date.
@@ -119,8 +121,8 @@ def build_index(
     Raises:
         TrainingError: a head is missing, shapes disagree, or a vector is not finite.
     """
-    per_item = {"content": content, "popularity_p": popularity_p, "eligible": eligible, "category_codes": category_codes, "trends": trends}
-    _check(len(item_ids), head_vectors, **per_item)
+    per_item = {"content": content, "popularity_p": popularity_p, "eligible": eligible, "new": new, "category_codes": category_codes}
+    _check(len(item_ids), head_vectors, **per_item, trends=trends)
     folder.mkdir(parents=True, exist_ok=True)
     informed = (content != 0).any(axis=1) | (popularity_p > 0)
     sample = np.sort(np.random.default_rng(0).permutation(len(eligible))[:_NUM_SAMPLED])
@@ -128,6 +130,8 @@ def build_index(
     for number, (name, (trigger, target)) in enumerate(head_vectors.items()):
         items = _write_head(folder, f"head-{number}", trigger, target, eligible, informed, engagement=name == ENGAGEMENT)
         reports[name] = write_index(folder, f"head-{number}", target, items, queries=trigger[sample], settings=settings)
+        if name == RELEVANCE and settings.num_candidates_new:
+            reports[NEW] = write_index(folder, NEW, target, items[new[items]], queries=trigger[sample], settings=settings)
     _save(folder, "content", content)
     items = np.flatnonzero(eligible & (content != 0).any(axis=1)).astype(np.int32)
     reports[CONTENT] = write_index(folder, "content", content, items, queries=content[sample], settings=settings)
@@ -142,7 +146,7 @@ def build_index(
     _save_texts(folder, "tag_names", pa.array(tags.values, pa.string()))
     if scorer_file is not None:
         Scorer.load(scorer_file).save(folder / "scorer.json")
-    meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "calibration": dict(calibration)}
+    meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "has_new": NEW in reports, "calibration": dict(calibration)}
     (folder / _META).write_text(json.dumps(meta))
     return reports
 
@@ -167,8 +171,8 @@ def _save_per_item(folder: Path, popularity_p: Floats, eligible: Bools, category
 def _check(num_items: int, head_vectors: Mapping[str, tuple[Floats, Floats]], **arrays: npt.NDArray[Any]) -> None:
     if missing := {ENGAGEMENT, RELEVANCE} - set(head_vectors):
         raise TrainingError(f"vectors of heads {sorted(missing)} are missing, have {sorted(head_vectors)}; add them under model.heads")
-    if len(head_vectors) > _SOURCE_BITS - 5:
-        raise TrainingError(f"found {len(head_vectors)} heads, wanted at most {_SOURCE_BITS - 5}; take some out of model.heads")
+    if len(head_vectors) > _SOURCE_BITS - 6:
+        raise TrainingError(f"found {len(head_vectors)} heads, wanted at most {_SOURCE_BITS - 6}; take some out of model.heads")
     for name, (trigger, target) in head_vectors.items():
         arrays |= {f"trigger vectors of head {name}": trigger, f"target vectors of head {name}": target}
     for name, array in arrays.items():
@@ -359,6 +363,7 @@ class Retriever:
     heads: Mapping[str, _Head]
     content: Floats
     content_flat: ItemIndex
+    new_flat: ItemIndex | None
     log_popularity: Floats
     trends: Floats
     user_level: UserLevel
@@ -385,6 +390,7 @@ class Retriever:
             heads={name: _Head.open(folder, f"head-{number}", name) for number, name in enumerate(meta["heads"])},
             content=_load(folder, "content"),
             content_flat=ItemIndex.open(folder, "content"),
+            new_flat=ItemIndex.open(folder, NEW) if meta.get("has_new") else None,
             log_popularity=_load(folder, "log_popularity"),
             trends=_load(folder, "trends"),
             user_level=UserLevel.open(folder),
@@ -401,7 +407,7 @@ class Retriever:
     @property
     def source_names(self) -> tuple[str, ...]:
         """What the bits of `Neighbors.sources` mean, lowest first."""
-        return (COUNTS, USERS, *self.heads, CONTENT, POPULARITY, CATEGORY)
+        return (COUNTS, USERS, *self.heads, CONTENT, POPULARITY, CATEGORY, NEW)
 
     def to_arrow(self, lists: NeighborLists) -> pa.RecordBatch:
         """Lists as rows, with reasons: see models.list_rows."""
@@ -530,6 +536,9 @@ class Retriever:
         for name, head in self.heads.items():
             queries = np.where(head.blank[trigger][:, None], np.float32(0), head.trigger[trigger])  # which find nothing
             found.append((name, _nearest(head.flat, head.target, queries, trigger, near, rules, (name, MERGED))))
+            if name == RELEVANCE and self.new_flat and settings.num_candidates_new:
+                few = settings.num_candidates_new
+                found.append((NEW, _nearest(self.new_flat, head.target, queries, trigger, few, rules, (MERGED,))))
         if settings.num_candidates_content:
             near = settings.num_candidates_content
             found.append((CONTENT, _nearest(self.content_flat, self.content, self.content[trigger], trigger, near, rules, (MERGED,))))
@@ -619,6 +628,7 @@ class Retriever:
             relevance=pool.scores[RELEVANCE],
             log_popularity=self.log_popularity[pool.item],
             found_by_relevance=(pool.sources >> self._bit(RELEVANCE) & 1).astype(np.bool_),
+            found_new=(pool.sources >> self._bit(NEW) & 1).astype(np.bool_) & (pool.scores[RELEVANCE] > 0),
         )
 
     def _merged_lists(self, pool: _Pool, candidates: CandidateSet, counted: Counted, policies: Policies, k: int, rules: Rules) -> Neighbors:

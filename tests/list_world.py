@@ -61,16 +61,19 @@ class ListWorld:
 
     Attributes:
         folder: where settings and lake lie.
+        num_candidates_new: of the settings; every fifth item is new.
         overrides: further sections of the settings file.
     """
 
     folder: Path
     num_items: int = 90
+    num_candidates_new: int = 0
     overrides: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(exist_ok=True)
-        self.config = write_config(self.folder, retrieval={"list_length": 6, "num_candidates_head": 12, "block_size": 16}, **self.overrides)
+        retrieval = {"list_length": 6, "num_candidates_head": 12, "block_size": 16, "num_candidates_new": self.num_candidates_new}
+        self.config = write_config(self.folder, retrieval=retrieval, **self.overrides)
         for table in (ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY, RUNS):
             DeltaTable.create(f"{self.root}/{table.name}", schema=arrow_schema(table), mode="error")
         self.set_policy(kind="blend", value=0.01)
@@ -128,6 +131,7 @@ class ListWorld:
             content=content / np.linalg.norm(content, axis=1, keepdims=True),
             popularity_p=rng.pareto(1, num_items).astype(np.float32) + 1,
             eligible=rng.random(num_items) < 0.9,
+            new=np.arange(num_items) % 5 == 0,
             category_codes=codes,
             tags=FilterColumn.encode([None] * num_items),
             category_names=[f"section {code}" for code in range(4)],

@@ -4,22 +4,23 @@ import numpy as np
 import pytest
 
 from conf.errors import SettingsError
-from models.merge import CandidateSet, FillOrder, Policies, Policy, merge_candidates, read_policies
+from models.merge import CandidateSet, FillOrder, Policies, Policy, merge_candidates, read_policies, require_new_candidates
 from models.ranking import best_per_row, best_per_segment, ends
 
 
-def row(scope="default", kind="blend", value=0.0, popularity_exponent=0.0, relevance_share=None):
+def row(scope="default", kind="blend", value=0.0, popularity_exponent=0.0, relevance_share=None, new_share=None):
     return {
         "scope": scope,
         "kind": kind,
         "value": value,
         "popularity_exponent": popularity_exponent,
         "relevance_share": relevance_share,
+        "new_share": new_share,
     }
 
 
-def candidates(*triggers):
-    """Each trigger: rows of (p, relevance, popularity, found by the relevance head)."""
+def candidates(*triggers, new=()):
+    """Each trigger: rows of (p, relevance, popularity, found by the relevance head); positions in the flat list of those found new."""
     columns = np.array([candidate for trigger in triggers for candidate in trigger], dtype=np.float32).reshape(-1, 4).T
     return CandidateSet(
         offsets=ends(np.array([len(trigger) for trigger in triggers])),
@@ -27,6 +28,7 @@ def candidates(*triggers):
         relevance=columns[1],
         log_popularity=np.log(columns[2]),
         found_by_relevance=columns[3] > 0,
+        found_new=np.isin(np.arange(columns.shape[1]), new),
     )
 
 
@@ -113,15 +115,43 @@ def test_a_fusion_leaves_a_share_too_and_rows_do_not_mix():
     assert [positions for positions, _, _ in lists] == [[0, 9, 1, 8], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize(
+    ("policy", "new", "k", "order"),
+    [
+        (row(new_share=0.5), (6, 8), 6, [0, 8, 1, 6, 2, 3]),  # by relevance, among the new ones alone
+        (row(new_share=0.25), (6, 8), 6, [0, 1, 2, 8, 3, 4]),
+        (row(new_share=0.5), (), 3, [0, 1, 2]),  # nothing is new: all places are the blend's
+        (row(new_share=0.5), (0, 1), 4, [0, 1, 2, 3]),  # what is likely anyway keeps its place
+        (row(kind="rrf", new_share=1 / 3), (7,), 4, [0, 1, 7, 2]),
+        # 0 9 1 8 2 7 of relevance's half; every third place is of 5 and 4
+        (row(relevance_share=0.5, new_share=1 / 3), (4, 5), 6, [0, 9, 5, 1, 8, 4]),
+        (row(kind="quota", value=0.5, new_share=1 / 3), (4, 5), 6, [0, 9, 5, 1, 8, 4]),
+    ],
+)
+def test_a_share_of_the_positions_is_of_new_items(policy, new, k, order):
+    positions, scores, filled = merged(candidates(TEN, new=new), policy, k=k)[0]
+    assert positions == order
+    assert not any(filled)
+    if policy["kind"] != "rrf":
+        assert scores == pytest.approx([TEN[n][0] for n in order])
+
+
+def test_a_share_of_new_items_needs_candidates():
+    policies = read_policies([row(), row("toys", new_share=0.1), row("books", new_share=0.0)])
+    require_new_candidates(policies, has_new=True)
+    with pytest.raises(SettingsError, match=r"new_share in scopes \['toys'\], .* set retrieval.num_candidates_new and run the night"):
+        require_new_candidates(policies, has_new=False)
+
+
 def test_a_policy_reads_as_it_was_written():
-    policy = Policy(kind="blend", value=0.01, popularity_exponent=0.3, relevance_share=0.1)
+    policy = Policy(kind="blend", value=0.01, popularity_exponent=0.3, relevance_share=0.1, new_share=0.05)
     assert Policies.same(policy, 3).of(1) == policy
 
 
-def test_a_table_of_an_earlier_release_leaves_relevance_no_share():
+def test_a_table_of_an_earlier_release_has_no_shares():
     old = row(value=2)
-    del old["relevance_share"]
-    assert read_policies([old])["default"].relevance_share == 0
+    del old["relevance_share"], old["new_share"]
+    assert read_policies([old]) == {"default": Policy(kind="blend", value=2, popularity_exponent=0.0)}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -159,6 +189,7 @@ def test_bad_policies_are_named_together():
         row("games", value=float("nan"), popularity_exponent=2),
         row("toys"),
         row("bikes", relevance_share=-0.1),
+        row("boats", new_share=1.1),
         row("pens", "quota", 0.2, relevance_share=0.1),
     ]
     with pytest.raises(SettingsError) as raised:
@@ -170,6 +201,7 @@ def test_bad_policies_are_named_together():
         "row scope='games': popularity_exponent 2",
         "row scope='toys': found twice",
         "row scope='bikes': relevance_share -0.1",
+        "row scope='boats': new_share 1.1",
         "row scope='pens': relevance_share 0.1 of kind quota",
         "no row of scope 'default'",
     ):

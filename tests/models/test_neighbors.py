@@ -26,6 +26,7 @@ NIGHT = date(2024, 3, 31)
 BLEND = {"scope": "default", "kind": "blend", "value": 0.02, "popularity_exponent": 0.3}
 QUOTA = {"scope": "default", "kind": "quota", "value": 0.4, "popularity_exponent": 0.0}
 SHARED = BLEND | {"relevance_share": 0.25}
+FRESH = SHARED | {"new_share": 0.25}
 SETTINGS = RetrievalSettings(
     list_length=8,
     num_candidates_counts=5,
@@ -35,6 +36,7 @@ SETTINGS = RetrievalSettings(
     num_candidates_popular=3,
     block_size=16,
 )
+WITH_NEW = SETTINGS.model_copy(update={"num_candidates_new": 4})
 
 
 def unit(vectors):
@@ -80,6 +82,7 @@ class World:
             "content": unit(content),
             "popularity_p": popularity.astype(np.float32),
             "eligible": rng.random(n) < 0.8,
+            "new": popularity < 3,
             "trends": rng.standard_normal((n, len(TRENDS))).astype(np.float32),
             "user_level": UserLevel.of(csr_array(self.draw_users(rng)), min_users=2),
             "category_codes": codes[:, : self.num_levels].astype(np.int32),
@@ -169,7 +172,9 @@ def plain_lists(world, trigger, scorer, policy, settings):
     found["relevance"] = set(best(scores["relevance"], a["eligible"] & informed, width + 1) if informed[trigger] else []) - {trigger}
     near = set(best(cosine, a["eligible"] & described, settings.num_candidates_content + 1) if described[trigger] else []) - {trigger}
     popular = set(best(log_p, a["eligible"], settings.num_candidates_popular)) - {trigger}
-    pool = np.array(sorted(counted.union(known, near, popular, *found.values())))
+    few = settings.num_candidates_new + 1 if settings.num_candidates_new and informed[trigger] else 0
+    new = set(best(scores["relevance"], a["eligible"] & informed & a["new"], few)) - {trigger}
+    pool = np.array(sorted(counted.union(known, near, popular, new, *found.values())))
     segment = np.zeros(len(pool), np.int32)
     features = candidate_features(
         head_log_p=log_softmax(scores["engagement"][pool], segment),
@@ -197,13 +202,14 @@ def plain_lists(world, trigger, scorer, policy, settings):
     return lists | {"merged": (order, dense[order])}
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, WITH_NEW], ids=["usual", "with new items"])
 @pytest.mark.parametrize("scorer", [None, a_scorer()], ids=["mixture", "fitted"])
-def test_every_list_against_brute_force(tmp_path, scorer):
+def test_every_list_against_brute_force(tmp_path, scorer, settings):
     world = World(alike=False)  # where a search ends amid equals, which of them it returns is FAISS's choice
-    lists = world.retrieve(world.open(tmp_path, scorer))
+    lists = world.retrieve(world.open(tmp_path, scorer, settings=settings), settings=settings)
     heads = {name: rows_of(lists, name) for name in lists.heads}
     for trigger in range(world.num_items):
-        wanted = plain_lists(world, trigger, scorer or Scorer.mixture(), BLEND, SETTINGS)
+        wanted = plain_lists(world, trigger, scorer or Scorer.mixture(), BLEND, settings)
         for name, (order, scores) in wanted.items():
             found = heads[name][trigger]
             assert [row["neighbor"] for row in found] == order, (name, trigger)
@@ -263,11 +269,11 @@ def test_bundles_and_categories(tmp_path):
 # --- what every list keeps, whatever the head, policy and settings ---
 
 
-@pytest.mark.parametrize("policy", [BLEND, QUOTA, SHARED], ids=["blend", "quota", "share"])
+@pytest.mark.parametrize("policy", [BLEND, QUOTA, SHARED, FRESH], ids=["blend", "quota", "share", "new items"])
 @pytest.mark.parametrize(
     "settings",
     [
-        SETTINGS,
+        WITH_NEW,
         RetrievalSettings(
             list_length=8, num_candidates_counts=1, num_candidates_head=1, num_candidates_content=0, num_candidates_popular=0
         ),
@@ -277,7 +283,7 @@ def test_bundles_and_categories(tmp_path):
 )
 def test_retrieval_contract(tmp_path, policy, settings):
     world = World(seed=3)
-    retriever = world.open(tmp_path)
+    retriever = world.open(tmp_path, settings=settings)
     lists = world.retrieve(retriever, policy, settings)
     eligible, codes = world.arrays["eligible"], world.arrays["category_codes"]
     assert list(lists.heads) == ["engagement", "relevance", "purchase", "merged"]
@@ -287,7 +293,7 @@ def test_retrieval_contract(tmp_path, policy, settings):
             assert trigger not in neighbors
             assert eligible[neighbors].all()
             assert len(set(neighbors)) == len(neighbors) <= settings.list_length
-            if not (name == "merged" and policy in (QUOTA, SHARED)):
+            if not (name == "merged" and policy in (QUOTA, SHARED, FRESH)):
                 assert neighbors == sorted(neighbors, key=lambda item: (-found[neighbors.index(item)]["score"], item))
             if name == "merged":
                 assert len(neighbors) == min(settings.list_length, eligible.sum() - eligible[trigger]), "merged lists are full"
