@@ -29,6 +29,7 @@ METRICS: Mapping[str, str] = {
     "dimension": "length of the factorization that the encoder starts from",
     "target_norm_exponent": "chosen share of the factorization's target norms that is kept, as an exponent",
     "popularity_weight": "chosen starting weight of log popularity in the engagement score",
+    "popularity_half_life_days": "chosen half-life of that popularity, in days; 0: that of the pairs' weights",
     "temperature": "chosen temperature of the engagement softmax",
     "prior_users": "chosen number of users that a count is smoothed by",
     "content_share": "chosen share of content cosine in a head without the engagement task",

@@ -202,7 +202,7 @@ class SmoothWeights:
 
 _SMOOTH_GRID: dict[str, Sequence[float]] = {
     "user_level_weight": (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
-    "prior_weight": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0),
+    "prior_weight": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0),
     "popularity_exponent": (0.0, 0.05, 0.1, 0.2, 0.3, 0.5),
 }
 
@@ -365,7 +365,7 @@ def factorization_probability(factorization: Factorization, triggers: Ints) -> F
     num_items = len(factorization.trigger)
     logits = factorization.scores(np.minimum(triggers, num_items - 1))
     weights = factorization.weights
-    logits[triggers >= num_items] = np.float32(weights.temperature * weights.popularity_weight) * factorization.log_popularity
+    logits[triggers >= num_items] = np.float32(weights.temperature * weights.popularity_weight) * factorization.log_prior
     _hide_own(logits, triggers, -np.inf)
     logits -= np.maximum(logits.max(axis=1, keepdims=True), np.finfo(np.float32).min)  # one item alone has no finite logit
     return _normalized(np.exp(logits, out=logits))

@@ -33,14 +33,16 @@ class Positives:
     """What a softmax task is taught of a batch's triggers.
 
     Attributes:
-        mass: (B, M) co-engagement at the candidates, 0 at the trigger itself.
-        partners: (B, P) drawn in proportion to the trigger's row; no columns when the catalog is complete.
+        mass: (B, M) co-engagement at the candidates times their lift, 0 at the trigger itself.
+        partners: (B, P) drawn in proportion to the trigger's row without lift; no columns when the catalog is complete.
+        weight: (B, P) lift of each partner over the row's mean lift.
         position: (B, P) of the partner among the candidates, or -1.
         valid: (B,) the trigger has partners.
     """
 
     mass: Floats
     partners: Ints
+    weight: Floats
     position: Ints
     valid: Bools
 
@@ -89,6 +91,7 @@ class Batches:
         examples: graded pairs.
         popularity: (N,) decayed user-days.
         keys: (N,) of the items.
+        lift: (N,) popularity that a score starts from over that of the time when pairs were counted; None: it is the same.
         exposures: (N, N) how many copies more an item counts in a trigger's normalizer; None: none.
         batch_size: triggers of the global batch.
         full_softmax_max_items: catalogs up to this size use all items as candidates.
@@ -114,6 +117,7 @@ class Batches:
         id_dropout: float,
         seed: int,
         in_batch_negatives: bool = False,
+        lift: Floats | None = None,
         exposures: Sparse | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -123,6 +127,8 @@ class Batches:
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.examples = _Lists(examples, self.num_items)
         self.partners = {task: _Partners(matrix) for task, matrix in matrices.items()}
+        self.lift = None if lift is None or bool((lift == 1).all()) else lift
+        self.mean_lift = {task: _mean_over_rows(matrix, self.lift) for task, matrix in matrices.items()} if self.lift is not None else {}
         learns = np.logical_or.reduce([self.examples.length > 1, *(partners.some for partners in self.partners.values())])
         self.triggers = np.flatnonzero(learns).astype(np.int32)
         self.batch_size = min(batch_size, len(self.triggers))
@@ -168,9 +174,15 @@ class Batches:
 
     def _positives(self, task: str, partners: Ints, triggers: Ints, candidates: Ints, where: Ints) -> Positives:
         """Of this worker's rows."""
+        mass = self.matrices[task].rows(triggers, candidates if self.is_sampled else None)
+        weight = np.ones(partners.shape, dtype=np.float32)
+        if self.lift is not None:
+            mass *= self.lift[candidates]
+            weight = self.lift[partners] / self.mean_lift[task][triggers][:, None]
         return Positives(
-            mass=self.matrices[task].rows(triggers, candidates if self.is_sampled else None),
+            mass=mass,
             partners=partners,
+            weight=weight,
             position=where[partners],
             valid=self.partners[task].some[triggers],
         )
@@ -302,6 +314,13 @@ class _Partners:
         item = self.users.indices[start + place]
         last = self.users.indices[start + count - 1]
         return np.where(item == triggers, last, item).astype(np.int32)  # the user's last item stands in for the trigger itself
+
+
+def _mean_over_rows(matrix: CoEngagement, values: Floats) -> Floats:
+    """(N,) mean of (N,) values over each row's mass; any number between the extremes of an empty row."""
+    total, wanted = (matrix.dot(column[:, None])[:, 0] for column in (np.ones_like(values), values))
+    mean = np.divide(wanted, total, out=np.ones_like(values), where=total > 0)
+    return np.clip(mean, values.min(), values.max())  # of a row whose users know nothing else, rounding alone is left
 
 
 def _cells(column: Ints) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

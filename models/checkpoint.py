@@ -83,6 +83,7 @@ def _empty(config: Mapping[str, Any]) -> Mtmh:
     start = Start(
         content=torch.zeros(num_items, content),
         log_popularity=torch.zeros(num_items),
+        log_prior=torch.zeros(num_items),
         known=torch.arange(num_items) < config["num_id_rows"],
         signals={name: SignalStart(**rows) for name in config["signals"]},
         **rows,

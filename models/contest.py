@@ -7,7 +7,7 @@ Shapes: `T` judged triggers, `N` items known at the cut, `D` days.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from conf.settings import BacktestSettings
 from models import baselines, external
 from models.baselines import Smooth, SmoothSvd, SmoothWeights
 from models.blends import Mixes, blend_lists
-from models.data import Floats, Ints, Sparse, TrainingData
+from models.data import Floats, History, Ints, Sparse, TrainingData
 from models.factorization import Factorization, ScoreWeights, factorize, recall
 
 LIST_LENGTH = 100
@@ -85,11 +85,12 @@ class Contest:
 
     def tune(self, truth: Sparse, settings: BacktestSettings) -> Tuned:
         """Choose the baselines' weights on (T, N) future weight: plain recall@100 decides."""
-        known, history, triggers = self.known, self.known.full, self.triggers
+        known, triggers, half_life = self.known, self.triggers, self._half_life(truth)
+        history = self._history(half_life)
         smooth = baselines.tune_smooth(history, truth, triggers, eligible=known.eligible, seed=_SEED)
         counted = Smooth.of(history, smooth)
         share = baselines.tune_share(counted, self._factorization, truth, triggers, eligible=known.eligible, seed=_SEED)
-        return Tuned(half_life_days=self._half_life(truth), smooth=smooth, share=share, ease=self._ease_lambda(truth, settings))
+        return Tuned(half_life_days=half_life, smooth=smooth, share=share, ease=self._ease_lambda(truth, settings))
 
     def baselines(self, tuned: Tuned, settings: BacktestSettings, *, note: Callable[[str], None]) -> Iterator[tuple[str, Ints]]:
         """Name and (T, 100) lists of every baseline; one that cannot run here is noted and left out."""
@@ -98,7 +99,7 @@ class Contest:
         common: dict[str, Any] = {"eligible": known.eligible, "k": LIST_LENGTH}
         yield "popularity", baselines.popularity_lists(triggers, popularity=popularity, **common)
         yield "counts", baselines.count_lists(triggers, counts=known.full.pairs, popularity=popularity, **common)
-        yield "smooth", baselines.smooth_lists(triggers, history=known.full, weights=tuned.smooth, **common)
+        yield "smooth", baselines.smooth_lists(triggers, history=self._history(tuned.half_life_days), weights=tuned.smooth, **common)
         yield "smooth_svd", baselines.engagement_lists(triggers, engagement=self.engagement(tuned), **common)
         for name, scores in self.associations.items():
             for suffix, backfill in (("", False), ("+popularity", True)):
@@ -111,7 +112,12 @@ class Contest:
 
     def engagement(self, tuned: Tuned) -> SmoothSvd:
         """The best engagement-only scores, which the blends start from."""
-        return SmoothSvd(smooth=Smooth.of(self.known.full, tuned.smooth), factorization=self._factorization, share=tuned.share)
+        smooth = Smooth.of(self._history(tuned.half_life_days), tuned.smooth)
+        return SmoothSvd(smooth=smooth, factorization=self._factorization, share=tuned.share)
+
+    def _history(self, half_life_days: float) -> History:
+        """The cut's, with the popularity that counts are smoothed by under the half-life that suits popularity alone best."""
+        return replace(self.known.full, popularity=self.daily.popularity(half_life_days))
 
     @cached_property
     def _factorization(self) -> Factorization:

@@ -2,7 +2,8 @@
 
     M = C + b * C_user,   C = decayed pair weights, C_user = X' diag(1 / items of the user) X without its diagonal, of the mass of C
     D_row^-1/2 M D_column^-1/2 = U S V',  D = sums + median + 1
-    score(j given i) = T * (A_i . B_j + rho * log p_j),  A = rows of U S at unit length, B = rows of V scaled by (norm / median)^eta
+    score(j given i) = T * (A_i . B_j + rho * log p_j),  A = rows of U S at unit length, B = rows of V scaled by (norm / median)^eta,
+    p = the share of user-days, decayed with a half-life of its own: what sells this week may say more than what sold when pairs were made
 
 M is never formed: the randomized range finder (Halko, Martinsson, Tropp 2011, algorithm 4.4) needs its products only.
 Shapes: `N` items, `U` users, `K` dimensions, `C` content dimensions, `T` triggers.
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from scipy.linalg import lu, qr, svd
 from scipy.sparse import diags_array
 
-from models.data import Floats, History, Ints, Sparse
+from models.data import TREND_HALF_LIVES, Floats, History, Ints, Sparse
 from models.draws import Keys, choose, normal
 
 Values = npt.NDArray[np.float64]
@@ -39,6 +40,7 @@ class ScoreWeights:
         popularity_weight: rho.
         temperature: T, the factor in front of the score (an inverse temperature).
         prior_users: m, the content prediction counts as much as this many users of a trigger.
+        popularity_half_life_days: of p, one of TREND_HALF_LIVES; 0: p decays as the pairs do.
     """
 
     user_level_weight: float
@@ -47,6 +49,7 @@ class ScoreWeights:
     popularity_weight: float
     temperature: float
     prior_users: float
+    popularity_half_life_days: float = 0.0
 
     def changed(self, name: str, value: float) -> Self:
         """The same but for one weight."""
@@ -63,7 +66,8 @@ class Factorization:
         target: (N, K) rows B.
         content_to_trigger: (C, K) ridge regression of A on content; predicts a cold item's row.
         content_to_target: (C, K) the same for B.
-        log_popularity: (N,) log p_j, floored.
+        log_popularity: (N,) log share of user-days that decay as the pairs do, floored.
+        log_prior: (N,) log p_j of the score, floored.
         known: (N,) the item has a user or a pair; rows of the others come from content.
         weights: what was used.
     """
@@ -73,6 +77,7 @@ class Factorization:
     content_to_trigger: Floats
     content_to_target: Floats
     log_popularity: Floats
+    log_prior: Floats
     known: np.ndarray[tuple[int], np.dtype[np.bool_]]
     weights: ScoreWeights
 
@@ -80,7 +85,7 @@ class Factorization:
         """(T, N) scores of all targets."""
         weights = self.weights
         product: Floats = self.trigger[triggers] @ self.target.T
-        product += np.float32(weights.popularity_weight) * self.log_popularity
+        product += np.float32(weights.popularity_weight) * self.log_prior
         product *= np.float32(weights.temperature)
         return product
 
@@ -189,6 +194,7 @@ class Spectral:
         self.num_users = history.num_users
         self.known = (self.num_users > 0) | (np.diff(history.pairs.indptr) > 0) | (np.diff(matrix.pairs_transposed.indptr) > 0)
         self.log_popularity = log_popularity(history.popularity)
+        self._trends = history.trends
 
     def factorization(self, weights: ScoreWeights) -> Factorization:
         """Rows for these weights (whose user_level_weight is this object's).
@@ -206,9 +212,16 @@ class Spectral:
             content_to_trigger=to_trigger,
             content_to_target=to_target,
             log_popularity=self.log_popularity,
+            log_prior=self.log_prior(weights.popularity_half_life_days),
             known=self.known,
             weights=weights,
         )
+
+    def log_prior(self, half_life_days: float) -> Floats:
+        """(N,) log p_j under a half-life; 0: that of the pairs."""
+        if half_life_days == 0:
+            return self.log_popularity
+        return log_popularity(np.exp(self._trends[:, TREND_HALF_LIVES.index(half_life_days)]))
 
 
 def factorize(history: History, content: Floats, *, weights: ScoreWeights, seed: int) -> Factorization:
@@ -217,7 +230,7 @@ def factorize(history: History, content: Floats, *, weights: ScoreWeights, seed:
     Args:
         history: (N, N) pairs, (U, N) user_items, (N,) popularity.
         content: (N, C) unit or zero rows; C may be 0.
-        weights: b, K, eta, rho, T and m; K is cut at N - 1.
+        weights: b, K, eta, rho, p's half-life, T and m; K is cut at N - 1.
         seed: of the range finder.
     """
     spectral = Spectral(history, content, user_level_weight=weights.user_level_weight, dimension=weights.dimension, seed=seed)
@@ -306,6 +319,7 @@ def sample_triggers(holdout: Sparse, *, keys: Keys, maximum: int, seed: int) -> 
 
 
 _GRID: dict[str, Sequence[float]] = {
+    "popularity_half_life_days": (0.0, *TREND_HALF_LIVES),
     "popularity_weight": (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0),
     "target_norm_exponent": (0.0, 0.25, 0.5, 0.75, 1.0),
     "prior_users": (0.0, 1.0, 3.0),
@@ -342,23 +356,24 @@ class Calibration:
             parts.append(measure(factorization.scores(part), part, self.truth[start : start + _BLOCK]))
         return np.concatenate(parts)
 
-    def recall(self, spectral: Spectral, weights: ScoreWeights) -> Values:
+    def recall(self, spectra: Mapping[float, Spectral], weights: ScoreWeights) -> Values:
         """(T,) recall@100 of one setting; its mean is logged."""
-        values = self.values(spectral.factorization(weights), lambda s, t, truth: recalls(s, t, truth, _CUTOFF))
+        values = self.values(spectra[weights.user_level_weight].factorization(weights), lambda s, t, truth: recalls(s, t, truth, _CUTOFF))
         self.log.append({**dataclasses.asdict(weights), "recall": float(values.mean())})
         if self._watch is not None:
             self._watch(len(self.log))
         return values
 
-    def improve(self, spectral: Spectral, weights: ScoreWeights, dimensions: Sequence[int]) -> tuple[ScoreWeights, float]:
+    def improve(self, spectra: Mapping[float, Spectral], weights: ScoreWeights, dimensions: Sequence[int]) -> tuple[ScoreWeights, float]:
         """Sweeps over the coordinates until none moves, two at most; a coordinate moves only where recall gains enough."""
-        best = self.recall(spectral, weights)
+        best = self.recall(spectra, weights)
+        grid = {"user_level_weight": list(spectra), **_GRID, "dimension": dimensions}
         for _ in range(_NUM_SWEEPS):
             before = weights
-            for name, values in {**_GRID, "dimension": dimensions}.items():
+            for name, values in grid.items():
                 for value in values:
                     trial = weights.changed(name, value)
-                    if value != getattr(weights, name) and is_better(gained := self.recall(spectral, trial), best, stay=self.stay):
+                    if value != getattr(weights, name) and is_better(gained := self.recall(spectra, trial), best, stay=self.stay):
                         weights, best = trial, gained
             if weights == before:
                 break
@@ -438,11 +453,9 @@ def calibrate(
         fit = spectral(start.user_level_weight).factorization(start)
         return Calibrated(weights=start, content_share=content_share, fit=fit, recall=float("nan"), log=[])
     search = Calibration(holdout=holdout, triggers=triggers, stay=stay, watch=watch)
-    tried = {b: spectral(b) for b in sorted({*_USER_LEVEL_WEIGHTS, start.user_level_weight})}
-    trials = {b: search.recall(tried[b], dataclasses.replace(start, user_level_weight=b)) for b in tried}
-    chosen = _choose(trials, start.user_level_weight, stay)
-    best = tried[chosen]
-    weights, reached = search.improve(best, dataclasses.replace(start, user_level_weight=chosen), (largest, largest // 2))
+    spectra = {b: spectral(b) for b in sorted({*_USER_LEVEL_WEIGHTS, start.user_level_weight})}
+    weights, reached = search.improve(spectra, start, (largest, largest // 2))
+    best = spectra[weights.user_level_weight]
     weights = dataclasses.replace(weights, temperature=search.temperature(best, weights))
     fit = best.factorization(weights)
     share = choose_content_share(fit, content, history, holdout, triggers, default=content_share, stay=stay)

@@ -16,8 +16,8 @@ from conf.errors import TrainingError
 from conf.faults import reach
 from models import losses
 from models.batches import Batch, Batches
-from models.data import TrainingData
-from models.factorization import CoEngagement
+from models.data import Floats, TrainingData
+from models.factorization import CoEngagement, log_popularity
 from models.losses import Loss
 from models.mtmh import COSINE_TASKS, Head, Mtmh
 from models.resume import Keeper, Optimization, Saved
@@ -56,7 +56,7 @@ def fine_tune(
         TrainingError: the loss is not a number.
     """
     settings = spec.training
-    batches = make_batches(data, spec, workers, user_level_weight=user_level_weight)
+    batches = make_batches(data, spec, workers, user_level_weight=user_level_weight, log_prior=model.log_prior.numpy())
     if settings.num_steps == 0 or batches.batch_size == 0:
         return []
     model.to(workers.device)
@@ -82,8 +82,18 @@ def fine_tune(
     return work.history
 
 
-def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, user_level_weight: float) -> Batches:
-    """Batches of the full history. A signal is its counted pairs alone: user-level co-engagement knows no window."""
+def make_batches(
+    data: TrainingData, spec: TrainingSpec, workers: Workers, *, user_level_weight: float, log_prior: Floats | None = None
+) -> Batches:
+    """Batches of the full history. A signal is its counted pairs alone: user-level co-engagement knows no window.
+
+    Args:
+        data: of the night.
+        spec: of the training.
+        workers: all that take part.
+        user_level_weight: b of the co-engagement to learn.
+        log_prior: (N,) log popularity that the model's biases start from; counts are taught as they would be under it.
+    """
     settings = spec.training
     everything = CoEngagement(pairs=data.full.pairs, user_items=data.full.user_items, user_level_weight=user_level_weight)
     nobody = data.full.user_items[:0]
@@ -100,6 +110,7 @@ def make_batches(data: TrainingData, spec: TrainingSpec, workers: Workers, *, us
         in_batch_negatives=settings.in_batch_negatives,
         id_dropout=spec.model.id_dropout,
         exposures=None if data.exposures is None else data.exposures * np.float32(spec.model.exposure_weight),
+        lift=None if log_prior is None else np.exp(log_prior - log_popularity(data.full.popularity)),
         seed=settings.seed,
         rank=workers.rank,
         world_size=workers.world_size,
@@ -116,18 +127,18 @@ def backward(model: Mtmh, batch: Batch, workers: Workers, *, affinity_weight: fl
     to the trunk's output by itself, which costs the same as all at once and leaves each task's gradient on the shared representation to
     `compare`: a cosine below 0 means that two tasks pull apart. Tasks of separate encoders have nothing to compare.
     """
-    device, mine = model.log_popularity.device, workers.part(len(batch.items))
+    device, mine = model.log_prior.device, workers.part(len(batch.items))
     index, dropped = on(device, batch.items).long(), on(device, batch.dropped[batch.items[mine]])
     partners = {task: positives.partners for task, positives in batch.positives.items()}
     wanted = (batch.triggers, batch.candidates, batch.examples, batch.random, *partners.values())
     places = [on(device, np.searchsorted(batch.items, part.ravel())) for part in wanted]
     rows = _Rows(dict(zip(partners, places[4:], strict=True)), *places[:4])
-    entry = {"loss": model.log_popularity.new_zeros(())}
+    entry = {"loss": model.log_prior.new_zeros(())}
     for encoder, names in model.groups.items():
         trunk = workers.gather(model.trunk(encoder, index[mine], dropped), len(index))  # (I, D)
         shared, gradients = trunk.detach().requires_grad_(), dict[str, Tensor]()
         for name in names:
-            for term, weight, loss in head_terms(model.head(name), shared, model.log_popularity[index], rows, batch, affinity_weight):
+            for term, weight, loss in head_terms(model.head(name), shared, model.log_prior[index], rows, batch, affinity_weight):
                 before = torch.zeros_like(trunk) if shared.grad is None else shared.grad.clone()
                 torch.autograd.backward(weight * loss.value, retain_graph=True)
                 if compare and shared.grad is not None:
@@ -156,10 +167,10 @@ class _Rows:
     random: Tensor
 
 
-def head_terms(head: Head, trunk: Tensor, log_popularity: Tensor, rows: _Rows, batch: Batch, affinity_weight: float) -> list[Term]:
+def head_terms(head: Head, trunk: Tensor, log_prior: Tensor, rows: _Rows, batch: Batch, affinity_weight: float) -> list[Term]:
     """(`head/task`, weight, loss) of every task of a head, from the (I, D) trunk of the distinct items."""
     trigger = head.trigger_vectors(trunk[rows.trigger])  # (B, V)
-    target = head.target_vectors(trunk, log_popularity)  # (I, V)
+    target = head.target_vectors(trunk, log_prior)  # (I, V)
     weights, terms = head.task_weights, list[Term]()
     mass, log_inclusion = on(trunk.device, batch.positives["engagement"].mass), on(trunk.device, batch.log_inclusion)
     for task in (name for name in weights if name not in COSINE_TASKS):
@@ -169,7 +180,7 @@ def head_terms(head: Head, trunk: Tensor, log_popularity: Tensor, rows: _Rows, b
         terms.append((f"{head.name}/relevance", weights["relevance"], _relevance(unit_trigger, unit_target, rows, batch)))
     if "affinity" in weights:
         scores = _masked(unit_trigger / losses.AFFINITY_TEMPERATURE @ unit_target[rows.candidate].T, batch)  # (B, M)
-        popularity, num = log_popularity[rows.candidate], batch.num_triggers
+        popularity, num = log_prior[rows.candidate], batch.num_triggers
         loss = losses.affinity(scores, mass, log_popularity=popularity, log_inclusion=log_inclusion, num_triggers=num)
         terms.append((f"{head.name}/affinity", weights["affinity"] * affinity_weight, loss))
     return terms
@@ -190,6 +201,7 @@ def _softmax(task: str, trigger: Tensor, target: Tensor, rows: _Rows, batch: Bat
         log_inclusion=on(device, batch.log_inclusion),
         position=on(device, positives.position).long(),
         valid=on(device, positives.valid),
+        weight=on(device, positives.weight),
         **common,
     )
 

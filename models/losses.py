@@ -29,7 +29,7 @@ def full_engagement(scores: Tensor, mass: Tensor, *, num_triggers: int, log_copi
 
     Args:
         scores: (B, N) head scores, the trigger itself masked.
-        mass: (B, N) rows of C + b * C_user, or of a signal's C, not normalized.
+        mass: (B, N) rows of C + b * C_user, or of a signal's C, times what popularity has gained since; not normalized.
         num_triggers: size of the global batch.
         log_copies: (B, N) log of how often an item counts in the normalizer: one that was shown and ignored counts more than once.
         task: engagement, or the signal's name.
@@ -45,6 +45,7 @@ def sampled_engagement(
     log_inclusion: Tensor,
     position: Tensor,
     valid: Tensor,
+    weight: Tensor,
     num_triggers: int,
     log_copies: Tensor | None = None,
     task: str = "engagement",
@@ -59,12 +60,14 @@ def sampled_engagement(
         log_inclusion: (M,) log probability with which each candidate is in the sample.
         position: (B, P) where the partner stands among the candidates, -1 for nowhere.
         valid: (B,) boolean, the trigger has partners.
+        weight: (B, P) of each draw: what the row wants of this partner over how often it is drawn; its mean is 1.
         num_triggers: size of the global batch.
         log_copies: (B, M) log of how often a candidate counts in the normalizer, as in `full_engagement`.
         task: engagement, or the signal's name.
     """
     copies = scores if log_copies is None else scores + log_copies
-    rows = (sampled_log_normalizer(positive_scores, copies, log_inclusion, position) - positive_scores).mean(dim=1) * valid
+    drawn = sampled_log_normalizer(positive_scores, copies, log_inclusion, position) - positive_scores  # (B, P)
+    rows = (weight * drawn).mean(dim=1) * valid
     return _engagement(rows, valid, num_triggers, task)
 
 
@@ -83,7 +86,7 @@ def affinity(scores: Tensor, mass: Tensor, *, log_popularity: Tensor, log_inclus
     Args:
         scores: (B, M) cosines of trigger and candidates over AFFINITY_TEMPERATURE, the trigger itself masked.
         mass: (B, M) rows of C + b * C_user at the candidates.
-        log_popularity: (M,) log p_j, floored.
+        log_popularity: (M,) log p_j under which `mass` is, floored.
         log_inclusion: (M,) log probability with which each candidate is in the sample; 0 for a whole catalog.
         num_triggers: size of the global batch.
     """

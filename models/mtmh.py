@@ -38,7 +38,8 @@ class Start:
         content: (N, C).
         content_to_trigger: (C, K).
         content_to_target: (C, K).
-        log_popularity: (N,).
+        log_popularity: (N,), says which items get an id row.
+        log_prior: (N,) what a bias starts from: log popularity under the calibrated half-life.
         known: (N,) boolean, the item has an engagement history; others have no id row.
         signals: by name of a signal, where its part of the id rows begins.
     """
@@ -49,6 +50,7 @@ class Start:
     content_to_trigger: Tensor
     content_to_target: Tensor
     log_popularity: Tensor
+    log_prior: Tensor
     known: Tensor
     signals: Mapping[str, "SignalStart"] = field(default_factory=dict)
 
@@ -90,7 +92,7 @@ class Head(nn.Module):
         task_weights: weight per task, tasks of weight 0 left out.
         trigger: (V - 1, D) start of the trigger projection.
         target: (V - 1, D) start of the target projection.
-        popularity_scale: start of the factor of log popularity in the bias; read only with a softmax task.
+        popularity_scale: start of the factor of the log prior in the bias; read only with a softmax task.
         blind: sides, `trigger` or `target`, that read the second half of a trunk, which has seen no content; only with a softmax task.
     """
 
@@ -122,10 +124,10 @@ class Head(nn.Module):
         vectors = self._finish(self.trigger(self._seen(trunk, "trigger")))  # (B, V - 1)
         return torch.cat([vectors, vectors.new_ones(len(vectors), 1)], dim=1)
 
-    def target_vectors(self, trunk: Tensor, log_popularity: Tensor) -> Tensor:
+    def target_vectors(self, trunk: Tensor, log_prior: Tensor) -> Tensor:
         """(B, D), (B,) -> (B, V); the last dimension is the bias."""
         vectors = self._finish(self.target(self._seen(trunk, "target")))  # (B, V - 1)
-        bias = self.popularity_scale * log_popularity if self.has_bias else torch.zeros_like(log_popularity)
+        bias = self.popularity_scale * log_prior if self.has_bias else torch.zeros_like(log_prior)
         return torch.cat([vectors, bias[:, None]], dim=1)
 
     def _seen(self, trunk: Tensor, side: str) -> Tensor:
@@ -202,10 +204,10 @@ class Mtmh(nn.Module):
         self.encoders = nn.ModuleDict({name: Encoder(start, owners, hidden_dimension) for name in names})
         id_row = torch.full((num_items,), -1)
         id_row[owners] = torch.arange(len(owners))
-        for name, buffer in (("content", start.content), ("log_popularity", start.log_popularity), ("id_row", id_row)):
+        for name, buffer in (("content", start.content), ("log_prior", start.log_prior), ("id_row", id_row)):
             self.register_buffer(name, buffer)  # kept in the checkpoint, which so needs no table to be used
         self.content: Tensor
-        self.log_popularity: Tensor
+        self.log_prior: Tensor
         self.id_row: Tensor
         selectors = _Selectors(dimension, start.content.shape[1], self.signals)
         begin = _Beginning(temperature=temperature, popularity_weight=popularity_weight, content_share=content_share, blind=self.blind)
@@ -241,10 +243,10 @@ class Mtmh(nn.Module):
 
     def forward(self, items: Tensor, dropped: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """(B,) items -> per head their (B, V) trigger and (B, V) target vectors."""
-        bias, found = self.log_popularity[items], dict[str, tuple[Tensor, Tensor]]()
+        log_prior, found = self.log_prior[items], dict[str, tuple[Tensor, Tensor]]()
         for encoder, names in self.groups.items():
             trunk = self.trunk(encoder, items, dropped)
-            found |= {name: (self.head(name).trigger_vectors(trunk), self.head(name).target_vectors(trunk, bias)) for name in names}
+            found |= {name: (self.head(name).trigger_vectors(trunk), self.head(name).target_vectors(trunk, log_prior)) for name in names}
         return found
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor
 from conf.errors import TableError, TrainingError
 from conf.settings import ModelSettings
 from models.data import Floats, Ints, TrainingData
-from models.factorization import Calibrated, Factorization, ScoreWeights, calibrate, factorize, sample_triggers
+from models.factorization import Calibrated, Factorization, ScoreWeights, calibrate, factorize, log_popularity, sample_triggers
 from models.fine_tuning import fine_tune
 from models.mtmh import Mtmh, SignalStart, Start
 from models.resume import Keeper, Saved
@@ -294,7 +294,7 @@ def candidate_source(data: TrainingData, model: Mtmh, *, min_users: int) -> Cand
         content=data.content,
         engagement=vectors["engagement"],
         relevance=vectors["relevance"],
-        popularity_p=np.exp(model.log_popularity.numpy()),
+        popularity_p=np.exp(log_popularity(data.full.popularity)),
         eligible=data.eligible,
     )
 
@@ -320,6 +320,7 @@ def build_model(
                 content=torch.tensor(content),  # a copy: the table hands out read-only memory
                 signals={name: SignalStart(**_id_parts(of)) for name, of in (signals or {}).items()},
                 log_popularity=torch.from_numpy(start.log_popularity),
+                log_prior=torch.from_numpy(start.log_prior),
                 known=torch.from_numpy(start.known),
             ),
             hidden_dimension=settings.hidden_dimension,
@@ -372,6 +373,7 @@ def _blank(data: TrainingData, dimension: int, num_known: int = 0) -> Factorizat
         content_to_trigger=np.zeros((content, dimension), np.float32),
         content_to_target=np.zeros((content, dimension), np.float32),
         log_popularity=np.zeros(items, np.float32),
+        log_prior=np.zeros(items, np.float32),
         known=np.arange(items) < num_known,
         weights=weights,
     )

@@ -57,6 +57,15 @@ def test_settings_of_an_earlier_cut_serve_a_later_one(contest: Contest, data: Tr
     assert all(found.shape == (3, 100) for found in lists.values())
 
 
+def test_counts_are_smoothed_by_the_popularity_that_ranks_best(contest: Contest, data: TrainingData) -> None:
+    engagement = contest.engagement(TUNED)
+    decayed = data.full.popularity + 2.0 ** (-3 / TUNED.half_life_days)
+    np.testing.assert_allclose(engagement.smooth.popularity, decayed, rtol=1e-6)
+    assert engagement.smooth.matrix.pairs is data.full.pairs
+    lists, _ = played(contest, replace(TUNED, smooth=SmoothWeights(prior_weight=1e9)), SETTINGS)
+    np.testing.assert_array_equal(lists["smooth"], lists["popularity"])
+
+
 def test_ease_that_is_left_out_is_noted(contest: Contest, data: TrainingData) -> None:
     small = SETTINGS.model_copy(update={"ease_max_items": data.num_items - 1})
     for tuned in (TUNED, contest.tune(truth(data), small)):  # lambda of an earlier cut that was small enough, and none at all

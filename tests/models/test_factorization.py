@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from models.data import History, TrainingData, sparse_rows
+from models.data import TRENDS, History, TrainingData, sparse_rows
 from models.factorization import (
     CoEngagement,
     ScoreWeights,
@@ -92,6 +92,37 @@ def test_tiny_and_empty_histories_stay_finite(num_items: int) -> None:
 def test_log_popularity_is_normalized_and_floored() -> None:
     out = np.exp(log_popularity(np.array([0, 0.1, 4, 8], np.float32)))  # median of the seen 4, floor 2
     np.testing.assert_allclose(out, np.array([2, 2, 4, 8]) / 16, rtol=1e-6)
+
+
+def test_the_popularity_of_a_score_may_decay_faster_than_the_pairs(data: TrainingData) -> None:
+    made, faster = (factorize(data.full, data.content, weights=replace(WEIGHTS, popularity_half_life_days=days), seed=0) for days in (0, 7))
+    popularity = np.exp(data.full.trends[:, TRENDS.index("log_popularity_7d")])
+    np.testing.assert_array_equal(made.log_prior, log_popularity(data.full.popularity))
+    np.testing.assert_array_equal(faster.log_prior, log_popularity(popularity))
+    np.testing.assert_array_equal(faster.log_popularity, made.log_popularity)
+    assert np.abs(faster.log_prior - made.log_prior).max() > 0.1
+    items = np.arange(data.num_items, dtype=np.int32)
+    gained = WEIGHTS.temperature * WEIGHTS.popularity_weight * (faster.log_prior - made.log_prior)
+    np.testing.assert_allclose(faster.scores(items) - made.scores(items), np.broadcast_to(gained, (len(items), len(items))), atol=1e-5)
+
+
+def test_calibration_finds_the_half_life_of_what_followed() -> None:
+    """Twenty of 150 items sell since last week; over all time they are the least popular ones, and nothing else tells them."""
+    num_items, late = 150, np.arange(130, 150)
+    popularity = np.linspace(30, 1, num_items, dtype=np.float32)
+    some = make_history(empty_history(num_items).pairs, sparse_rows([0, 0], [0, 1], [1, 1], (2, num_items)), popularity)
+    trends = np.tile(np.log(popularity / popularity.sum())[:, None], (1, len(TRENDS)))
+    this_week = np.where(np.isin(np.arange(num_items), late), 50.0, 1.0)
+    trends[:, TRENDS.index("log_popularity_7d")] = np.log(this_week / this_week.sum())
+    history = replace(some, trends=trends.astype(np.float32))
+    row, column = (part.ravel() for part in np.meshgrid(np.arange(60), late, indexing="ij"))
+    holdout = sparse_rows(row, column, np.ones(len(row)), (num_items, num_items))
+    triggers, content = np.arange(60, dtype=np.int32), np.zeros((num_items, 0), np.float32)
+    options = {"start": replace(WEIGHTS, popularity_weight=1.0), "largest": 4, "content_share": 0.5, "seed": 0}
+    found = calibrate(history, content, holdout, triggers, **options)
+    assert found.weights.popularity_half_life_days == 7
+    assert found.log[0]["recall"] == pytest.approx(0)
+    assert found.recall == 1
 
 
 def test_recall_and_likelihood_against_plain_loops() -> None:

@@ -41,6 +41,7 @@ def test_what_was_shown_and_ignored_counts_as_several_negatives(case: tuple[Tens
     torch.testing.assert_close(losses.full_engagement(scores, mass, num_triggers=5, log_copies=copies.log()).value, wanted.value)
     position, valid = torch.tensor([[1], [3], [4], [0], [5]]), torch.tensor([True] * 4 + [False])
     partner, rest = scores.gather(1, position), {"log_inclusion": torch.zeros(12), "position": position, "valid": valid, "num_triggers": 5}
+    rest["weight"] = torch.ones(5, 1)
     sampled = losses.sampled_engagement(partner, scores, log_copies=copies.log(), **rest)  # type: ignore[arg-type]
     torch.testing.assert_close(sampled.value, ((twice.logsumexp(1) - partner[:, 0]) * valid).sum() / 5)
 
@@ -49,11 +50,13 @@ def test_sampled_engagement_with_every_item_is_the_full_one(case: tuple[Tensor, 
     scores, _ = case
     position = torch.tensor([[1, 2], [0, 3], [4, 4], [11, 0], [0, 0]])
     valid = torch.tensor([True, True, True, True, False])
-    loss = losses.sampled_engagement(
-        scores.gather(1, position), scores, log_inclusion=torch.zeros(12), position=position, valid=valid, num_triggers=5
-    )
-    wanted = -scores.log_softmax(1).gather(1, position)[:4].mean(1).sum() / 5
-    torch.testing.assert_close(loss.value, wanted)
+    common = {"log_inclusion": torch.zeros(12), "position": position, "valid": valid, "num_triggers": 5}
+    loss = losses.sampled_engagement(scores.gather(1, position), scores, weight=torch.ones(5, 2), **common)  # type: ignore[arg-type]
+    of_draws = -scores.log_softmax(1).gather(1, position)[:4]
+    torch.testing.assert_close(loss.value, of_draws.mean(1).sum() / 5)
+    weight = torch.tensor([1.5, 0.5]).expand(5, 2)
+    loss = losses.sampled_engagement(scores.gather(1, position), scores, weight=weight, **common)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss.value, (of_draws * weight[:4]).mean(1).sum() / 5)
 
 
 def test_sampled_normalizer_is_unbiased_and_counts_the_partner_once() -> None:

@@ -1,5 +1,6 @@
 """What the encoder is at its start, and what stays true however it is trained."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from tests.models.small_world import make_spec
 from tests.models.test_factorization import WEIGHTS
 
 
-@pytest.fixture(scope="module")
-def start(data: TrainingData) -> Factorization:
-    return factorize(data.full, data.content, weights=WEIGHTS, seed=0)
+@pytest.fixture(scope="module", params=[0.0, 7.0])
+def start(data: TrainingData, request: pytest.FixtureRequest) -> Factorization:
+    """With popularity that decays as the pairs do, and faster."""
+    return factorize(data.full, data.content, weights=replace(WEIGHTS, popularity_half_life_days=request.param), seed=0)
 
 
 @pytest.fixture
