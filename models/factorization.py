@@ -326,7 +326,8 @@ _GRID: dict[str, Sequence[float]] = {
 }
 _USER_LEVEL_WEIGHTS = (0.3, 1.0, 3.0)
 _TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0, 13.0, 20.0)
-_CONTENT_SHARES = (0.1, 0.15, 0.3, 0.5, 0.7, 1.0)
+_CONTENT_SHARES = (0.1, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
+_SURE = 2.0  # standard errors
 _CUTOFF = 100
 _NUM_SWEEPS = 2
 _BLOCK = 250  # triggers scored at once: 68 MB of scores at 68 k items
@@ -465,9 +466,10 @@ def calibrate(
 def choose_content_share(
     fit: Factorization, content: Floats, history: History, holdout: Sparse, triggers: Ints, *, default: float, stay: float = 0.0
 ) -> float:
-    """The share of content cosine with the best recall on *new* pairs, which no count can know; never by a judge of relevance.
+    """The largest share of content cosine whose recall on *new* pairs, which no count can know, is not surely below the best share's.
 
-    The default stands unless another share gains more than `stay` standard errors.
+    It is the relevance head's: engagement has to earn its place there, by more than the noise of some hundred triggers, and never by a
+    judge of relevance. With `stay` the default stands unless the best share gains more than so many standard errors.
     """
     known = history.pairs[triggers] + history.pairs.T.tocsr()[triggers]
     new = holdout[triggers]
@@ -484,4 +486,8 @@ def choose_content_share(
         for share in found:
             scores = np.float32(share) * by_content + np.float32(1 - share) * spectral
             found[share].append(recalls(scores, rows, new[part], _CUTOFF))
-    return _choose({share: np.concatenate(parts) for share, parts in found.items()}, default, stay)
+    values = {share: np.concatenate(parts) for share, parts in found.items()}
+    best = max(values.values(), key=lambda reached: float(reached.mean()))
+    if stay and not is_better(best, values[default], stay=stay):
+        return default
+    return max(share for share, reached in values.items() if not is_better(best, reached, stay=_SURE))

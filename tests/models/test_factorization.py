@@ -10,6 +10,7 @@ from models.factorization import (
     CoEngagement,
     ScoreWeights,
     calibrate,
+    choose_content_share,
     factorize,
     log_likelihoods,
     log_popularity,
@@ -123,6 +124,23 @@ def test_calibration_finds_the_half_life_of_what_followed() -> None:
     assert found.weights.popularity_half_life_days == 7
     assert found.log[0]["recall"] == pytest.approx(0)
     assert found.recall == 1
+
+
+@pytest.mark.parametrize(("misled", "wanted"), [(0, 1.0), (1, 1.0), (40, 0.85)])
+def test_content_gives_way_to_engagement_only_where_that_is_surely_better(misled: int, wanted: float) -> None:
+    """400 items in groups of 20, each item's new partners; the content of some triggers is of another group."""
+    num_items, size, triggers = 400, 20, np.arange(0, 400, 5, dtype=np.int32)
+    group = np.arange(num_items) // size
+    known_by = np.eye(num_items // size, dtype=np.float32)[group]
+    content = known_by + 0.01 * np.random.default_rng(0).standard_normal(known_by.shape).astype(np.float32)  # no two items are level
+    content[triggers[:misled]] = content[(triggers[:misled] + 200) % num_items]
+    history = empty_history(num_items)
+    made = factorize(history, content, weights=replace(WEIGHTS, dimension=known_by.shape[1]), seed=0)
+    fit = replace(made, trigger=known_by)
+    row, column = np.nonzero((group[:, None] == group) & ~np.eye(num_items, dtype=bool))
+    holdout = sparse_rows(row, column, np.ones(len(row)), (num_items, num_items))
+    assert choose_content_share(fit, content, history, holdout, triggers, default=0.5) == wanted
+    assert choose_content_share(fit, content, history, holdout, triggers, default=0.15, stay=2.0) == 0.15
 
 
 def test_recall_and_likelihood_against_plain_loops() -> None:
