@@ -33,9 +33,9 @@ class Positives:
     """What a softmax task is taught of a batch's triggers.
 
     Attributes:
-        mass: (B, M) co-engagement at the candidates times their lift, 0 at the trigger itself.
-        partners: (B, P) drawn in proportion to the trigger's row without lift; no columns when the catalog is complete.
-        weight: (B, P) lift of each partner over the row's mean lift.
+        mass: (B, M) co-engagement at the candidates times their prior shift, 0 at the trigger itself.
+        partners: (B, P) drawn in proportion to the trigger's row without it; no columns when the catalog is complete.
+        weight: (B, P) prior shift of each partner over the row's mean.
         position: (B, P) of the partner among the candidates, or -1.
         valid: (B,) the trigger has partners.
     """
@@ -91,7 +91,7 @@ class Batches:
         examples: graded pairs.
         popularity: (N,) decayed user-days.
         keys: (N,) of the items.
-        lift: (N,) popularity that a score starts from over that of the time when pairs were counted; None: it is the same.
+        prior_shift: (N,) popularity that a score starts from over that of the time when pairs were counted.
         exposures: (N, N) how many copies more an item counts in a trigger's normalizer; None: none.
         batch_size: triggers of the global batch.
         full_softmax_max_items: catalogs up to this size use all items as candidates.
@@ -111,24 +111,23 @@ class Batches:
         examples: Examples,
         popularity: Floats,
         keys: Keys,
+        prior_shift: Floats,
         batch_size: int,
         full_softmax_max_items: int,
         num_sampled_items: int,
         id_dropout: float,
         seed: int,
         in_batch_negatives: bool = False,
-        lift: Floats | None = None,
         exposures: Sparse | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.matrices, self.content, self.keys, self.id_dropout = matrices, content, keys, id_dropout
-        self.num_items, self.exposures = int(popularity.shape[0]), exposures
+        self.num_items, self.prior_shift, self.exposures = int(popularity.shape[0]), prior_shift, exposures
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.examples = _Lists(examples, self.num_items)
         self.partners = {task: _Partners(matrix) for task, matrix in matrices.items()}
-        self.lift = None if lift is None or bool((lift == 1).all()) else lift
-        self.mean_lift = {task: _mean_over_rows(matrix, self.lift) for task, matrix in matrices.items()} if self.lift is not None else {}
+        self.mean_shift = {task: _mean_over_rows(matrix, prior_shift) for task, matrix in matrices.items()}
         learns = np.logical_or.reduce([self.examples.length > 1, *(partners.some for partners in self.partners.values())])
         self.triggers = np.flatnonzero(learns).astype(np.int32)
         self.batch_size = min(batch_size, len(self.triggers))
@@ -174,15 +173,10 @@ class Batches:
 
     def _positives(self, task: str, partners: Ints, triggers: Ints, candidates: Ints, where: Ints) -> Positives:
         """Of this worker's rows."""
-        mass = self.matrices[task].rows(triggers, candidates if self.is_sampled else None)
-        weight = np.ones(partners.shape, dtype=np.float32)
-        if self.lift is not None:
-            mass *= self.lift[candidates]
-            weight = self.lift[partners] / self.mean_lift[task][triggers][:, None]
         return Positives(
-            mass=mass,
+            mass=self.matrices[task].rows(triggers, candidates if self.is_sampled else None) * self.prior_shift[candidates],
             partners=partners,
-            weight=weight,
+            weight=self.prior_shift[partners] / self.mean_shift[task][triggers][:, None],
             position=where[partners],
             valid=self.partners[task].some[triggers],
         )

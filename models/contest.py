@@ -94,12 +94,12 @@ class Contest:
 
     def baselines(self, tuned: Tuned, settings: BacktestSettings, *, note: Callable[[str], None]) -> Iterator[tuple[str, Ints]]:
         """Name and (T, 100) lists of every baseline; one that cannot run here is noted and left out."""
-        known, triggers = self.known, self.triggers
-        popularity = self.daily.popularity(tuned.half_life_days)
+        known, triggers, history = self.known, self.triggers, self._history(tuned.half_life_days)
+        popularity = history.popularity
         common: dict[str, Any] = {"eligible": known.eligible, "k": LIST_LENGTH}
         yield "popularity", baselines.popularity_lists(triggers, popularity=popularity, **common)
         yield "counts", baselines.count_lists(triggers, counts=known.full.pairs, popularity=popularity, **common)
-        yield "smooth", baselines.smooth_lists(triggers, history=self._history(tuned.half_life_days), weights=tuned.smooth, **common)
+        yield "smooth", baselines.smooth_lists(triggers, history=history, weights=tuned.smooth, **common)
         yield "smooth_svd", baselines.engagement_lists(triggers, engagement=self.engagement(tuned), **common)
         for name, scores in self.associations.items():
             for suffix, backfill in (("", False), ("+popularity", True)):

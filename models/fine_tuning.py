@@ -92,9 +92,9 @@ def make_batches(
         spec: of the training.
         workers: all that take part.
         user_level_weight: b of the co-engagement to learn.
-        log_prior: (N,) log popularity that the model's biases start from; counts are taught as they would be under it.
+        log_prior: (N,) log popularity that the model's biases start from, under which counts are taught; None: that of the pairs.
     """
-    settings = spec.training
+    settings, counted = spec.training, log_popularity(data.full.popularity)
     everything = CoEngagement(pairs=data.full.pairs, user_items=data.full.user_items, user_level_weight=user_level_weight)
     nobody = data.full.user_items[:0]
     signals = {name: CoEngagement(pairs=pairs, user_items=nobody, user_level_weight=0) for name, pairs in data.signals.items()}
@@ -104,13 +104,13 @@ def make_batches(
         examples=data.examples,
         popularity=data.full.popularity,
         keys=data.full.keys,
+        prior_shift=np.exp((counted if log_prior is None else log_prior) - counted),
         batch_size=settings.batch_size,
         full_softmax_max_items=settings.full_softmax_max_items,
         num_sampled_items=settings.num_sampled_items,
         in_batch_negatives=settings.in_batch_negatives,
         id_dropout=spec.model.id_dropout,
         exposures=None if data.exposures is None else data.exposures * np.float32(spec.model.exposure_weight),
-        lift=None if log_prior is None else np.exp(log_prior - log_popularity(data.full.popularity)),
         seed=settings.seed,
         rank=workers.rank,
         world_size=workers.world_size,

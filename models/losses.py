@@ -85,8 +85,8 @@ def affinity(scores: Tensor, mass: Tensor, *, log_popularity: Tensor, log_inclus
 
     Args:
         scores: (B, M) cosines of trigger and candidates over AFFINITY_TEMPERATURE, the trigger itself masked.
-        mass: (B, M) rows of C + b * C_user at the candidates.
-        log_popularity: (M,) log p_j under which `mass` is, floored.
+        mass: (B, M) rows of C + b * C_user at the candidates, times what popularity has gained since.
+        log_popularity: (M,) log p_j, floored, of the time that `mass` has been shifted to.
         log_inclusion: (M,) log probability with which each candidate is in the sample; 0 for a whole catalog.
         num_triggers: size of the global batch.
     """

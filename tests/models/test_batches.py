@@ -43,15 +43,15 @@ def test_items_are_candidates_as_often_as_is_said(batches: Batches) -> None:
     assert said[batches.by_popularity[batches.num_popular :]].std() > 0.01, "those that are drawn as partners are likelier"
 
 
-def lifted(data: TrainingData, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def shifted(data: TrainingData, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(N,) log prior by which a third of the items is worth four times its counts, and (N, N) counts as they would then be."""
-    lift = np.where(np.random.default_rng(seed).random(data.num_items) < 1 / 3, 4.0, 1.0).astype(np.float32)
+    shift = np.where(np.random.default_rng(seed).random(data.num_items) < 1 / 3, 4.0, 1.0).astype(np.float32)
     matrix = CoEngagement(pairs=data.full.pairs, user_items=data.full.user_items, user_level_weight=0.5)
-    return log_popularity(data.full.popularity) + np.log(lift), matrix.rows(np.arange(data.num_items, dtype=np.int32)) * lift
+    return log_popularity(data.full.popularity) + np.log(shift), matrix.rows(np.arange(data.num_items, dtype=np.int32)) * shift
 
 
 def test_counts_are_taught_as_they_would_be_under_the_popularity_that_scores_start_from(data: TrainingData, tmp_path: Path) -> None:
-    log_prior, wanted = lifted(data, 1)
+    log_prior, wanted = shifted(data, 1)
     batches = make_batches(data, make_spec(tmp_path), Workers(), user_level_weight=0.5, log_prior=log_prior)
     plain = make_batches(data, make_spec(tmp_path), Workers(), user_level_weight=0.5)
     same = make_batches(data, make_spec(tmp_path), Workers(), user_level_weight=0.5, log_prior=log_popularity(data.full.popularity))
@@ -63,8 +63,8 @@ def test_counts_are_taught_as_they_would_be_under_the_popularity_that_scores_sta
     np.testing.assert_allclose(*without, rtol=1e-4)  # affinity, which divides by popularity, is taught the same
 
 
-def test_drawn_partners_weigh_what_a_lifted_row_wants_of_them(data: TrainingData, tmp_path: Path) -> None:
-    log_prior, rows = lifted(data, 2)
+def test_drawn_partners_weigh_what_a_shifted_row_wants_of_them(data: TrainingData, tmp_path: Path) -> None:
+    log_prior, rows = shifted(data, 2)
     spec = make_spec(tmp_path, **SAMPLED)
     batches = make_batches(data, spec, Workers(), user_level_weight=0.5, log_prior=log_prior)
     found, steps = np.zeros_like(rows), 4_000
