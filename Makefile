@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .SHELLFLAGS := -euc
 .ONESHELL:          # a recipe is one script: it stops at its first failing line
-.NOTPARALLEL:       # the stages of set-up build on each other, and tests share the machine's cores
+.NOTPARALLEL:       # the stages of set-up build on each other
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help demo backtest ablate explore bench-explorer bench-neighbors bench-pairs bench-train docs test test-crash test-nights check env jars lock zip clean java
@@ -69,8 +69,8 @@ bench-pairs: java env jars  ## time pair counting against DuckDB, Polars, scipy 
 bench-train: env  ## time training and its parts beside word2vec and ALS; ARGS="--sizes 0.25 4" chooses millions of clicks
 	$(PY) -m jobs.bench_train $(ARGS)
 
-test: java env jars  ## run the tests; ARGS="-k pairs" chooses some
-	$(PY) -m pytest $(ARGS)
+test: java env jars  ## run the tests, two files at a time; ARGS="-k pairs" chooses some, ARGS="-n 0" is one at a time
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-crash: java env jars  ## kill a night at every point in turn, and finish it: an hour; ARGS="-k train_model" chooses some
 	$(PY) -m pytest -m crash $(ARGS)
