@@ -46,7 +46,7 @@ class SentenceEncoder:
     @property
     def length(self) -> int:
         """D."""
-        return int(_opened(self.folder).get_sentence_embedding_dimension())
+        return int(_opened(self.folder).get_embedding_dimension())
 
     def encode(self, items: pa.Table) -> NDArray[np.float32]:
         """(N, D) unit rows of N items with COLUMNS; zeros for an item without a word."""
