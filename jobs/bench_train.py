@@ -49,7 +49,7 @@ Json = dict[str, Any]
 SIZES = (0.25, 1.0, 4.0)
 """Millions of clicks: sixteen times from the first to the last."""
 _PATH = FOLDER / "train.json"
-_NUM_ITEMS = 50_000  # of all sizes, so that only the pairs grow
+_NUM_ITEMS = 50_000  # of all sizes: what is known of the catalog grows, not the catalog
 _CONTENT = 128
 _NUM_MEASURED = 12  # steps, after one to warm up
 _SQUARE = 2048  # of the matrices whose product is the machine's rate
