@@ -501,7 +501,7 @@ class RetrievalSettings(Section):
     num_candidates_counts: int = Field(400, ge=1, description="Counted pairs per trigger.")
     num_candidates_users: int = Field(200, ge=0, description="Items per trigger that its users engaged with too, at any time.")
     num_candidates_head: int = Field(300, ge=1, description="Nearest items per trigger and head.")
-    num_candidates_content: int = Field(100, ge=0, description="Nearest items per trigger in content.")
+    num_candidates_content: int = Field(400, ge=0, description="Nearest items per trigger in content.")
     num_candidates_popular: int = Field(100, ge=0, description="Most popular items offered to every trigger.")
     num_candidates_new: int = Field(
         0, ge=0, description="Nearest new items per trigger, by the relevance head: what `merge.new_share` chooses from; 0: none."
@@ -522,6 +522,11 @@ class RetrievalSettings(Section):
     )
     filters: list[FilterSettings] = Field(default_factory=list, description="What lists may offer, beyond source.items.columns.eligible.")
     limits: list[LimitSettings] = Field(default_factory=list, description="How many neighbors may be alike; at most one limit a list.")
+
+    @property
+    def num_candidates_near(self) -> int:
+        """Nearest items that are looked for per head: enough for a whole list, too."""
+        return max(self.num_candidates_head, self.list_length)
 
 
 class PolicySettings(Section):

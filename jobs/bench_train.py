@@ -29,7 +29,7 @@ from scipy.sparse import csr_array
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.errors import MachineError
-from conf.settings import ModelSettings, TrainingSettings, base_content
+from conf.settings import ModelSettings, RetrievalSettings, TrainingSettings, base_content
 from jobs.arguments import report_errors
 from jobs.bench_rows import FOLDER, keep_row, kept_rows
 from jobs.bench_worlds import click_log
@@ -41,6 +41,7 @@ from models.factorization import ScoreWeights, factorize
 from models.fine_tuning import backward, make_batches
 from models.mtmh import Mtmh
 from models.resume import Optimization
+from models.scorer import Widths
 from models.spec import TrainingSpec
 from models.start import build_model
 from models.workers import Workers
@@ -117,6 +118,7 @@ def _spec() -> TrainingSpec:
         folder="",
         model=ModelSettings.model_validate(base_content()["model"]),
         training=TrainingSettings(),
+        widths=Widths.of(RetrievalSettings()),
     )
 
 

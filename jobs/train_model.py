@@ -33,6 +33,7 @@ from jobs.reader import artifacts_of
 from jobs.stage import StageRun, stage_main
 from models.data import TableRef
 from models.resume import FILE
+from models.scorer import Widths
 from models.spec import REHEARSAL, TrainingSpec
 
 STAGE = "train_model"
@@ -61,6 +62,7 @@ def train_model(run: StageRun) -> None:
         folder=str(folder),
         model=run.settings.model,
         training=run.settings.training,
+        widths=Widths.of(run.settings.retrieval),
         signals={name: run.settings.pairs.half_life_of(name) for name in signals},
         previous=previous_model(run),
     )

@@ -531,7 +531,7 @@ class Retriever:
 
     def _proposals(self, trigger: Ints, settings: RetrievalSettings, rules: Rules) -> list[tuple[str, Ints]]:
         """Per source its (B, w) items, -1 where there are fewer."""
-        near = max(settings.num_candidates_head, settings.list_length)
+        near = settings.num_candidates_near
         found = []
         for name, head in self.heads.items():
             queries = np.where(head.blank[trigger][:, None], np.float32(0), head.trigger[trigger])  # which find nothing

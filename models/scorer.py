@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from conf.errors import TableError
+from conf.settings import RetrievalSettings
 from models.data import LOG_AGE, TRENDS, Floats, History, Ints, Sparse
 from models.draws import Keys, uniform
 from models.user_level import UserLevel
@@ -209,13 +210,24 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """How many candidates each source proposes per trigger; as at list time."""
+    """How many candidates each source proposes per trigger: as at list time, whose scores are fitted here."""
 
-    counts: int = 400
-    users: int = 200
-    head: int = 300
-    content: int = 100
-    popular: int = 100
+    counts: int
+    users: int
+    head: int
+    content: int
+    popular: int
+
+    @classmethod
+    def of(cls, settings: RetrievalSettings) -> Self:
+        """Those of a night."""
+        return cls(
+            counts=settings.num_candidates_counts,
+            users=settings.num_candidates_users,
+            head=settings.num_candidates_near,
+            content=settings.num_candidates_content,
+            popular=settings.num_candidates_popular,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

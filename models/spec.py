@@ -12,7 +12,7 @@ from typing import Any, Self
 from conf.settings import ModelSettings, TrainingSettings
 from models.data import TableRef
 from models.resume import training_key
-from models.scorer import READS
+from models.scorer import READS, Widths
 
 REHEARSAL, TRAINING = "rehearsal", "training"
 """Phases whose steps are shown, and saved to go on from."""
@@ -31,6 +31,7 @@ class TrainingSpec:
         folder: where the output goes; for several machines a shared one.
         model: encoder and heads.
         training: optimization.
+        widths: candidates of a trigger that the scorer is fitted on, as many as lists are made from.
         signals: half-life in days of the signals that heads train on, by name.
         previous: folder of the model of an earlier night to start from; None: start cold.
     """
@@ -43,6 +44,7 @@ class TrainingSpec:
     folder: str
     model: ModelSettings
     training: TrainingSettings
+    widths: Widths
     signals: Mapping[str, float] = dataclasses.field(default_factory=dict)
     previous: str | None = None
 
@@ -57,6 +59,7 @@ class TrainingSpec:
             "folder": self.folder,
             "model": self.model.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json"),
+            "widths": dataclasses.asdict(self.widths),
             "signals": dict(self.signals),
             "previous": self.previous,
         }
@@ -80,6 +83,7 @@ class TrainingSpec:
             folder=content["folder"],
             model=ModelSettings.model_validate(content["model"]),
             training=TrainingSettings.model_validate(content["training"]),
+            widths=Widths(**content["widths"]),
             signals=content["signals"],
             previous=content["previous"],
         )

@@ -27,7 +27,7 @@ from models.factorization import Calibrated, Factorization, ScoreWeights, calibr
 from models.fine_tuning import fine_tune
 from models.mtmh import Mtmh, SignalStart, Start
 from models.resume import Keeper, Saved
-from models.scorer import MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, Widths, fit_scorer
+from models.scorer import MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, fit_scorer
 from models.spec import REHEARSAL, Progress, Stopwatch, TrainingSpec
 from models.user_level import UserLevel
 from models.workers import Workers
@@ -272,7 +272,7 @@ def _rehearse(
     fine_tune(model, past, spec, workers, user_level_weight=weight, phase=REHEARSAL, progress=progress, saved=saved, keeper=saves)
     if choice is None:
         return earlier, {}
-    candidates = candidate_source(past, model, min_users=spec.min_users).propose(usable, data.holdout[usable], widths=Widths())
+    candidates = candidate_source(past, model, min_users=spec.min_users).propose(usable, data.holdout[usable], widths=spec.widths)
     keys = data.full.keys[usable[np.unique(candidates.segment)]]
     return fit_scorer(candidates, keys=keys, seed=spec.training.seed, previous=earlier)
 

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 from deltalake import write_deltalake
 
-from conf.settings import HeadSettings, ModelSettings, TrainingSettings
+from conf.settings import HeadSettings, ModelSettings, RetrievalSettings, TrainingSettings
 from models.data import TRENDS, Examples, Floats, History, Sparse, TableRef, TrainingData, load_training_data, sparse_rows
 from models.draws import item_keys
+from models.scorer import Widths
 from models.spec import TrainingSpec
 
 RUN_DATE = date(2024, 4, 9)
@@ -135,6 +136,7 @@ def make_spec(folder: Path, tables: dict[str, TableRef] | None = None, **trainin
         folder=str(folder),
         model=ModelSettings(heads=heads, dimension=16, hidden_dimension=24),
         training=TrainingSettings.model_validate(quick | training),
+        widths=Widths.of(RetrievalSettings()),
     )
 
 

@@ -114,7 +114,8 @@ def test_only_the_same_training_goes_on(tables: dict[str, TableRef], tmp_path: P
     assert saved.num_steps == 6
     other = replace(spec, training=spec.training.model_copy(update={"learning_rate": 0.5}))
     newer = replace(spec, tables=tables | {"engagements": TableRef(uri=tables["engagements"].uri, version=1)})
-    assert [Saved.find(tmp_path, key=changed.key) for changed in (other, newer)] == [None, None]
+    fewer = replace(spec, widths=replace(spec.widths, content=1))
+    assert [Saved.find(tmp_path, key=changed.key) for changed in (other, newer, fewer)] == [None, None, None]
     assert replace(spec, folder="elsewhere").key == spec.key
     with monkeypatch.context() as other_code:
         other_code.setattr(resume, "_FORMAT", 1)

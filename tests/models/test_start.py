@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from conf.settings import HeadSettings
+from conf.settings import HeadSettings, RetrievalSettings
 from models.data import TrainingData, sparse_rows
+from models.scorer import Widths
 from models.spec import TrainingSpec
 from models.train import train
 from models.workers import Workers
@@ -36,3 +37,11 @@ def test_what_a_head_learns_of_a_signal_it_learns_of_all_engagement_before_the_h
         spec = dataclasses.replace(plain, model=model, signals=dict.fromkeys(signals, 30.0), folder=str(tmp_path / name))
         found.append(fitted(dataclasses.replace(data, signals=signals), spec))
     assert found[0] == found[1]
+
+
+def test_the_scorer_is_fitted_on_as_many_candidates_as_lists_are_made_from(data: TrainingData, tmp_path: Path) -> None:
+    settings = RetrievalSettings(list_length=9, num_candidates_counts=1, num_candidates_users=2, num_candidates_head=3)
+    few = Widths.of(settings.model_copy(update={"num_candidates_content": 4, "num_candidates_popular": 5}))
+    assert few == Widths(counts=1, users=2, head=9, content=4, popular=5), "a head looks for a whole list"
+    known = fitted(data, make_spec(tmp_path / "known"))
+    assert fitted(data, dataclasses.replace(make_spec(tmp_path / "few"), widths=few)) != known

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conf.settings import RetrievalSettings
 from models.checkpoint import load_checkpoint
 from models.data import TrainingData
 from models.metrics import churn_at_k
@@ -38,7 +39,7 @@ def night(data: TrainingData, folder: Path, previous: Path | None = None, seed: 
     model, _ = load_checkpoint(folder / "checkpoint", vocabulary=data.vocabulary)
     source = candidate_source(data, model, min_users=2)
     everyone = np.arange(data.num_items, dtype=np.int32)
-    candidates = source.propose(everyone, data.holdout * 0, widths=Widths())
+    candidates = source.propose(everyone, data.holdout * 0, widths=Widths.of(RetrievalSettings()))
     scores = np.full((data.num_items, data.num_items), -np.inf, np.float32)
     scores[candidates.segment, candidates.target] = Scorer.load(folder / "scorer.json").logits(candidates.features)
     lists = np.argsort(-scores, axis=1, kind="stable")[:, :K].astype(np.int32)
