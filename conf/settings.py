@@ -501,7 +501,7 @@ class RetrievalSettings(Section):
     num_candidates_counts: int = Field(400, ge=1, description="Counted pairs per trigger.")
     num_candidates_users: int = Field(200, ge=0, description="Items per trigger that its users engaged with too, at any time.")
     num_candidates_head: int = Field(300, ge=1, description="Nearest items per trigger and head.")
-    num_candidates_content: int = Field(400, ge=0, description="Nearest items per trigger in content.")
+    num_candidates_content: int = Field(600, ge=0, description="Nearest items per trigger in content.")
     num_candidates_popular: int = Field(100, ge=0, description="Most popular items offered to every trigger.")
     num_candidates_new: int = Field(
         0, ge=0, description="Nearest new items per trigger, by the relevance head: what `merge.new_share` chooses from; 0: none."
