@@ -9,9 +9,9 @@ processes, which then share one copy in memory. Candidates of a trigger:
 never the trigger itself, never an ineligible item, nor one that a filter or limit of the list refuses (models.eligibility): a search goes
 on until the list is full. A head's list is the best of its own candidates by its score, and is never filled with anything else. The
 engagement list is ordered by p(j given i): there the scorer (models.scorer) puts together what the head has generalized and what the counts
-have memorized. It chooses among all candidates, as the merged list (models.merge) does: what only content proposes may be likely, too, and
-is worth 4 % of recall on ifdb_games. FAISS only proposes: scores are computed here, one way for all candidates, so that equal vectors have
-equal scores and ties fall by item index. Counts and weights are decayed as of the run date.
+have memorized. It chooses among all candidates, as the merged list (models.merge) does: what only content proposes may be likely, too
+(docs/decisions/0015-candidates-by-content.md). FAISS only proposes: scores are computed here, one way for all candidates, so that equal
+vectors have equal scores and ties fall by item index. Counts and weights are decayed as of the run date.
 
 Shapes: `N` items (row = item_index, ascending by item_id), `B` triggers, `M` candidates of all of them in one flat list (models.ranking),
 `R` neighbors of a head's lists, `V` vector length, `C` content dimensions, `L` category levels.

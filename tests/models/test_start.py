@@ -40,8 +40,8 @@ def test_what_a_head_learns_of_a_signal_it_learns_of_all_engagement_before_the_h
 
 
 def test_the_scorer_is_fitted_on_as_many_candidates_as_lists_are_made_from(data: TrainingData, tmp_path: Path) -> None:
-    settings = RetrievalSettings(list_length=9, num_candidates_counts=1, num_candidates_users=2, num_candidates_head=3)
-    few = Widths.of(settings.model_copy(update={"num_candidates_content": 4, "num_candidates_popular": 5}))
-    assert few == Widths(counts=1, users=2, head=9, content=4, popular=5), "a head looks for a whole list"
+    numbers = {"counts": 1, "users": 2, "head": 3, "content": 4, "popular": 5}
+    few = Widths.of(RetrievalSettings(list_length=9, **{f"num_candidates_{source}": number for source, number in numbers.items()}))
+    assert few == Widths(**numbers | {"head": 9}), "a head looks for a whole list"
     known = fitted(data, make_spec(tmp_path / "known"))
     assert fitted(data, dataclasses.replace(make_spec(tmp_path / "few"), widths=few)) != known
