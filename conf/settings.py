@@ -518,7 +518,7 @@ class RetrievalSettings(Section):
         description="Least recall@list_length of an IVF search against the exact one; below, its effort rises, then exact.",
     )
     keep_candidates: bool = Field(
-        True, description="Keep the scored candidates of the published night, some 15 kB an item, so that a changed merge policy is quick."
+        True, description="Keep the scored candidates of the published night, some 19 kB an item, so that a changed merge policy is quick."
     )
     filters: list[FilterSettings] = Field(default_factory=list, description="What lists may offer, beyond source.items.columns.eligible.")
     limits: list[LimitSettings] = Field(default_factory=list, description="How many neighbors may be alike; at most one limit a list.")
