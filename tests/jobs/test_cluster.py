@@ -2,7 +2,7 @@
 
 The night runs from an empty folder, so that every module comes from the zip; training and FAISS run in the executors' Python workers,
 whose interpreter comes from an archive that Spark unpacks beside each executor. The archive finds its packages where the tests have
-them: 6 GB of them packed would say no more about mtmh.
+them: 7 GB of them packed would say no more about mtmh.
 """
 
 import os
