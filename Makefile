@@ -24,7 +24,6 @@ PYTHONS := $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 PY3 = $(shell for p in $(PYTHONS); do if $$p -c '$(FITS)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 PY3_FOUND = $(or $(shell python3 -V 2>/dev/null || true),no python3)
-FREE = $(shell df -Pk $(1) 2>/dev/null | awk 'NR == 2 {printf "%.1f GB", $$4 / 1e6}')
 PY3_FAULT = $(if $(PY3),,found $(PY3_FOUND), wanted Python 3.11 to 3.14: `apt-get install python3.11 python3.11-venv` or your \
   system's equivalent, or name one with `make PYTHON=/path/to/python3.11`)
 UV = $(shell if uv --version >/dev/null 2>&1; then echo uv; elif $(1) -m uv --version >/dev/null 2>&1; then echo $(1) -m uv; fi)
@@ -114,7 +113,7 @@ java:  ## check that a Java that Spark supports is there
 	@$(call fail_if,$(PY3_FAULT))
 	@$(call fail_if,$(call VENV_FAULT,$(PY3),$(call UV,$(PY3))))
 	python='$(PY3)' uv='$(call UV,$(PY3))' tmp="$${TMPDIR:-/tmp}"
-	free() { df -Pk "$$1" | awk 'NR == 2 { printf "%.1f GB free", $$4 / 1e6 }'; }
+	free() { df -Pk "$$1" 2>/dev/null | awk 'NR == 2 { printf "%.1f GB free", $$4 / 1e6 }'; }
 	before="found $$(free .) here and $$(free "$$tmp") in $$tmp, wanted 7 GB here and, with pip, 5 GB more in $$tmp (TMPDIR chooses) while it works"
 	if [ ! -e $@ ] || ! $(PY) -c '' 2>/dev/null; then rm -rf .venv; fi
 	rm -f $@

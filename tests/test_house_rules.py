@@ -260,11 +260,13 @@ def test_an_interrupted_setup_does_not_look_finished(tmp_path: Path) -> None:
         (tmp_path / name).write_text((ROOT / name).read_text())
     # uv makes an environment that runs, then fails to fill it
     script = 'case $1 in venv) mkdir -p .venv/bin; printf "#!/bin/sh\\n" > .venv/bin/python; chmod +x .venv/bin/python;; pip) exit 3;; esac'
-    programs = {"uv": script, "python3": "exit 0", "chmod": 'exec /bin/chmod "$@"'}
+    disk = "echo Filesystem 1024-blocks Used Available; echo disk 9000000 8700000 300000"
+    programs = {"uv": script, "python3": "exit 0", "chmod": 'exec /bin/chmod "$@"', "df": disk}
     path = only(tmp_path / "bin", **programs)
     for _ in range(2):
         done = make("env", folder=tmp_path, PATH=path)
         assert done.returncode != 0, done.stdout
+        assert "If the disk was full: found 0.3 GB free here and 0.3 GB free in /tmp, wanted 7 GB here" in done.stderr
         assert not (tmp_path / ".venv" / ".ok").exists()
     (tmp_path / "bin" / "uv").write_text((tmp_path / "bin" / "uv").read_text().replace("exit 3", ":"))
     assert make("env", folder=tmp_path, PATH=path).returncode == 0
