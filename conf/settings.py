@@ -547,6 +547,12 @@ class PolicySettings(Section):
         le=1,
         description="Share of the positions, before all others, that goes to new items in relevance order; of 0.05 every 20th.",
     )
+    new_pair_bonus: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="Added to log p of items that were never counted with the trigger: 0.3 makes them 1.35 times as likely.",
+    )
 
     @model_validator(mode="after")
     def _share(self) -> Self:
@@ -643,12 +649,16 @@ class BacktestSettings(Section):
         description="Shares of content that rank fusion and quota are swept over, in [0,1].",
     )
     popularity_exponents: list[Share] = Field(
-        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5],
+        default_factory=lambda: [0.0, 0.04, 0.1, 0.2, 0.3, 0.5],
         description="Popularity discounts that the merged list is swept over, in [0,1].",
     )
     new_shares: list[Share] = Field(
         default_factory=lambda: [0.0, 0.02, 0.05, 0.1],
         description="Shares of new items that the merged list is swept over, in [0,1], where retrieval.num_candidates_new is above 0.",
+    )
+    new_pair_bonuses: list[Annotated[float, Field(ge=0, le=10)]] = Field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5],
+        description="Bonuses of new pairs that the merged list is swept over, each from 0 to 10, without relevance in it.",
     )
     churn: bool = Field(False, description="Train the day before each cut too, to see how much the lists change from night to night.")
     ease_max_items: int = Field(12_000, ge=1, description="Largest catalog that EASE, which inverts an items x items matrix, is run on.")

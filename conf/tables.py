@@ -393,6 +393,11 @@ MERGE_POLICY = Table(
             "Share of the positions, before all others, that goes to new items in relevance order, 0 (also null) to 1; "
             "needs retrieval.num_candidates_new.",
         ),
+        _col(
+            "new_pair_bonus",
+            "double",
+            "Added to log p of items that were never counted with the trigger, 0 (also null) to 10: 0.3 makes them 1.35 times as likely.",
+        ),
     ),
 )
 

@@ -35,6 +35,7 @@ from jobs.reader import open_table, rows_where, table_exists
 from jobs.stage import Night
 from validation.suites import format_number
 
+_NOT_SWEPT = ("relevance_share", "new_share", "new_pair_bonus")  # a backtest's mixes have none of them
 _SECRET = re.compile(r"secret|passw|token|credential|key", re.IGNORECASE)
 
 
@@ -231,10 +232,10 @@ def judged_report(night: Night, rows: Sequence[Mapping[str, Any]]) -> Report | N
 
 def published_mix(policies: Sequence[Mapping[str, Any]]) -> str:
     """Lambda of the default row of merge_policy, as a backtest names its mixes; empty if it is no blend, or one that leaves places to
-    relevance or to new items.
+    relevance or to new items, or raises new pairs.
     """
     default = next((policy for policy in policies if policy["scope"] == "default"), None)
-    if default is None or default["kind"] != "blend" or default.get("relevance_share") or default.get("new_share"):
+    if default is None or default["kind"] != "blend" or any(default.get(name) for name in _NOT_SWEPT):
         return ""
     return f"{default['value']:g}"
 

@@ -3,7 +3,8 @@
 A list can buy relevance with recall and the other way round, so lists are compared where one axis is held: `at recall kept` is the most
 relevant mix whose validation recall is not below the best engagement-only baseline's, `at relevance kept` the mix of most recall whose
 validation relevance is not below that baseline's. The popularity dial is turned as far as plain recall stays at least that of raw counts:
-`at recall of counts` is the exponent of most debiased recall among these. Not below means: not even at the lower end of the 95 % interval
+`at recall of counts` is the exponent of most debiased recall among these. The bonus of new pairs is the one that finds most of them with
+recall kept against the best engagement-only baseline. Not below means: not even at the lower end of the 95 % interval
 of the paired difference. The largest mix whose mean is not below is one that luck has helped, and falls below on the next slice.
 """
 
@@ -21,7 +22,9 @@ RECALL: Key = ("recall@100", "all")
 DEBIASED: Key = ("debiased_recall@100", "all")
 CONTENT: Method = ("content", "-")
 COUNTS: Method = ("counts", "-")
-DIAL = "mtmh_dial"
+NEW_PAIRS: Key = ("recall@100", "new_pairs")
+DIAL, BONUS = "mtmh_dial", "mtmh_bonus"
+_DIALS = (DIAL, BONUS)
 _BLEND = SWEPT[0]
 _TWO_SIDED_95 = 1.96  # standard errors
 
@@ -42,19 +45,21 @@ class Board:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What validation chose: the baseline to beat, per family a mix for each held axis (None: no mix holds it), and an exponent."""
+    """What validation chose: the baseline to beat, per family a mix for each held axis (None: no mix holds it), an exponent and a bonus."""
 
     baseline: Method
     at_recall: Mapping[str, str | None]
     at_relevance: Mapping[str, str | None]
     exponent: str | None
+    bonus: str | None
 
     def described(self) -> dict[str, str]:
         """For the report."""
         chosen = {"best engagement-only baseline": name_of(self.baseline)}
         for words, mixes in (("at recall kept", self.at_recall), ("at relevance kept", self.at_relevance)):
-            chosen |= {f"{family} {words}": mix or "no mix holds it" for family, mix in mixes.items() if family != DIAL}
-        return chosen | {f"{DIAL} at recall of counts": self.exponent or "no exponent holds it"}
+            chosen |= {f"{family} {words}": mix or "no mix holds it" for family, mix in mixes.items() if family not in _DIALS}
+        chosen[f"{DIAL} at recall of counts"] = self.exponent or "no exponent holds it"
+        return chosen | {f"{BONUS} at recall kept": self.bonus or "no bonus holds it"}
 
 
 def choose(boards: Sequence[Board]) -> Choice:
@@ -71,18 +76,18 @@ def choose(boards: Sequence[Board]) -> Choice:
         holding = [mix for mix, scored in points.items() if _holds(scored, [board.methods[baseline] for board in boards], kept)]
         return max(holding, key=lambda mix: mean(points[mix], wanted), default=None)
 
-    def turned() -> str | None:
-        points = {exponent: [board.families[DIAL][exponent] for board in boards] for exponent in boards[0].families.get(DIAL, {})}
-        counts = [board.methods[COUNTS] for board in boards]
-        holding = [exponent for exponent, scored in points.items() if _holds(scored, counts, RECALL)]
-        return max(holding, key=lambda exponent: mean(points[exponent], DEBIASED), default=None)
+    def turned(dial: str, kept: Method, wanted: Key) -> str | None:
+        points = {mix: [board.families[dial][mix] for board in boards] for mix in boards[0].families.get(dial, {})}
+        holding = [mix for mix, scored in points.items() if _holds(scored, [board.methods[kept] for board in boards], RECALL)]
+        return max(holding, key=lambda mix: mean(points[mix], wanted), default=None)
 
     families = list(boards[0].families)
     return Choice(
         baseline=baseline,
         at_recall={family: best(family, RECALL, relevance) for family in families},
         at_relevance={family: best(family, relevance, RECALL) for family in families},
-        exponent=turned(),
+        exponent=turned(DIAL, COUNTS, DEBIASED),
+        bonus=turned(BONUS, baseline, NEW_PAIRS),
     )
 
 
@@ -97,7 +102,7 @@ def _holds(ours: Sequence[Scored], theirs: Sequence[Scored], key: Key) -> bool:
 def compare(board: Board, choice: Choice, *, num_resamples: int, seed: int) -> list[Comparison]:
     """Every comparison that the summary speaks of, ours against theirs over the same triggers."""
     pairs = _Pairs(board=board, num_resamples=num_resamples, seed=seed)
-    held = (_against_baseline, _with_one_axis_held, _with_popularity_discounted, _against_blends)
+    held = (_against_baseline, _with_one_axis_held, _with_popularity_discounted, _with_new_pairs_raised, _against_blends)
     return [comparison for compared in held for comparison in compared(pairs, choice)]
 
 
@@ -183,6 +188,15 @@ def _with_popularity_discounted(pairs: _Pairs, choice: Choice) -> Iterator[Compa
     fairest = max([*pairs.board.engagement_only, CONTENT], key=lambda method: _mean(pairs.board, method, DEBIASED))
     for key, theirs in ((DEBIASED, fairest), (RECALL, COUNTS)):
         yield from pairs.difference("popularity discounted at recall of counts", key, (DIAL, choice.exponent), theirs)
+
+
+def _with_new_pairs_raised(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
+    """Recall of new pairs against the baseline that has most of it, and what plain recall that costs against the best baseline."""
+    if choice.bonus is None:
+        return
+    strongest = max([*pairs.board.engagement_only, CONTENT], key=lambda method: _mean(pairs.board, method, NEW_PAIRS))
+    yield from pairs.difference("new pairs found at recall kept", NEW_PAIRS, (BONUS, choice.bonus), strongest)
+    yield from pairs.difference("recall kept with new pairs raised", RECALL, (BONUS, choice.bonus), choice.baseline)
 
 
 def _against_blends(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:

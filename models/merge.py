@@ -8,8 +8,10 @@ Whatever the kind, `relevance_share` of the positions can go to the relevance or
 popular in first; a place that they cannot take is what less popular items are found in. `new_share` of the positions, chosen before those,
 can go to new items in relevance order: what nobody has met yet is likely by no score.
 
-where p(j|i) is the scorer's probability over the trigger's candidates, discounted for popular items if the policy says so:
-log p - exponent * log popularity_j, renormalized. A policy is data: a changed row needs no training.
+where p(j|i) is the scorer's probability over the trigger's candidates, discounted for popular items and raised for pairs that nobody has
+counted yet, as far as the policy says so: log p - exponent * log popularity_j + bonus * [j not counted with i], renormalized. At the end of
+a list candidates are about as likely as each other: there a bonus exchanges known partners for new ones, and hardly costs recall.
+A policy is data: a changed row needs no training.
 
 Shapes: `B` triggers, `M` candidates of all of them in one flat list (see models.ranking), `K` positions of a list.
 """
@@ -29,6 +31,7 @@ from models.ranking import Longs, best_per_row, best_per_segment, pad, segments
 from models.scorer import log_softmax
 
 DEFAULT_SCOPE = "default"
+MOST_BONUS = 10  # 22,000 times as likely: all new pairs come first
 _FIRST_PART = 4  # times what is missing, of a source that fills a list up: most of it is admitted usually
 _RANK_OFFSET = 60  # of the paper; it keeps the first ranks from ruling alone
 
@@ -42,10 +45,11 @@ class Policy:
     popularity_exponent: float
     relevance_share: float = 0.0
     new_share: float = 0.0
+    new_pair_bonus: float = 0.0
 
 
 def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
-    """Policies by scope, from rows of merge_policy; a share that the table of an earlier release does not have is 0.
+    """Policies by scope, from rows of merge_policy; a share or bonus that the table of an earlier release does not have is 0.
 
     Raises:
         SettingsError: naming every bad row: unknown kind, value or exponent out of range, a scope twice, or no default.
@@ -59,6 +63,7 @@ def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
             popularity_exponent=row["popularity_exponent"],
             relevance_share=row.get("relevance_share") or 0.0,
             new_share=row.get("new_share") or 0.0,
+            new_pair_bonus=row.get("new_pair_bonus") or 0.0,
         )
         faults += [f"row scope={row['scope']!r}: {fault}" for fault in _faults(policy)]
         if row["scope"] in policies:
@@ -93,6 +98,8 @@ def _faults(policy: Policy) -> list[str]:
         faults.append(f"value {policy.value} of kind {policy.kind}; wanted a number from 0{' to 1' if most == 1 else ''}")
     if not 0 <= policy.popularity_exponent <= 1:
         faults.append(f"popularity_exponent {policy.popularity_exponent}; wanted a number from 0 to 1")
+    if not 0 <= policy.new_pair_bonus <= MOST_BONUS:
+        faults.append(f"new_pair_bonus {policy.new_pair_bonus}; wanted a number from 0 to {MOST_BONUS}")
     shares = {"relevance_share": policy.relevance_share, "new_share": policy.new_share}
     faults += [f"{name} {share}; wanted a number from 0 to 1" for name, share in shares.items() if not 0 <= share <= 1]
     if policy.kind == "quota" and policy.relevance_share:
@@ -109,6 +116,7 @@ class Policies:
     popularity_exponent: Floats
     relevance_share: Floats
     new_share: Floats
+    new_pair_bonus: Floats
 
     @classmethod
     def for_triggers(cls, policies: Mapping[str, Policy], coarsest: Sequence[str | None]) -> Self:
@@ -128,6 +136,7 @@ class Policies:
             popularity_exponent=np.array([policy.popularity_exponent for policy in chosen], dtype=np.float32),
             relevance_share=np.array([policy.relevance_share for policy in chosen], dtype=np.float32),
             new_share=np.array([policy.new_share for policy in chosen], dtype=np.float32),
+            new_pair_bonus=np.array([policy.new_pair_bonus for policy in chosen], dtype=np.float32),
         )
 
     def part(self, start: int, stop: int) -> Self:
@@ -151,6 +160,7 @@ class CandidateSet:
         log_popularity: (M,) log of the candidate's floored popularity.
         found_by_relevance: (M,) the relevance head proposed it.
         found_new: (M,) it is new, and near the trigger among new items.
+        counted: (M,) it has a counted pair with the trigger, of any weight.
     """
 
     offsets: Longs
@@ -159,6 +169,7 @@ class CandidateSet:
     log_popularity: Floats
     found_by_relevance: Bools
     found_new: Bools
+    counted: Bools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +197,8 @@ class _Order:
 def merge_candidates(candidates: CandidateSet, policies: Policies, *, k: int) -> Merged:
     """Merged lists of B triggers, each by its own policy.
 
-    A blend's score is its order, but where a share goes to relevance or to new items; the others' is the (discounted) probability, which
-    need not descend along the list. So scores are probabilities under every policy but for a blend's bonus, and can be compared across
+    A blend's score is its order, but where a share goes to relevance or to new items; the others' is the probability, discounted and raised,
+    which need not descend along the list. So scores are probabilities under every policy but for a blend's λ, and can be compared across
     triggers.
     """
     segment = segments(candidates.offsets)
@@ -213,11 +224,12 @@ def merge_candidates(candidates: CandidateSet, policies: Policies, *, k: int) ->
 
 
 def _probability(candidates: CandidateSet, policies: Policies, segment: Longs) -> Floats:
-    """(M,) p(j|i) after the popularity discount."""
-    if not len(segment) or not policies.popularity_exponent.any():
+    """(M,) p(j|i) after the popularity discount and the bonus of new pairs."""
+    if not len(segment) or not (policies.popularity_exponent.any() or policies.new_pair_bonus.any()):
         return np.exp(candidates.log_p)
-    discounted = candidates.log_p - policies.popularity_exponent[segment] * candidates.log_popularity
-    return np.exp(log_softmax(discounted, segment.astype(np.int32)))
+    moved = candidates.log_p - policies.popularity_exponent[segment] * candidates.log_popularity
+    moved += policies.new_pair_bonus[segment] * ~candidates.counted
+    return np.exp(log_softmax(moved, segment.astype(np.int32)))
 
 
 def _blend(candidates: CandidateSet, p: Floats, value: Floats) -> Floats:

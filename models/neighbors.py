@@ -629,6 +629,7 @@ class Retriever:
             log_popularity=self.log_popularity[pool.item],
             found_by_relevance=(pool.sources >> self._bit(RELEVANCE) & 1).astype(np.bool_),
             found_new=(pool.sources >> self._bit(NEW) & 1).astype(np.bool_) & (pool.scores[RELEVANCE] > 0),
+            counted=pool.num_user_days > 0,
         )
 
     def _merged_lists(self, pool: _Pool, candidates: CandidateSet, counted: Counted, policies: Policies, k: int, rules: Rules) -> Neighbors:

@@ -178,11 +178,11 @@ def measure(lists: Ints, exam: Exam) -> Scored:
 
 
 def measure_axes(lists: Ints, exam: Exam) -> Scored:
-    """Recall@100, plain, debiased and of cold targets, and relevance@100 alone: what a point of a swept family needs."""
+    """Recall@100, plain, debiased, of new pairs and of cold targets, and relevance@100 alone: what a point of a swept family needs."""
     values: dict[Key, Values] = {
         (f"recall@{_LONG}", "all"): metrics.recall_at_k(lists, exam.future, k=_LONG),
         (f"debiased_recall@{_LONG}", "all"): metrics.debiased_recall_at_k(lists, exam.future, exam.popularity, k=_LONG),
-        (f"recall@{_LONG}", "cold_targets"): metrics.recall_at_k(lists, exam.futures["cold_targets"], k=_LONG),
+        **{(f"recall@{_LONG}", part): metrics.recall_at_k(lists, exam.futures[part], k=_LONG) for part in ("new_pairs", "cold_targets")},
     }
     for name in exam.judges:
         values |= _relevances(lists, exam, name, cutoffs=(_LONG,))

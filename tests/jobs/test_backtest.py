@@ -86,7 +86,9 @@ def test_the_blend_reaches_both_ends(done: Done) -> None:
     assert done.final.chosen["mtmh_blend at recall kept"] != "0"  # four partners and 29 relevant items fit into one list
     held = next(c for c in done.final.comparisons if (c.name, c.what) == ("relevance at recall kept", "relevance@100"))
     assert held.verdict == "wins"
-    assert {"mtmh_blend", "mtmh_share", "mtmh_rrf", "mtmh_dial", "mtmh_new", "late_blend", "rrf", "quota"} == set(done.final.families)
+    assert {"mtmh_blend", "mtmh_share", "mtmh_rrf", "mtmh_dial", "mtmh_bonus", "mtmh_new", "late_blend", "rrf", "quota"} == set(
+        done.final.families
+    )
 
 
 def test_lists_change_little_from_one_night_to_the_next(done: Done) -> None:

@@ -148,8 +148,9 @@ def test_a_policy_table_of_an_earlier_release_has_no_shares(world: ListWorld) ->
     remerge(world.settings, display=QUIET)
     lists = {key: row["neighbors"] for key, row in world.current().items()}
     table = open_table(world.root, MERGE_POLICY).to_pyarrow_table()
-    assert table["relevance_share"].null_count == table["new_share"].null_count == 1
-    old = table.drop_columns(["relevance_share", "new_share"])
+    added = ["relevance_share", "new_share", "new_pair_bonus"]
+    assert all(table[name].null_count == 1 for name in added)
+    old = table.drop_columns(added)
     write_deltalake(f"{world.root}/{MERGE_POLICY.name}", old, mode="overwrite", schema_mode="overwrite")
     remerge(world.settings, display=QUIET)
     assert {key: row["neighbors"] for key, row in world.current().items()} == lists

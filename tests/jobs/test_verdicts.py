@@ -15,10 +15,14 @@ class AnExam:
     relevance_metric = RELEVANCE
 
 
-def scored(recall, relevance, debiased=0.1):
-    """Three triggers around the given means."""
+DIALS = ("mtmh_dial", "mtmh_bonus")
+
+
+def scored(recall, relevance, debiased=0.1, new=None):
+    """Three triggers around the given means; recall of new pairs is that of all unless it is given."""
     around = np.array([-0.01, 0.0, 0.01])
     parts = {("recall@100", part): recall + around for part in ("new_pairs", "cold_triggers", "cold_targets")}
+    parts |= {} if new is None else {("recall@100", "new_pairs"): new + around}
     return Scored(values={RECALL: recall + around, RELEVANCE: relevance + around, DEBIASED: debiased + around, **parts})
 
 
@@ -37,6 +41,7 @@ def board():
             "late_blend": {"0": scored(0.5, 0.2), "0.1": scored(0.45, 0.4)},
             "quota": {"0.5": scored(0.2, 0.1)},
             "mtmh_dial": {"0": scored(0.55, 0.5, 0.2), "0.3": scored(0.45, 0.5, 0.3), "0.5": scored(0.35, 0.5, 0.4)},
+            "mtmh_bonus": {"0": scored(0.6, 0.1, new=0.1), "0.5": scored(0.55, 0.1, new=0.4), "1": scored(0.45, 0.1, new=0.6)},
         },
     )
 
@@ -44,7 +49,7 @@ def board():
 def test_mixes_are_chosen_with_one_axis_held():
     choice = choose([board()])
     assert choice.baseline == ("smooth", "-")
-    held = [{family: mix for family, mix in mixes.items() if family != "mtmh_dial"} for mixes in (choice.at_recall, choice.at_relevance)]
+    held = [{family: mix for family, mix in mixes.items() if family not in DIALS} for mixes in (choice.at_recall, choice.at_relevance)]
     assert held == [{"mtmh_blend": "0.1", "late_blend": "0", "quota": None}] * 2
     assert choice.described()["quota at recall kept"] == "no mix holds it"
 
@@ -59,6 +64,19 @@ def test_popularity_is_discounted_as_far_as_recall_stays_that_of_counts():
     without = board()
     del without.families["mtmh_dial"]
     assert choose([without]).described()["mtmh_dial at recall of counts"] == "no exponent holds it"
+
+
+def test_new_pairs_are_raised_as_far_as_recall_stays_that_of_the_best_baseline():
+    choice = choose([board()])
+    assert choice.bonus == "0.5"  # 1 finds more of them, with less recall than the baseline
+    assert choice.described()["mtmh_bonus at recall kept"] == "0.5"
+    found = {c.name: c for c in compare(board(), choice, num_resamples=50, seed=0)}
+    raised, kept = found["new pairs found at recall kept"], found["recall kept with new pairs raised"]
+    assert (raised.ours, raised.theirs, raised.value) == ("mtmh_bonus 0.5", "content", pytest.approx(0.4 - 0.9))
+    assert (kept.theirs, kept.value) == ("smooth", pytest.approx(0.05))
+    without = board()
+    del without.families["mtmh_bonus"]
+    assert choose([without]).described()["mtmh_bonus at recall kept"] == "no bonus holds it"
 
 
 def test_several_validation_slices_decide_by_their_mean():

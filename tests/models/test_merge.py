@@ -8,7 +8,7 @@ from models.merge import CandidateSet, FillOrder, Policies, Policy, merge_candid
 from models.ranking import best_per_row, best_per_segment, ends
 
 
-def row(scope="default", kind="blend", value=0.0, popularity_exponent=0.0, relevance_share=None, new_share=None):
+def row(scope="default", kind="blend", value=0.0, popularity_exponent=0.0, relevance_share=None, new_share=None, new_pair_bonus=None):
     return {
         "scope": scope,
         "kind": kind,
@@ -16,11 +16,14 @@ def row(scope="default", kind="blend", value=0.0, popularity_exponent=0.0, relev
         "popularity_exponent": popularity_exponent,
         "relevance_share": relevance_share,
         "new_share": new_share,
+        "new_pair_bonus": new_pair_bonus,
     }
 
 
-def candidates(*triggers, new=()):
-    """Each trigger: rows of (p, relevance, popularity, found by the relevance head); positions in the flat list of those found new."""
+def candidates(*triggers, new=(), uncounted=()):
+    """Each trigger: rows of (p, relevance, popularity, found by the relevance head); positions in the flat list of those found new, and of
+    those that have no counted pair.
+    """
     columns = np.array([candidate for trigger in triggers for candidate in trigger], dtype=np.float32).reshape(-1, 4).T
     return CandidateSet(
         offsets=ends(np.array([len(trigger) for trigger in triggers])),
@@ -29,6 +32,7 @@ def candidates(*triggers, new=()):
         log_popularity=np.log(columns[2]),
         found_by_relevance=columns[3] > 0,
         found_new=np.isin(np.arange(columns.shape[1]), new),
+        counted=~np.isin(np.arange(columns.shape[1]), uncounted),
     )
 
 
@@ -144,13 +148,33 @@ def test_a_share_of_new_items_needs_candidates():
 
 
 def test_a_policy_reads_as_it_was_written():
-    policy = Policy(kind="blend", value=0.01, popularity_exponent=0.3, relevance_share=0.1, new_share=0.05)
+    policy = Policy(kind="blend", value=0.01, popularity_exponent=0.3, relevance_share=0.1, new_share=0.05, new_pair_bonus=0.3)
     assert Policies.same(policy, 3).of(1) == policy
 
 
-def test_a_table_of_an_earlier_release_has_no_shares():
+@pytest.mark.parametrize(
+    ("policy", "order", "scores"),
+    [
+        # .4 .3 .2 .1, the last two twice as likely as before: divided by 1.3
+        (row(new_pair_bonus=np.log(2)), [0, 2, 1, 3], [0.4 / 1.3, 0.4 / 1.3, 0.3 / 1.3, 0.2 / 1.3]),
+        (row(new_pair_bonus=np.log(8)), [2, 3, 0, 1], [1.6 / 3.1, 0.8 / 3.1, 0.4 / 3.1, 0.3 / 3.1]),
+        (row(new_pair_bonus=10), [2, 3, 0, 1], None),  # all new pairs before all others
+        # of 1, .75, 2 and 1 (see above) the last two doubled, which sum to 7.75
+        (row(popularity_exponent=1.0, new_pair_bonus=np.log(2)), [2, 3, 0, 1], [4 / 7.75, 2 / 7.75, 1 / 7.75, 0.75 / 7.75]),
+        (row(kind="quota", value=0.5, new_pair_bonus=np.log(8)), [2, 3, 0, 1], None),
+    ],
+)
+def test_new_pairs_are_raised_by_hand(policy, order, scores):
+    positions, found, _ = merged(candidates(FOUR, uncounted=(2, 3)), policy, k=4)[0]
+    assert positions == order
+    assert scores is None or found == pytest.approx(scores)
+    (raised, before), (plain, after) = (merged(candidates(FOUR), row, k=4)[0][:2] for row in (policy, policy | {"new_pair_bonus": 0.0}))
+    assert (raised, before) == (plain, pytest.approx(after)), "where all pairs are counted there is none to raise"
+
+
+def test_a_table_of_an_earlier_release_has_no_shares_and_no_bonus():
     old = row(value=2)
-    del old["relevance_share"], old["new_share"]
+    del old["relevance_share"], old["new_share"], old["new_pair_bonus"]
     assert read_policies([old]) == {"default": Policy(kind="blend", value=2, popularity_exponent=0.0)}
 
 
@@ -190,6 +214,7 @@ def test_bad_policies_are_named_together():
         row("toys"),
         row("bikes", relevance_share=-0.1),
         row("boats", new_share=1.1),
+        row("trains", new_pair_bonus=-0.1),
         row("pens", "quota", 0.2, relevance_share=0.1),
     ]
     with pytest.raises(SettingsError) as raised:
@@ -202,6 +227,7 @@ def test_bad_policies_are_named_together():
         "row scope='toys': found twice",
         "row scope='bikes': relevance_share -0.1",
         "row scope='boats': new_share 1.1",
+        "row scope='trains': new_pair_bonus -0.1; wanted a number from 0 to 10",
         "row scope='pens': relevance_share 0.1 of kind quota",
         "no row of scope 'default'",
     ):

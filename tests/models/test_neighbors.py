@@ -23,7 +23,7 @@ from models.scorer import FEATURES, Scorer, candidate_features, log_softmax
 from models.user_level import UserLevel
 
 NIGHT = date(2024, 3, 31)
-BLEND = {"scope": "default", "kind": "blend", "value": 0.02, "popularity_exponent": 0.3}
+BLEND = {"scope": "default", "kind": "blend", "value": 0.02, "popularity_exponent": 0.3, "new_pair_bonus": 0.5}
 QUOTA = {"scope": "default", "kind": "quota", "value": 0.4, "popularity_exponent": 0.0}
 SHARED = BLEND | {"relevance_share": 0.25}
 FRESH = SHARED | {"new_share": 0.25}
@@ -195,6 +195,7 @@ def plain_lists(world, trigger, scorer, policy, settings):
         order = best(ordered_by[name], np.isin(np.arange(world.num_items), list(own)), settings.list_length)
         lists[name] = (order, ordered_by[name][order])
     p = probability[pool] / np.exp(log_p[pool]) ** policy["popularity_exponent"]
+    p *= np.where(counts[pool] > 0, 1, np.exp(policy["new_pair_bonus"]))
     value = p / p.sum() + policy["value"] * np.maximum(scores["relevance"][pool], 0)
     dense = np.zeros(world.num_items)
     dense[pool] = value
