@@ -197,9 +197,9 @@ class _Order:
 def merge_candidates(candidates: CandidateSet, policies: Policies, *, k: int) -> Merged:
     """Merged lists of B triggers, each by its own policy.
 
-    A blend's score is its order, but where a share goes to relevance or to new items; the others' is the probability, discounted and raised,
-    which need not descend along the list. So scores are probabilities under every policy but for a blend's λ, and can be compared across
-    triggers.
+    A blend's score is its order, but where a share goes to relevance or to new items; the others' is the probability, discounted and
+    raised, which need not descend along the list. So scores are probabilities under every policy but for a blend's relevance, and can be
+    compared across triggers.
     """
     segment = segments(candidates.offsets)
     p = _probability(candidates, policies, segment)
