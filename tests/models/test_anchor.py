@@ -1,11 +1,14 @@
 """How far a trained head is held back to content, on heads and content made by hand: 1,000 items in twenty groups."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from conf.settings import HeadSettings
 from models.anchor import SHARES, choose_anchor
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.data import Examples, Floats, Ints, Sparse, TrainingData, sparse_rows
@@ -13,13 +16,15 @@ from models.factorization import factorize
 from models.mtmh import Anchor
 from models.scorer import HeadVectors
 from models.start import build_model
-from tests.models.small_world import make_spec
+from models.train import train
+from models.workers import Workers
+from tests.models.small_world import make_spec, no_examples
 from tests.models.test_factorization import WEIGHTS
 
 NUM_ITEMS, NUM_GROUPS = 1000, 20
 GROUP = np.arange(NUM_ITEMS) % NUM_GROUPS
 TRIGGERS = np.arange(0, NUM_ITEMS, 10, dtype=np.int32)
-NO_EXAMPLES = Examples(trigger=np.zeros(0, np.int32), other=np.zeros(0, np.int32), target=np.zeros(0, np.float32))
+NO_EXAMPLES = no_examples()
 
 
 def of_groups() -> Floats:
@@ -133,3 +138,17 @@ def test_heads_of_cosines_are_anchored_and_the_checkpoint_knows(data: TrainingDa
     model.anchor = Anchor()
     assert save_checkpoint(tmp_path / "free", model, vocabulary=data.vocabulary, run={}) != version
     assert content["config"]["anchor"] == {"share": 0.4, "unit": 0.25}
+
+
+def test_a_training_says_its_anchor_and_leaves_heads_of_likelihood_alone(data: TrainingData, tmp_path: Path) -> None:
+    spec = make_spec(tmp_path / "cosines")
+    metrics = train(data, spec, Workers())
+    assert metrics["anchored_share"] in SHARES
+    model, _ = load_checkpoint(tmp_path / "cosines" / "checkpoint", vocabulary=data.vocabulary)
+    assert model.anchor == Anchor(share=metrics["anchored_share"], unit=metrics["anchored_unit"])
+    note = f"relevance head held back to content by {model.anchor.share:g}: holdout recall@100"
+    assert any(said.startswith(note) for said in json.loads((tmp_path / "cosines" / "notes.json").read_text()))
+    heads = dict.fromkeys(spec.model.heads, HeadSettings(engagement=1.0))
+    alike = dataclasses.replace(spec, folder=str(tmp_path / "alike"), model=spec.model.model_copy(update={"heads": heads}))
+    metrics = train(data, alike, Workers())
+    assert (metrics["anchored_share"], metrics["anchored_unit"]) == (0.0, 1.0)
