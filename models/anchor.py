@@ -43,7 +43,15 @@ class AnchorTrial:
 
 
 def choose_anchor(
-    head: HeadVectors, content: Floats, holdout: Sparse, triggers: Ints, examples: Examples, *, default: float = 0.0, stay: float = 0.0
+    head: HeadVectors,
+    content: Floats,
+    holdout: Sparse,
+    triggers: Ints,
+    examples: Examples,
+    *,
+    most: float = SHARES[-1],
+    default: float = 0.0,
+    stay: float = 0.0,
 ) -> tuple[Anchor, dict[float, AnchorTrial]]:
     """The share of content with the best recall of all holdout partners, among those that the teacher does not object to.
 
@@ -56,15 +64,16 @@ def choose_anchor(
         holdout: (N, N) what followed.
         triggers: (T,) the rows of it to look at.
         examples: graded pairs.
+        most: no share is larger.
         default: the share of the night before.
         stay: standard errors that a gain must exceed to move from it.
 
     Returns:
         The anchor, and what was found of each share.
     """
-    graded = _Graded.of(examples, triggers)
+    graded, default = _Graded.of(examples, triggers), min(default, most)
     trials: dict[float, AnchorTrial] = {}
-    for share in sorted({default, *SHARES}):
+    for share in sorted({default, *(share for share in SHARES if share <= most)}):
         moved = _anchored(head, content, Anchor(share=share))
         recall, spread = _measured(moved, holdout, triggers)
         trials[share] = AnchorTrial(recall=recall, agreement=graded.agreement(moved), spread=spread)

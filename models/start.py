@@ -290,7 +290,7 @@ def _rehearse(
     fine_tune(model, past, spec, workers, user_level_weight=weight, phase=REHEARSAL, progress=progress, saved=saved, keeper=saves)
     if choice is None:
         return _Rehearsed(scorer=earlier)
-    model.anchor, notes = _anchor(model, data, usable, before)
+    model.anchor, notes = _anchor(model, data, usable, before, most=spec.model.max_anchored_share)
     candidates = candidate_source(past, model, min_users=spec.min_users).propose(usable, data.holdout[usable], widths=spec.widths)
     keys = data.full.keys[usable[np.unique(candidates.segment)]]
     scorer, reached = fit_scorer(candidates, keys=keys, seed=spec.training.seed, previous=earlier)
@@ -298,14 +298,14 @@ def _rehearse(
     return _Rehearsed(scorer=scorer, anchor=model.anchor, metrics=reached | found, notes=notes)
 
 
-def _anchor(model: Mtmh, data: TrainingData, triggers: Ints, before: Before) -> tuple[Anchor, list[str]]:
+def _anchor(model: Mtmh, data: TrainingData, triggers: Ints, before: Before, *, most: float) -> tuple[Anchor, list[str]]:
     """That of the rehearsed relevance head, and a word about it; none where that head trains on a softmax task, too."""
     if model.head("relevance").has_bias:
         return Anchor(), []
     trigger, target = (side.numpy() for side in model.vectors()["relevance"])
     head, stay = HeadVectors(trigger=trigger, target=target), _STAY if before.scorer else 0.0
     given = (head, data.content, data.holdout, triggers, data.examples)
-    anchor, trials = choose_anchor(*given, default=before.anchored_share, stay=stay)
+    anchor, trials = choose_anchor(*given, most=most, default=before.anchored_share, stay=stay)
     free, held = (trials[share] for share in (0.0, anchor.share))
     recall = f"holdout recall@100 {held.recall.mean():.4f}, {free.recall.mean():.4f} without"
     return anchor, [f"relevance head held back to content by {anchor.share:g}: {recall}"]

@@ -72,6 +72,8 @@ def spread(vectors: Floats, triggers: Ints) -> float:
 def test_a_head_that_has_learned_noise_is_held_back_as_far_as_can_be(examples: Examples) -> None:
     anchor, trials = choose_anchor(head(noise(), of_groups()), of_groups(), partners(), TRIGGERS, examples)
     assert anchor.share == max(SHARES)
+    for most in (0.0, 0.2):
+        assert choose_anchor(head(noise(), of_groups()), of_groups(), partners(), TRIGGERS, examples, most=most)[0].share == most
     recall = [float(trials[share].recall.mean()) for share in SHARES]
     assert recall == sorted(recall)
     assert recall[0] < 0.15 < 0.9 < recall[-1]
@@ -97,6 +99,7 @@ def test_a_later_night_moves_only_for_a_sure_gain() -> None:
     alike = (head(of_groups(), of_groups()), of_groups(), partners(), TRIGGERS, NO_EXAMPLES)
     assert choose_anchor(*alike)[0].share == 0.0
     assert choose_anchor(*alike, default=0.3, stay=2.0)[0].share == 0.3
+    assert choose_anchor(*alike, default=0.3, stay=2.0, most=0.2)[0].share == 0.2, "the settings allow less since"
     better = (head(noise(), of_groups()), of_groups(), partners(), TRIGGERS, NO_EXAMPLES)
     assert choose_anchor(*better, default=0.1, stay=2.0)[0].share == max(SHARES)
 
