@@ -406,9 +406,6 @@ class ModelSettings(Section):
         le=1,
         description="Share of content cosine where a head without the engagement task starts; 1 if it has no affinity task either.",
     )
-    max_anchored_share: float = Field(
-        0.5, ge=0, le=0.5, description="How far such a head may be held back to content once it is trained; 0: it stays as it was trained."
-    )
 
     @model_validator(mode="after")
     def _required_heads(self) -> Self:

@@ -48,7 +48,6 @@ VARIANTS: Mapping[str, Sequence[str]] = {
     "no content on the engagement head's targets": ("model.content_sides=[trigger]",),
     "no content in the engagement head": ("model.content_sides=[]",),
     "no id dropout": ("model.id_dropout=0",),
-    "nothing held back to content": ("model.max_anchored_share=0",),
     "in-batch negatives": ("training.in_batch_negatives=true",),
     "no training steps": ("training.num_steps=0",),
 }

@@ -1,6 +1,5 @@
 """A trained encoder on disk: safetensors for the weights, JSON for everything else. No pickle, so that loading runs no code."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from conf.errors import TrainingError
-from models.mtmh import Anchor, Mtmh, SignalStart, Start
+from models.mtmh import Mtmh, SignalStart, Start
 
 _WEIGHTS = "model.safetensors"
 _CONFIG = "model.json"
@@ -72,7 +71,6 @@ def model_config(model: Mtmh) -> dict[str, Any]:
         "shared": model.shared,
         "blind": list(model.blind),
         "signals": list(model.signals),
-        "anchor": dataclasses.asdict(model.anchor),
         "heads": {name: model.head(name).task_weights for name in model.heads},
     }
 
@@ -90,7 +88,7 @@ def _empty(config: Mapping[str, Any]) -> Mtmh:
         signals={name: SignalStart(**rows) for name in config["signals"]},
         **rows,
     )
-    model = Mtmh(
+    return Mtmh(
         start=start,
         hidden_dimension=config["hidden_dimension"],
         heads=config["heads"],
@@ -101,5 +99,3 @@ def _empty(config: Mapping[str, Any]) -> Mtmh:
         shared=config["shared"],
         blind=config["blind"],
     )
-    model.anchor = Anchor(**config.get("anchor", {}))  # checkpoints of earlier releases have none
-    return model

@@ -12,8 +12,6 @@ dimension alone: a trigger multiplies it by 1; in a head without a softmax task 
 The table of id rows is bounded, and with it gradients and the optimizer's state: of more known items than it may hold, the least popular
 have none, and live on content as new items do. Content and popularity are of all items.
 
-What a head without a softmax task has learned can be held back to content, where it starts: `Anchor`, which nothing is trained under.
-
 Shapes: `B` items of a batch, `N` items, `R` id rows, `K` dimensions of a factorization, `F` factorizations (of all actions, and of each
 signal), `C` content dimensions, `D` = 2KF + C, `V` vector length.
 """
@@ -84,27 +82,6 @@ class SignalStart:
     target: Tensor
     content_to_trigger: Tensor
     content_to_target: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Anchor:
-    """How far the vectors of heads without a softmax task are held back to content (models.anchor chooses).
-
-    Attributes:
-        share: of content, 0 to 1; 0: as they were trained.
-        unit: what a score of 1 becomes.
-    """
-
-    share: float = 0.0
-    unit: float = 1.0
-
-    def applied(self, vectors: Tensor, content: Tensor) -> Tensor:
-        """(B, V) unit vectors, (B, C) content -> (B, V) of length root(unit). Content is their first C dimensions; the last one stays."""
-        if self == Anchor():
-            return vectors
-        start = functional.pad(content, (0, vectors.shape[1] - 1 - content.shape[1]))
-        moved = functional.normalize((1 - self.share) * vectors[:, :-1] + self.share * start, dim=1, eps=1e-6)
-        return torch.cat([self.unit**0.5 * moved, vectors[:, -1:]], dim=1)
 
 
 class Head(nn.Module):
@@ -221,7 +198,6 @@ class Mtmh(nn.Module):
         num_items, dimension = start.trigger.shape
         self.num_items, self.dimension, self.signals = num_items, dimension, tuple(start.signals)
         self.hidden_dimension, self.shared, self.blind = hidden_dimension, shared, tuple(sorted(blind))
-        self.anchor = Anchor()  # set once all is learned
         names = [_SHARED] if shared else list(heads)
         owners = start.owners(max_id_rows)
         self.num_id_rows = len(owners)
@@ -266,15 +242,11 @@ class Mtmh(nn.Module):
         return head
 
     def forward(self, items: Tensor, dropped: Tensor | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """(B,) items -> per head their (B, V) trigger and (B, V) target vectors, anchored where it has no softmax task."""
+        """(B,) items -> per head their (B, V) trigger and (B, V) target vectors."""
         log_prior, found = self.log_prior[items], dict[str, tuple[Tensor, Tensor]]()
         for encoder, names in self.groups.items():
             trunk = self.trunk(encoder, items, dropped)
-            for head in map(self.head, names):
-                trigger, target = head.trigger_vectors(trunk), head.target_vectors(trunk, log_prior)
-                if not head.has_bias:
-                    trigger, target = (self.anchor.applied(side, self.content[items]) for side in (trigger, target))
-                found[head.name] = trigger, target
+            found |= {name: (self.head(name).trigger_vectors(trunk), self.head(name).target_vectors(trunk, log_prior)) for name in names}
         return found
 
     @torch.no_grad()

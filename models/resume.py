@@ -19,7 +19,7 @@ from torch import Tensor
 
 FILE = "resume.safetensors"
 _CONTENT = "content"  # of the header
-_FORMAT = 3  # of what is saved; code that saves anything else counts on
+_FORMAT = 2  # of what is saved; code that saves anything else counts on
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 
 

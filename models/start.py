@@ -1,8 +1,7 @@
 """Where a training starts: weights chosen on the last slice of engagements, a scorer fitted there, and the encoder at its starting point.
 
     choose      the factorization's weights, by what followed the history before the holdout
-    rehearse    train an encoder on that history as the night's own will be, choose how far its relevance head is held back to content, and
-                fit the merge scorer beside it
+    rehearse    train an encoder on that history as the night's own will be, and fit the merge scorer beside it
     prepare     both, and the factorization of everything known with those weights
 
 The rehearsal is what the scorer's weights mean: beside an encoder at its starting point it would learn how far to trust another one than
@@ -12,7 +11,7 @@ that which it reads afterwards. Rank 0 chooses and fits; all workers train.
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -23,11 +22,10 @@ from torch import Tensor
 
 from conf.errors import TableError, TrainingError
 from conf.settings import ModelSettings
-from models.anchor import choose_anchor
 from models.data import Floats, Ints, TrainingData
 from models.factorization import Calibrated, Factorization, ScoreWeights, calibrate, factorize, log_popularity, sample_triggers
 from models.fine_tuning import fine_tune
-from models.mtmh import Anchor, Mtmh, SignalStart, Start
+from models.mtmh import Mtmh, SignalStart, Start
 from models.resume import Keeper, Saved
 from models.scorer import MIN_TRIGGERS, CandidateSource, HeadVectors, Scorer, fit_scorer
 from models.spec import REHEARSAL, Progress, Stopwatch, TrainingSpec
@@ -70,20 +68,18 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Choice):
-    """The choice, and by a rehearsal with it the anchor and the merge scorer; `metrics` include what they reached."""
+    """The choice, and the merge scorer that was fitted by it; `metrics` include what that reached."""
 
-    anchor: Anchor
     scorer: Scorer
 
     def to_content(self) -> dict[str, Any]:
         """As JSON."""
-        return {**super().to_content(), "anchor": dataclasses.asdict(self.anchor), "scorer": self.scorer.to_content()}
+        return {**super().to_content(), "scorer": self.scorer.to_content()}
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> Self:
         """What `to_content` wrote."""
-        scorer = Scorer.from_content(content["scorer"], where="the saved training")
-        return super().from_content({**content, "anchor": Anchor(**content["anchor"]), "scorer": scorer})
+        return super().from_content({**content, "scorer": Scorer.from_content(content["scorer"], where="the saved training")})
 
 
 def prepare(
@@ -104,12 +100,11 @@ def prepare(
     """
     choice, fit = _choose(data, spec, workers, progress, saved)
     clock.stop("calibration_seconds")
-    rehearsed = _rehearse(data, spec, workers, choice, fit, progress, saved)
+    scorer, reached = _rehearse(data, spec, workers, choice, fit, progress, saved)
     clock.stop("rehearsal_seconds")
     if choice is None:
         return None, _shared_model(data, spec, workers, [], content_share=0.5)
-    metrics, notes = choice.metrics | rehearsed.metrics, [*choice.notes, *rehearsed.notes]
-    plan = Plan(**{**vars(choice), "metrics": metrics, "notes": notes}, anchor=rehearsed.anchor, scorer=rehearsed.scorer)
+    plan = Plan(**{**vars(choice), "metrics": choice.metrics | reached}, scorer=scorer)
     seed, alone = spec.training.seed, plan.weights.changed("prior_users", 0.0)
     full = factorize(data.full, data.content, weights=plan.weights, seed=seed)
     signals = [factorize(data.history_of(name), data.content, weights=alone, seed=seed) for name in data.signals]
@@ -203,7 +198,6 @@ class Before:
 
     weights: ScoreWeights
     content_share: float
-    anchored_share: float = 0.0
     scorer: Scorer | None = None
     said: str = "starts cold"
 
@@ -231,7 +225,6 @@ class Before:
             return cls(
                 weights=ScoreWeights(**weights | {"dimension": int(weights["dimension"])}),
                 content_share=chosen["content_share"],
-                anchored_share=chosen.get("anchored_share", 0.0),
                 scorer=Scorer.load(folder / "scorer.json"),
                 said=f"starts from the weights and the scorer of {folder.parent.name}",
             )
@@ -251,16 +244,6 @@ def _notes(calibrated: Calibrated, num_triggers: int) -> list[str]:
 # --- the rehearsal, on all workers ---
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rehearsed:
-    """What a rehearsal has found."""
-
-    scorer: Scorer
-    anchor: Anchor = Anchor()
-    metrics: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
 def _rehearse(
     data: TrainingData,
     spec: TrainingSpec,
@@ -269,16 +252,15 @@ def _rehearse(
     fit: Factorization | None,
     progress: Progress | None,
     saved: Saved | None,
-) -> _Rehearsed:
-    """Rank 0's anchor and scorer (elsewhere ones that nobody reads), and what they reached.
+) -> tuple[Scorer, dict[str, float]]:
+    """Rank 0's scorer (elsewhere one that nobody reads), and what it reached.
 
     Signals and exposures are not counted before the holdout; what a head learns of signals it learns here of all co-engagement.
     """
-    before = Before.read(spec)
-    earlier = before.scorer or Scorer.mixture()
+    earlier = Before.read(spec).scorer or Scorer.mixture()
     usable, _ = _holdout_triggers(data, spec)
     if not len(usable):
-        return _Rehearsed(scorer=earlier)
+        return earlier, {}
     past = dataclasses.replace(data, full=data.fit, signals={}, exposures=None)
     weight = user_level_weight(choice, workers)
     saves = keeper(spec, REHEARSAL, choice) if choice else None
@@ -289,26 +271,10 @@ def _rehearse(
         model = _shared_model(past, spec, workers, [fit] if fit else [], content_share=choice.content_share if choice else 0.5)
     fine_tune(model, past, spec, workers, user_level_weight=weight, phase=REHEARSAL, progress=progress, saved=saved, keeper=saves)
     if choice is None:
-        return _Rehearsed(scorer=earlier)
-    model.anchor, notes = _anchor(model, data, usable, before, most=spec.model.max_anchored_share)
+        return earlier, {}
     candidates = candidate_source(past, model, min_users=spec.min_users).propose(usable, data.holdout[usable], widths=spec.widths)
     keys = data.full.keys[usable[np.unique(candidates.segment)]]
-    scorer, reached = fit_scorer(candidates, keys=keys, seed=spec.training.seed, previous=earlier)
-    found = {"anchored_share": model.anchor.share, "anchored_unit": model.anchor.unit}
-    return _Rehearsed(scorer=scorer, anchor=model.anchor, metrics=reached | found, notes=notes)
-
-
-def _anchor(model: Mtmh, data: TrainingData, triggers: Ints, before: Before, *, most: float) -> tuple[Anchor, list[str]]:
-    """That of the rehearsed relevance head, and a word about it; none where that head trains on a softmax task, too."""
-    if model.head("relevance").has_bias:
-        return Anchor(), []
-    trigger, target = (side.numpy() for side in model.vectors()["relevance"])
-    head, stay = HeadVectors(trigger=trigger, target=target), _STAY if before.scorer else 0.0
-    given = (head, data.content, data.holdout, triggers, data.examples)
-    anchor, trials = choose_anchor(*given, most=most, default=before.anchored_share, stay=stay)
-    free, held = (trials[share] for share in (0.0, anchor.share))
-    recall = f"holdout recall@100 {held.recall.mean():.4f}, {free.recall.mean():.4f} without"
-    return anchor, [f"relevance head held back to content by {anchor.share:g}: {recall}"]
+    return fit_scorer(candidates, keys=keys, seed=spec.training.seed, previous=earlier)
 
 
 def _without_signals(model: ModelSettings) -> ModelSettings:

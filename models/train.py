@@ -90,7 +90,6 @@ def train(data: TrainingData, spec: TrainingSpec, workers: Workers) -> dict[str,
     clock.stop("training_seconds")
     if plan is None or progress is None:
         return clock.seconds
-    model.anchor = plan.anchor
     progress.show("writing", spec.training.num_steps)
     metrics = {**plan.metrics, **_final(history), **_describe(model)}
     version = save_checkpoint(folder / "checkpoint", model, vocabulary=data.vocabulary, run={"metrics": metrics, "search": plan.search})
