@@ -65,3 +65,21 @@ def test_the_settings_example_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", ["demo", "retail_gifts", "ifdb_games"])
 def test_packaged_overlays_load(config: str) -> None:
     assert load_settings(config).name == config
+
+
+def test_figures_are_those_of_the_measurements() -> None:
+    """Recall and relevance of the table, a row a set in the order of docs/benchmarks.md; the soup's merged list is the demo's."""
+    measured = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    sets = re.findall(r"^\*\*.+?cut \d.+?(?=^- )", measured, flags=re.DOTALL | re.MULTILINE)
+    columns = ("mtmh merged (default)", "smooth_svd (best engagement-only on validation)", "counts", "content")
+    rows = re.findall(r"^\|[^|]+\|((?: \**\d\.\d{4} · \d\.\d{4}\** \|)+)$", README, flags=re.MULTILINE)
+    assert len(rows) == len(sets) == 3
+    for part, row in zip(sets, rows, strict=True):
+        cells = {line.split(" | ")[0].lstrip("| "): line.split(" | ") for line in part.splitlines() if line.startswith("| ")}
+        wanted = [tuple(re.findall(r"\d\.\d{4}", cells[name][place])[0] for place in (1, 3)) for name in columns]
+        assert re.findall(r"(\d\.\d{4}) · (\d\.\d{4})", row) == wanted
+    shown = re.findall(r"^\| [12] \|.+\| ([^|:]+?)(?::[^|]*)? \|$", README, flags=re.MULTILINE)
+    printed = measured[measured.index("(1100555)") :]
+    listed = [line.split("│")[4].strip() for line in printed.splitlines() if re.match(r"│ \d │", line)][: len(shown)]
+    assert len(shown) == 2
+    assert all(name.startswith(start) for name, start in zip(shown, listed, strict=True)), (shown, listed)
