@@ -47,6 +47,8 @@ def _decaying(days: float) -> float:
 HalfLife = Annotated[float, AfterValidator(_decaying)]
 """Days, > 0."""
 Share = Annotated[float, Field(ge=0, le=1)]
+MOST_BONUS = 10
+"""Of a log probability: 22,000 times as likely, so that all that has it comes first."""
 """A number in [0,1]."""
 Pattern = Annotated[str, AfterValidator(_regular)]
 """A regular expression."""
@@ -550,7 +552,7 @@ class PolicySettings(Section):
     new_pair_bonus: float = Field(
         0.0,
         ge=0,
-        le=10,
+        le=MOST_BONUS,
         description="Added to log p of items that were never counted with the trigger: 0.3 makes them 1.35 times as likely.",
     )
 
@@ -656,7 +658,7 @@ class BacktestSettings(Section):
         default_factory=lambda: [0.0, 0.02, 0.05, 0.1],
         description="Shares of new items that the merged list is swept over, in [0,1], where retrieval.num_candidates_new is above 0.",
     )
-    new_pair_bonuses: list[Annotated[float, Field(ge=0, le=10)]] = Field(
+    new_pair_bonuses: list[Annotated[float, Field(ge=0, le=MOST_BONUS)]] = Field(
         default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5],
         description="Bonuses of new pairs that the merged list is swept over, each from 0 to 10, without relevance in it.",
     )

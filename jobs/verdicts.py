@@ -42,6 +42,15 @@ class Board:
         """Baselines that know nothing of content."""
         return [method for method in self.methods if method[0] != OURS and method != CONTENT]
 
+    def strongest(self, key: Key) -> Method:
+        """The baseline, content among them, with the highest mean of a measure."""
+
+        def mean(method: Method) -> float:
+            values = self.methods[method].values[key]
+            return float(np.nanmean(values)) if not np.isnan(values).all() else -1.0
+
+        return max([*self.engagement_only, CONTENT], key=mean)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -71,14 +80,9 @@ def choose(boards: Sequence[Board]) -> Choice:
     relevance = boards[0].exam.relevance_metric
     baseline = max(boards[0].engagement_only, key=lambda method: mean([board.methods[method] for board in boards], RECALL))
 
-    def best(family: str, kept: Key, wanted: Key) -> str | None:
-        points = {mix: [board.families[family][mix] for board in boards] for mix in boards[0].families[family]}
-        holding = [mix for mix, scored in points.items() if _holds(scored, [board.methods[baseline] for board in boards], kept)]
-        return max(holding, key=lambda mix: mean(points[mix], wanted), default=None)
-
-    def turned(dial: str, kept: Method, wanted: Key) -> str | None:
-        points = {mix: [board.families[dial][mix] for board in boards] for mix in boards[0].families.get(dial, {})}
-        holding = [mix for mix, scored in points.items() if _holds(scored, [board.methods[kept] for board in boards], RECALL)]
+    def best(family: str, kept: Key, wanted: Key, *, against: Method = baseline) -> str | None:
+        points = {mix: [board.families[family][mix] for board in boards] for mix in boards[0].families.get(family, {})}
+        holding = [mix for mix, scored in points.items() if _holds(scored, [board.methods[against] for board in boards], kept)]
         return max(holding, key=lambda mix: mean(points[mix], wanted), default=None)
 
     families = list(boards[0].families)
@@ -86,8 +90,8 @@ def choose(boards: Sequence[Board]) -> Choice:
         baseline=baseline,
         at_recall={family: best(family, RECALL, relevance) for family in families},
         at_relevance={family: best(family, relevance, RECALL) for family in families},
-        exponent=turned(DIAL, COUNTS, DEBIASED),
-        bonus=turned(BONUS, baseline, NEW_PAIRS),
+        exponent=best(DIAL, RECALL, DEBIASED, against=COUNTS),
+        bonus=best(BONUS, RECALL, NEW_PAIRS),
     )
 
 
@@ -159,15 +163,10 @@ def _against_baseline(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
         for key in (RECALL, DEBIASED, ("recall@10", "all"), relevance, short):
             yield from pairs.difference(f"{head} list against the best baseline", key, (OURS, head), choice.baseline)
     for part in ("new_pairs", "cold_triggers", "cold_targets"):
-        strongest = max([*pairs.board.engagement_only, CONTENT], key=lambda method: _mean(pairs.board, method, (RECALL[0], part)))
+        strongest = pairs.board.strongest((RECALL[0], part))
         for head in ("engagement", "merged"):
             name = f"{head} list on {part.replace('_', ' ')} against the baseline that is best there"
             yield from pairs.difference(name, (RECALL[0], part), (OURS, head), strongest)
-
-
-def _mean(board: Board, method: Method, key: Key) -> float:
-    values = board.methods[method].values[key]
-    return float(np.nanmean(values)) if not np.isnan(values).all() else -1.0
 
 
 def _with_one_axis_held(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
@@ -185,8 +184,7 @@ def _with_popularity_discounted(pairs: _Pairs, choice: Choice) -> Iterator[Compa
     """Debiased recall against the baseline that has most of it, and what plain recall that costs against raw counts."""
     if choice.exponent is None:
         return
-    fairest = max([*pairs.board.engagement_only, CONTENT], key=lambda method: _mean(pairs.board, method, DEBIASED))
-    for key, theirs in ((DEBIASED, fairest), (RECALL, COUNTS)):
+    for key, theirs in ((DEBIASED, pairs.board.strongest(DEBIASED)), (RECALL, COUNTS)):
         yield from pairs.difference("popularity discounted at recall of counts", key, (DIAL, choice.exponent), theirs)
 
 
@@ -194,7 +192,7 @@ def _with_new_pairs_raised(pairs: _Pairs, choice: Choice) -> Iterator[Comparison
     """Recall of new pairs against the baseline that has most of it, and what plain recall that costs against the best baseline."""
     if choice.bonus is None:
         return
-    strongest = max([*pairs.board.engagement_only, CONTENT], key=lambda method: _mean(pairs.board, method, NEW_PAIRS))
+    strongest = pairs.board.strongest(NEW_PAIRS)
     yield from pairs.difference("new pairs found at recall kept", NEW_PAIRS, (BONUS, choice.bonus), strongest)
     yield from pairs.difference("recall kept with new pairs raised", RECALL, (BONUS, choice.bonus), choice.baseline)
 

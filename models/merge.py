@@ -26,12 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from conf.errors import SettingsError
+from conf.settings import MOST_BONUS
 from models.data import Bools, Floats, Ints
 from models.ranking import Longs, best_per_row, best_per_segment, pad, segments
 from models.scorer import log_softmax
 
 DEFAULT_SCOPE = "default"
-MOST_BONUS = 10  # 22,000 times as likely: all new pairs come first
 _FIRST_PART = 4  # times what is missing, of a source that fills a list up: most of it is admitted usually
 _RANK_OFFSET = 60  # of the paper; it keeps the first ranks from ruling alone
 
