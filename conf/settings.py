@@ -47,9 +47,11 @@ def _decaying(days: float) -> float:
 HalfLife = Annotated[float, AfterValidator(_decaying)]
 """Days, > 0."""
 Share = Annotated[float, Field(ge=0, le=1)]
+"""A number in [0,1]."""
 MOST_BONUS = 10
 """Of a log probability: 22,000 times as likely, so that all that has it comes first."""
-"""A number in [0,1]."""
+Bonus = Annotated[float, Field(ge=0, le=MOST_BONUS)]
+"""What is added to a log probability."""
 Pattern = Annotated[str, AfterValidator(_regular)]
 """A regular expression."""
 
@@ -505,9 +507,6 @@ class RetrievalSettings(Section):
     num_candidates_head: int = Field(300, ge=1, description="Nearest items per trigger and head.")
     num_candidates_content: int = Field(600, ge=0, description="Nearest items per trigger in content.")
     num_candidates_popular: int = Field(100, ge=0, description="Most popular items offered to every trigger.")
-    num_candidates_new: int = Field(
-        0, ge=0, description="Nearest new items per trigger, by the relevance head: what `merge.new_share` chooses from; 0: none."
-    )
     new_below_user_days: int = Field(5, ge=1, description="An item with fewer user-days up to the run date is new.")
     block_size: int = Field(1024, ge=1, description="Triggers scored together in a task.")
     search: Literal["auto", "exact", "ivf"] = Field(
@@ -543,17 +542,14 @@ class PolicySettings(Section):
     relevance_share: float = Field(
         0.0, ge=0, le=1, description="Share of the positions that goes to the relevance order, whatever the kind: of 0.1 every tenth."
     )
-    new_share: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Share of the positions, before all others, that goes to new items in relevance order; of 0.05 every 20th.",
-    )
     new_pair_bonus: float = Field(
         0.0,
         ge=0,
         le=MOST_BONUS,
         description="Added to log p of items that were never counted with the trigger: 0.3 makes them 1.35 times as likely.",
+    )
+    new_item_bonus: float = Field(
+        0.0, ge=0, le=MOST_BONUS, description="Added to log p of new items (retrieval.new_below_user_days); 1.5 where they must be found."
     )
 
     @model_validator(mode="after")
@@ -654,13 +650,13 @@ class BacktestSettings(Section):
         default_factory=lambda: [0.0, 0.04, 0.1, 0.2, 0.3, 0.5],
         description="Popularity discounts that the merged list is swept over, in [0,1].",
     )
-    new_shares: list[Share] = Field(
-        default_factory=lambda: [0.0, 0.02, 0.05, 0.1],
-        description="Shares of new items that the merged list is swept over, in [0,1], where retrieval.num_candidates_new is above 0.",
-    )
-    new_pair_bonuses: list[Annotated[float, Field(ge=0, le=MOST_BONUS)]] = Field(
+    new_pair_bonuses: list[Bonus] = Field(
         default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5],
         description="Bonuses of new pairs that the merged list is swept over, each from 0 to 10, without relevance in it.",
+    )
+    new_item_bonuses: list[Bonus] = Field(
+        default_factory=lambda: [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0],
+        description="Bonuses of new items that the merged list is swept over, each from 0 to 10, without relevance in it.",
     )
     churn: bool = Field(False, description="Train the day before each cut too, to see how much the lists change from night to night.")
     ease_max_items: int = Field(12_000, ge=1, description="Largest catalog that EASE, which inverts an items x items matrix, is run on.")
@@ -751,13 +747,6 @@ class Settings(Section):
         scopes = [policy.scope for policy in self.merge]
         if "default" not in scopes or len(scopes) != len(set(scopes)):
             raise ValueError(f"merge needs one policy per scope and one of scope default, found scopes {scopes}")
-        return self
-
-    @model_validator(mode="after")
-    def _new_items(self) -> Self:
-        asking = [policy.scope for policy in self.merge if policy.new_share]
-        if asking and not self.retrieval.num_candidates_new:
-            raise ValueError(f"merge has a new_share in scopes {asking}, which needs retrieval.num_candidates_new above 0; found 0")
         return self
 
     @model_validator(mode="after")

@@ -388,15 +388,14 @@ MERGE_POLICY = Table(
             "Share of the positions that goes to the relevance order, whatever the kind, 0 (also null) to 1: of 0.1 every tenth position.",
         ),
         _col(
-            "new_share",
-            "double",
-            "Share of the positions, before all others, that goes to new items in relevance order, 0 (also null) to 1; "
-            "needs retrieval.num_candidates_new.",
-        ),
-        _col(
             "new_pair_bonus",
             "double",
             "Added to log p of items that were never counted with the trigger, 0 (also null) to 10: 0.3 makes them 1.35 times as likely.",
+        ),
+        _col(
+            "new_item_bonus",
+            "double",
+            "Added to log p of items with hardly any engagements yet (retrieval.new_below_user_days), 0 (also null) to 10.",
         ),
     ),
 )

@@ -20,7 +20,7 @@ from jobs.exam import ASSOCIATIONS, CutData, read_cut
 from jobs.lake import only_row
 from jobs.retrieval import counted_of, index_items
 from jobs.stage import Night, StageRun
-from jobs.verdicts import BONUS, DIAL, RECALL, Board
+from jobs.verdicts import DIAL, NEW_ITEM_BONUS, NEW_PAIR_BONUS, RECALL, Board
 from models import metrics
 from models.baselines import score_lists
 from models.contest import LIST_LENGTH, TRAINED, Tuned
@@ -94,9 +94,8 @@ def _note_reach(run: StageRun, data: CutData) -> None:
 def _num_methods(run: StageRun) -> int:
     settings = run.settings.backtest
     families = len(settings.blend_values) + 2 * len(settings.content_shares)  # of ours, and of the baselines'
-    new = len(settings.new_shares) if run.settings.retrieval.num_candidates_new else 0
-    dials = len(settings.popularity_exponents) + len(settings.new_pair_bonuses)
-    return len(run.settings.list_names) + 1 + 2 * families + dials + new + _NUM_BASELINES
+    dials = len(settings.popularity_exponents) + len(settings.new_pair_bonuses) + len(settings.new_item_bonuses)
+    return len(run.settings.list_names) + 1 + 2 * families + dials + _NUM_BASELINES
 
 
 # --- boards ---
@@ -167,21 +166,20 @@ def head_lists(run: StageRun, opened: Opened) -> dict[str, Ints]:
 
 
 def _swept_lists(run: StageRun, opened: Opened) -> dict[str, dict[str, Ints]]:
-    """Per family (T, K) merged lists, swept over each kind of policy, over the popularity discount, the share of relevance and the bonus of
-    new pairs; the latter and the frontiers without anything else of the default row but its discount.
+    """Per family (T, K) merged lists, over each kind of policy, the popularity discount, the share of relevance and both bonuses;
+    the latter and the frontiers without anything else of the default row but its discount.
     """
     settings, default = run.settings.backtest, _policies(run)["default"]
     blend = default if default.kind == "blend" else replace(default, kind="blend", value=0.0)
-    bare = replace(blend, relevance_share=0.0, new_share=0.0, new_pair_bonus=0.0)
+    bare = replace(blend, relevance_share=0.0, new_pair_bonus=0.0, new_item_bonus=0.0)
     mixes = {
         _BLEND: {v: replace(bare, value=v) for v in settings.blend_values},
         "mtmh_share": {v: replace(blend, relevance_share=v) for v in settings.content_shares},
         "mtmh_rrf": {v: replace(bare, kind="rrf", value=v) for v in settings.content_shares},
         DIAL: {x: replace(blend, popularity_exponent=x) for x in settings.popularity_exponents},
-        BONUS: {x: replace(bare, value=0.0, new_pair_bonus=x) for x in settings.new_pair_bonuses},
+        NEW_PAIR_BONUS: {x: replace(bare, value=0.0, new_pair_bonus=x) for x in settings.new_pair_bonuses},
+        NEW_ITEM_BONUS: {x: replace(bare, value=0.0, new_item_bonus=x) for x in settings.new_item_bonuses},
     }
-    if run.settings.retrieval.num_candidates_new:
-        mixes["mtmh_new"] = {v: replace(blend, new_share=v) for v in settings.new_shares}
     flat = [policy for family in mixes.values() for policy in family.values()]
     length = _list_settings(run.settings)
     merged = iter(opened.retriever.merge_under(opened.triggers, opened.counted, flat, settings=length))

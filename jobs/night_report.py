@@ -35,7 +35,7 @@ from jobs.reader import open_table, rows_where, table_exists
 from jobs.stage import Night
 from validation.suites import format_number
 
-_NOT_SWEPT = ("relevance_share", "new_share", "new_pair_bonus")  # a backtest's mixes have none of them
+_NOT_SWEPT = ("relevance_share", "new_pair_bonus", "new_item_bonus")  # a backtest's mixes have none of them
 _SECRET = re.compile(r"secret|passw|token|credential|key", re.IGNORECASE)
 
 

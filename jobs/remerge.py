@@ -29,8 +29,7 @@ from jobs.publication import Published, base_run, merged_run, publish_run, publi
 from jobs.publish_online import follow_online
 from jobs.reader import artifacts_of, lake_root, open_table
 from jobs.retrieval import CANDIDATES
-from models.merge import read_policies, require_new_candidates
-from models.neighbors import Retriever
+from models.merge import read_policies
 from validation.gates import run_gate
 from validation.suites import GateContext, rules_for
 
@@ -88,12 +87,10 @@ def _task(settings: Settings, root: str, current: Published, policy: DeltaTable)
             f"no kept candidates of run {current.run_id} under {night}: only the night that was published last has some, and only with "
             f"retrieval.keep_candidates; `python -m jobs.nightly --run-date {current.run_date}` merges its lists anew"
         )
-    policies = read_policies(policy.to_pyarrow_table().to_pylist())
-    require_new_candidates(policies, has_new=Retriever.open(night / "index").new_flat is not None)
     return MergeTask(
         index=night / "index",
         candidates=night / CANDIDATES,
-        policies=policies,
+        policies=read_policies(policy.to_pyarrow_table().to_pylist()),
         settings=settings.retrieval,
         run_id=merged_run(current.run_id, policy.version()),
         target=f"{root}/{ITEM_NEIGHBORS_HISTORY.name}",

@@ -26,7 +26,7 @@ from jobs.reader import shared_folder
 from jobs.stage import StageRun
 from models.data import TableRef, read_table
 from models.eligibility import FilterColumn, FilterColumns
-from models.merge import read_policies, require_new_candidates
+from models.merge import read_policies
 from models.neighbors import CONTENT, MERGED, Counted, Retriever, build_index
 from models.search import estimate_search
 from models.user_level import UserLevel
@@ -148,8 +148,7 @@ def list_tasks(run: StageRun, index: Path) -> tuple[DataFrame, MakeLists]:
         .sortWithinPartitions("item_index")
     )
     policies = [row.asDict() for row in run.read(MERGE_POLICY).collect()]
-    has_new = run.settings.retrieval.num_candidates_new > 0
-    require_new_candidates(read_policies(policies), has_new=has_new)  # a bad row is reported here, not by a task
+    read_policies(policies)  # a bad row is reported here, not by a task
     keep = str(new_candidates(run)) if run.settings.retrieval.keep_candidates else None
     search = partial(search_batches, index=str(index), policies=policies, settings=run.settings.retrieval, keep=keep)
     return blocks, search

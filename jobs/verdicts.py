@@ -3,8 +3,8 @@
 A list can buy relevance with recall and the other way round, so lists are compared where one axis is held: `at recall kept` is the most
 relevant mix whose validation recall is not below the best engagement-only baseline's, `at relevance kept` the mix of most recall whose
 validation relevance is not below that baseline's. The popularity dial is turned as far as plain recall stays at least that of raw counts:
-`at recall of counts` is the exponent of most debiased recall among these. The bonus of new pairs is the one that finds most of them with
-recall kept against the best engagement-only baseline. Not below means: not even at the lower end of the 95 % interval
+`at recall of counts` is the exponent of most debiased recall among these. The bonuses of new pairs and of new items are those that find
+most of them with recall kept against the best engagement-only baseline. Not below means: not even at the lower end of the 95 % interval
 of the paired difference. The largest mix whose mean is not below is one that luck has helped, and falls below on the next slice.
 """
 
@@ -22,9 +22,9 @@ RECALL: Key = ("recall@100", "all")
 DEBIASED: Key = ("debiased_recall@100", "all")
 CONTENT: Method = ("content", "-")
 COUNTS: Method = ("counts", "-")
-NEW_PAIRS: Key = ("recall@100", "new_pairs")
-DIAL, BONUS = "mtmh_dial", "mtmh_bonus"
-_DIALS = (DIAL, BONUS)
+DIAL, NEW_PAIR_BONUS, NEW_ITEM_BONUS = "mtmh_dial", "mtmh_new_pairs", "mtmh_new_items"
+_BONUSES: Mapping[str, Key] = {NEW_PAIR_BONUS: ("recall@100", "new_pairs"), NEW_ITEM_BONUS: ("recall@100", "cold_targets")}
+_DIALS = (DIAL, *_BONUSES)
 _BLEND = SWEPT[0]
 _TWO_SIDED_95 = 1.96  # standard errors
 
@@ -54,13 +54,13 @@ class Board:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What validation chose: the baseline to beat, per family a mix for each held axis (None: no mix holds it), an exponent and a bonus."""
+    """What validation chose: the baseline to beat, per family a mix for each held axis (None: no mix holds it), an exponent and bonuses."""
 
     baseline: Method
     at_recall: Mapping[str, str | None]
     at_relevance: Mapping[str, str | None]
     exponent: str | None
-    bonus: str | None
+    bonuses: Mapping[str, str | None]
 
     def described(self) -> dict[str, str]:
         """For the report."""
@@ -68,7 +68,7 @@ class Choice:
         for words, mixes in (("at recall kept", self.at_recall), ("at relevance kept", self.at_relevance)):
             chosen |= {f"{family} {words}": mix or "no mix holds it" for family, mix in mixes.items() if family not in _DIALS}
         chosen[f"{DIAL} at recall of counts"] = self.exponent or "no exponent holds it"
-        return chosen | {f"{BONUS} at recall kept": self.bonus or "no bonus holds it"}
+        return chosen | {f"{family} at recall kept": bonus or "no bonus holds it" for family, bonus in self.bonuses.items()}
 
 
 def choose(boards: Sequence[Board]) -> Choice:
@@ -91,7 +91,7 @@ def choose(boards: Sequence[Board]) -> Choice:
         at_recall={family: best(family, RECALL, relevance) for family in families},
         at_relevance={family: best(family, relevance, RECALL) for family in families},
         exponent=best(DIAL, RECALL, DEBIASED, against=COUNTS),
-        bonus=best(BONUS, RECALL, NEW_PAIRS),
+        bonuses={family: best(family, RECALL, found) for family, found in _BONUSES.items()},
     )
 
 
@@ -106,7 +106,7 @@ def _holds(ours: Sequence[Scored], theirs: Sequence[Scored], key: Key) -> bool:
 def compare(board: Board, choice: Choice, *, num_resamples: int, seed: int) -> list[Comparison]:
     """Every comparison that the summary speaks of, ours against theirs over the same triggers."""
     pairs = _Pairs(board=board, num_resamples=num_resamples, seed=seed)
-    held = (_against_baseline, _with_one_axis_held, _with_popularity_discounted, _with_new_pairs_raised, _against_blends)
+    held = (_against_baseline, _with_one_axis_held, _with_popularity_discounted, _with_the_new_raised, _against_blends)
     return [comparison for compared in held for comparison in compared(pairs, choice)]
 
 
@@ -188,13 +188,13 @@ def _with_popularity_discounted(pairs: _Pairs, choice: Choice) -> Iterator[Compa
         yield from pairs.difference("popularity discounted at recall of counts", key, (DIAL, choice.exponent), theirs)
 
 
-def _with_new_pairs_raised(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
-    """Recall of new pairs against the baseline that has most of it, and what plain recall that costs against the best baseline."""
-    if choice.bonus is None:
-        return
-    strongest = pairs.board.strongest(NEW_PAIRS)
-    yield from pairs.difference("new pairs found at recall kept", NEW_PAIRS, (BONUS, choice.bonus), strongest)
-    yield from pairs.difference("recall kept with new pairs raised", RECALL, (BONUS, choice.bonus), choice.baseline)
+def _with_the_new_raised(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
+    """Recall of new pairs and of new items against the baseline that has most of it, and of all against the best baseline."""
+    for family, bonus in choice.bonuses.items():
+        if bonus is not None:
+            words, found = family.removeprefix(f"{OURS}_").replace("_", " "), _BONUSES[family]
+            yield from pairs.difference(f"{words} found at recall kept", found, (family, bonus), pairs.board.strongest(found))
+            yield from pairs.difference(f"recall kept with {words} raised", RECALL, (family, bonus), choice.baseline)
 
 
 def _against_blends(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:

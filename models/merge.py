@@ -4,14 +4,15 @@
     quota   the engagement order, but for a share `value` of the positions that goes to the relevance order
     rrf     reciprocal rank fusion: by (1 - value) / (60 + rank by p) + value / (60 + rank by relevance), the latter if that head found it
 
-Whatever the kind, `relevance_share` of the positions can go to the relevance order: with a tenth, every tenth position. A score lets the
-popular in first; a place that they cannot take is what less popular items are found in. `new_share` of the positions, chosen before those,
-can go to new items in relevance order: what nobody has met yet is likely by no score.
-
 where p(j|i) is the scorer's probability over the trigger's candidates, discounted for popular items and raised for pairs that nobody has
-counted yet, as far as the policy says so: log p - exponent * log popularity_j + bonus * [j not counted with i], renormalized. At the end of
-a list candidates are about as likely as each other: there a bonus exchanges known partners for new ones, and hardly costs recall.
-A policy is data: a changed row needs no training.
+counted yet and for new items, as far as the policy says so, and renormalized:
+
+    log p - popularity_exponent * log popularity_j + new_pair_bonus * [j not counted with i] + new_item_bonus * [j is new]
+
+At the end of a list candidates are about as likely as each other: there a bonus exchanges what is known for what is not, and costs little
+recall. Whatever the kind, `relevance_share` of the positions can go to relevant items, in the order of relevance + log p / 80: the most
+relevant, and of those that are about as relevant the likeliest. With a tenth, every tenth position. A score lets the popular in first; a
+place that they cannot take is what less popular items are found in. A policy is data: a changed row needs no training.
 
 Shapes: `B` triggers, `M` candidates of all of them in one flat list (see models.ranking), `K` positions of a list.
 """
@@ -33,6 +34,7 @@ from models.scorer import log_softmax
 
 DEFAULT_SCOPE = "default"
 _FIRST_PART = 4  # times what is missing, of a source that fills a list up: most of it is admitted usually
+_NATS_OF_RELEVANCE = 80  # log p that full relevance outweighs in relevance's places: chosen on validation, see decision 11
 _RANK_OFFSET = 60  # of the paper; it keeps the first ranks from ruling alone
 
 
@@ -44,8 +46,8 @@ class Policy:
     value: float
     popularity_exponent: float
     relevance_share: float = 0.0
-    new_share: float = 0.0
     new_pair_bonus: float = 0.0
+    new_item_bonus: float = 0.0
 
 
 def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
@@ -62,8 +64,8 @@ def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
             value=row["value"],
             popularity_exponent=row["popularity_exponent"],
             relevance_share=row.get("relevance_share") or 0.0,
-            new_share=row.get("new_share") or 0.0,
             new_pair_bonus=row.get("new_pair_bonus") or 0.0,
+            new_item_bonus=row.get("new_item_bonus") or 0.0,
         )
         faults += [f"row scope={row['scope']!r}: {fault}" for fault in _faults(policy)]
         if row["scope"] in policies:
@@ -76,19 +78,6 @@ def read_policies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Policy]:
     return policies
 
 
-def require_new_candidates(policies: Mapping[str, Policy], *, has_new: bool) -> None:
-    """Refuse a share of new items where a night has not looked for any.
-
-    Raises:
-        SettingsError: naming the scopes that ask for one.
-    """
-    if asking := sorted(scope for scope, policy in policies.items() if policy.new_share and not has_new):
-        raise SettingsError(
-            f"merge_policy has a new_share in scopes {asking}, and these lists have no new items to choose from: set "
-            "retrieval.num_candidates_new and run the night, or set new_share to 0"
-        )
-
-
 def _faults(policy: Policy) -> list[str]:
     if policy.kind not in _KINDS:
         return [f"unknown kind {policy.kind!r}; wanted one of {sorted(_KINDS)}"]
@@ -98,10 +87,10 @@ def _faults(policy: Policy) -> list[str]:
         faults.append(f"value {policy.value} of kind {policy.kind}; wanted a number from 0{' to 1' if most == 1 else ''}")
     if not 0 <= policy.popularity_exponent <= 1:
         faults.append(f"popularity_exponent {policy.popularity_exponent}; wanted a number from 0 to 1")
-    if not 0 <= policy.new_pair_bonus <= MOST_BONUS:
-        faults.append(f"new_pair_bonus {policy.new_pair_bonus}; wanted a number from 0 to {MOST_BONUS}")
-    shares = {"relevance_share": policy.relevance_share, "new_share": policy.new_share}
-    faults += [f"{name} {share}; wanted a number from 0 to 1" for name, share in shares.items() if not 0 <= share <= 1]
+    if not 0 <= policy.relevance_share <= 1:
+        faults.append(f"relevance_share {policy.relevance_share}; wanted a number from 0 to 1")
+    bonuses = {"new_pair_bonus": policy.new_pair_bonus, "new_item_bonus": policy.new_item_bonus}
+    faults += [f"{name} {bonus}; wanted a number from 0 to {MOST_BONUS}" for name, bonus in bonuses.items() if not 0 <= bonus <= MOST_BONUS]
     if policy.kind == "quota" and policy.relevance_share:
         faults.append(f"relevance_share {policy.relevance_share} of kind quota, whose value is that share; set one of the two")
     return faults
@@ -115,8 +104,8 @@ class Policies:
     value: Floats
     popularity_exponent: Floats
     relevance_share: Floats
-    new_share: Floats
     new_pair_bonus: Floats
+    new_item_bonus: Floats
 
     @classmethod
     def for_triggers(cls, policies: Mapping[str, Policy], coarsest: Sequence[str | None]) -> Self:
@@ -135,8 +124,8 @@ class Policies:
             value=np.array([policy.value for policy in chosen], dtype=np.float32),
             popularity_exponent=np.array([policy.popularity_exponent for policy in chosen], dtype=np.float32),
             relevance_share=np.array([policy.relevance_share for policy in chosen], dtype=np.float32),
-            new_share=np.array([policy.new_share for policy in chosen], dtype=np.float32),
             new_pair_bonus=np.array([policy.new_pair_bonus for policy in chosen], dtype=np.float32),
+            new_item_bonus=np.array([policy.new_item_bonus for policy in chosen], dtype=np.float32),
         )
 
     def part(self, start: int, stop: int) -> Self:
@@ -159,8 +148,8 @@ class CandidateSet:
         relevance: (M,) score of the relevance head.
         log_popularity: (M,) log of the candidate's floored popularity.
         found_by_relevance: (M,) the relevance head proposed it.
-        found_new: (M,) it is new, and near the trigger among new items.
         counted: (M,) it has a counted pair with the trigger, of any weight.
+        new: (M,) hardly anybody has engaged with it yet.
     """
 
     offsets: Longs
@@ -168,8 +157,8 @@ class CandidateSet:
     relevance: Floats
     log_popularity: Floats
     found_by_relevance: Bools
-    found_new: Bools
     counted: Bools
+    new: Bools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,12 +186,13 @@ class _Order:
 def merge_candidates(candidates: CandidateSet, policies: Policies, *, k: int) -> Merged:
     """Merged lists of B triggers, each by its own policy.
 
-    A blend's score is its order, but where a share goes to relevance or to new items; the others' is the probability, discounted and
-    raised, which need not descend along the list. So scores are probabilities under every policy but for a blend's relevance, and can be
+    A blend's score is its order, but where a share goes to relevance; the others' is the probability, discounted and raised, which need
+    not descend along the list. So scores are probabilities under every policy but for a blend's relevance, and can be
     compared across triggers.
     """
     segment = segments(candidates.offsets)
-    p = _probability(candidates, policies, segment)
+    log_p = _log_probability(candidates, policies, segment)
+    p = np.exp(log_p)
     key, score, filled = p, p, np.zeros(len(p), dtype=np.bool_)
     for kind in np.unique(policies.kind):
         mine = (policies.kind == kind)[segment]
@@ -212,24 +202,23 @@ def merge_candidates(candidates: CandidateSet, policies: Policies, *, k: int) ->
     is_quota = policies.kind == "quota"
     share = np.where(is_quota, policies.value, policies.relevance_share)
     if (shared := is_quota | (share > 0)).any():
-        order = _interleaved(candidates, key, candidates.found_by_relevance, share, k)
+        likelier = np.where(is_quota, np.float32(0), np.float32(1 / _NATS_OF_RELEVANCE))  # a quota is what it is elsewhere, to compare with
+        relevance = np.where(candidates.found_by_relevance, candidates.relevance + likelier[segment] * log_p, -np.inf)
+        order = _interleaved(candidates.offsets, key, relevance.astype(np.float32), share, k)
         key = np.where(shared[segment], order.key, key)
         filled = is_quota[segment] & order.filled  # a blend or a fusion is for all positions: what it has there is no filling
-    if (shared := policies.new_share > 0).any():
-        order = _interleaved(candidates, key, candidates.found_new, policies.new_share, k)
-        key = np.where(shared[segment], order.key, key)
-        filled &= ~candidates.found_new  # their places are their own
     position, offsets = best_per_segment(key, candidates.offsets, k)
     return Merged(position=position, offsets=offsets, score=score[position], filled=filled[position])
 
 
-def _probability(candidates: CandidateSet, policies: Policies, segment: Longs) -> Floats:
-    """(M,) p(j|i) after the popularity discount and the bonus of new pairs."""
-    if not len(segment) or not (policies.popularity_exponent.any() or policies.new_pair_bonus.any()):
-        return np.exp(candidates.log_p)
-    moved = candidates.log_p - policies.popularity_exponent[segment] * candidates.log_popularity
-    moved += policies.new_pair_bonus[segment] * ~candidates.counted
-    return np.exp(log_softmax(moved, segment.astype(np.int32)))
+def _log_probability(candidates: CandidateSet, policies: Policies, segment: Longs) -> Floats:
+    """(M,) log p(j|i) after the popularity discount and the bonuses."""
+    moving = (policies.popularity_exponent, policies.new_pair_bonus, policies.new_item_bonus)
+    if not len(segment) or not any(column.any() for column in moving):
+        return candidates.log_p
+    exponent, pair_bonus, item_bonus = (column[segment] for column in moving)
+    moved = candidates.log_p - exponent * candidates.log_popularity + pair_bonus * ~candidates.counted + item_bonus * candidates.new
+    return log_softmax(moved, segment.astype(np.int32))
 
 
 def _blend(candidates: CandidateSet, p: Floats, value: Floats) -> Floats:
@@ -240,15 +229,14 @@ def _quota(candidates: CandidateSet, p: Floats, value: Floats) -> Floats:
     return p
 
 
-def _interleaved(candidates: CandidateSet, key: Floats, found: Bools, shares: Floats, k: int) -> _Order:
-    """A share of the positions goes to the found candidates in relevance order, the rest to that of the key.
+def _interleaved(offsets: Longs, key: Floats, relevance: Floats, shares: Floats, k: int) -> _Order:
+    """A share of the positions goes to the order of (M,) relevance, in which -inf is not, the rest to that of the key.
 
     Every candidate takes the earliest slot its ranks give it; a repeat's later slot falls away and what follows moves up.
     What lies behind position K plus the row's repeats is there only because the other order ran out: it fills up.
     """
-    relevance = np.where(found, candidates.relevance, -np.inf).astype(np.float32)
-    by_key, by_relevance = best_per_row(pad(key, candidates.offsets), k), best_per_row(pad(relevance, candidates.offsets), k)
-    width = int(np.diff(candidates.offsets).max(initial=0))
+    by_key, by_relevance = best_per_row(pad(key, offsets), k), best_per_row(pad(relevance, offsets), k)
+    width = int(np.diff(offsets).max(initial=0))
     slots = np.full((2, len(shares), width + 1), np.inf, dtype=np.float32)  # one column more takes the -1 of short rows
     for share in np.unique(shares):
         rows = np.flatnonzero(shares == share)[:, None]
@@ -257,7 +245,7 @@ def _interleaved(candidates: CandidateSet, key: Floats, found: Bools, shares: Fl
     slots = slots[:, :, :-1]
     repeats = np.isfinite(slots).all(axis=0).sum(axis=1, keepdims=True)
     slot = slots.min(axis=0, initial=np.inf)
-    inside = np.arange(width) < np.diff(candidates.offsets)[:, None]
+    inside = np.arange(width) < np.diff(offsets)[:, None]
     return _Order(key=-slot[inside], filled=(slot > k + repeats)[inside])
 
 

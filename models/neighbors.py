@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from conf.errors import TrainingError
+from conf.errors import TableError, TrainingError
 from conf.settings import RetrievalSettings
 from models.data import LOG_AGE, Bools, Floats, Ints, Sparse
 from models.eligibility import CATEGORY, FilterColumn, FilterColumns, Pool, Rules
@@ -43,7 +43,7 @@ from models.search import ItemIndex, SearchReport, write_index
 from models.user_level import UserLevel
 
 ENGAGEMENT, RELEVANCE, MERGED = "engagement", "relevance", "merged"
-COUNTS, USERS, CONTENT, POPULARITY, NEW = "counts", "users", "content", "popularity", "new"
+COUNTS, USERS, CONTENT, POPULARITY = "counts", "users", "content", "popularity"
 _NUM_SAMPLED = 256  # triggers on which the recall of a search is measured
 _SOURCE_BITS = 16  # of a packed candidate key: counts, users, content, popularity, category, new and up to 10 heads
 _META = "meta.json"
@@ -130,12 +130,11 @@ def build_index(
     for number, (name, (trigger, target)) in enumerate(head_vectors.items()):
         items = _write_head(folder, f"head-{number}", trigger, target, eligible, informed, engagement=name == ENGAGEMENT)
         reports[name] = write_index(folder, f"head-{number}", target, items, queries=trigger[sample], settings=settings)
-        if name == RELEVANCE and settings.num_candidates_new:
-            reports[NEW] = write_index(folder, NEW, target, items[new[items]], queries=trigger[sample], settings=settings)
     _save(folder, "content", content)
     items = np.flatnonzero(eligible & (content != 0).any(axis=1)).astype(np.int32)
     reports[CONTENT] = write_index(folder, "content", content, items, queries=content[sample], settings=settings)
     _save_per_item(folder, popularity_p, eligible, category_codes)
+    _save(folder, "new", new)
     _save(folder, "trends", trends)
     user_level.save(folder)
     filters.save(folder)
@@ -146,7 +145,7 @@ def build_index(
     _save_texts(folder, "tag_names", pa.array(tags.values, pa.string()))
     if scorer_file is not None:
         Scorer.load(scorer_file).save(folder / "scorer.json")
-    meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "has_new": NEW in reports, "calibration": dict(calibration)}
+    meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "calibration": dict(calibration)}
     (folder / _META).write_text(json.dumps(meta))
     return reports
 
@@ -212,7 +211,10 @@ def _save_texts(folder: Path, stem: str, texts: pa.Array) -> None:
 
 def _load(folder: Path, stem: str) -> npt.NDArray[Any]:
     """A view of the file's pages: processes that open it share them."""
-    return np.asarray(np.load(folder / f"{stem}.npy", mmap_mode="r"))
+    path = folder / f"{stem}.npy"
+    if not path.exists():
+        raise TableError(f"found no {path}, which lists are made from: the index is of another release; run the night again")
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def _load_texts(folder: Path, stem: str) -> pa.StringArray:
@@ -363,12 +365,12 @@ class Retriever:
     heads: Mapping[str, _Head]
     content: Floats
     content_flat: ItemIndex
-    new_flat: ItemIndex | None
     log_popularity: Floats
     trends: Floats
     user_level: UserLevel
     categories: Ints
     eligible: Bools
+    new: Bools
     filters: FilterColumns
     fill_order: FillOrder
     scorer: Scorer
@@ -379,7 +381,7 @@ class Retriever:
         """Map what `build_index` wrote; from here on FAISS uses one thread in this process, as each Spark task has one core.
 
         Raises:
-            TableError: the scorer there is of other code.
+            TableError: the index or the scorer there is of other code.
         """
         faiss.omp_set_num_threads(1)
         meta = json.loads((folder / _META).read_text())
@@ -390,12 +392,12 @@ class Retriever:
             heads={name: _Head.open(folder, f"head-{number}", name) for number, name in enumerate(meta["heads"])},
             content=_load(folder, "content"),
             content_flat=ItemIndex.open(folder, "content"),
-            new_flat=ItemIndex.open(folder, NEW) if meta.get("has_new") else None,
             log_popularity=_load(folder, "log_popularity"),
             trends=_load(folder, "trends"),
             user_level=UserLevel.open(folder),
             categories=_load(folder, "categories"),
             eligible=_load(folder, "eligible"),
+            new=_load(folder, "new"),
             filters=FilterColumns.open(folder),
             fill_order=FillOrder(
                 popular=_load(folder, "popular"), by_category=_load(folder, "fill_items"), category=_load(folder, "fill_categories")
@@ -407,7 +409,7 @@ class Retriever:
     @property
     def source_names(self) -> tuple[str, ...]:
         """What the bits of `Neighbors.sources` mean, lowest first."""
-        return (COUNTS, USERS, *self.heads, CONTENT, POPULARITY, CATEGORY, NEW)
+        return (COUNTS, USERS, *self.heads, CONTENT, POPULARITY, CATEGORY)
 
     def to_arrow(self, lists: NeighborLists) -> pa.RecordBatch:
         """Lists as rows, with reasons: see models.list_rows."""
@@ -536,9 +538,6 @@ class Retriever:
         for name, head in self.heads.items():
             queries = np.where(head.blank[trigger][:, None], np.float32(0), head.trigger[trigger])  # which find nothing
             found.append((name, _nearest(head.flat, head.target, queries, trigger, near, rules, (name, MERGED))))
-            if name == RELEVANCE and self.new_flat and settings.num_candidates_new:
-                few = settings.num_candidates_new
-                found.append((NEW, _nearest(self.new_flat, head.target, queries, trigger, few, rules, (MERGED,))))
         if settings.num_candidates_content:
             near = settings.num_candidates_content
             found.append((CONTENT, _nearest(self.content_flat, self.content, self.content[trigger], trigger, near, rules, (MERGED,))))
@@ -628,8 +627,8 @@ class Retriever:
             relevance=pool.scores[RELEVANCE],
             log_popularity=self.log_popularity[pool.item],
             found_by_relevance=(pool.sources >> self._bit(RELEVANCE) & 1).astype(np.bool_),
-            found_new=(pool.sources >> self._bit(NEW) & 1).astype(np.bool_) & (pool.scores[RELEVANCE] > 0),
             counted=pool.num_user_days > 0,
+            new=self.new[pool.item],
         )
 
     def _merged_lists(self, pool: _Pool, candidates: CandidateSet, counted: Counted, policies: Policies, k: int, rules: Rules) -> Neighbors:

@@ -57,22 +57,20 @@ def arrow_schema(table: Table) -> pa.Schema:
 
 @dataclass(kw_only=True)
 class ListWorld:
-    """One lake; nights are written by `night`, with item ids i000, i001, ….
+    """One lake; nights are written by `night`, with item ids i000, i001, …; every fifth item is new.
 
     Attributes:
         folder: where settings and lake lie.
-        num_candidates_new: of the settings; every fifth item is new.
         overrides: further sections of the settings file.
     """
 
     folder: Path
     num_items: int = 90
-    num_candidates_new: int = 0
     overrides: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(exist_ok=True)
-        retrieval = {"list_length": 6, "num_candidates_head": 12, "block_size": 16, "num_candidates_new": self.num_candidates_new}
+        retrieval = {"list_length": 6, "num_candidates_head": 12, "block_size": 16}
         self.config = write_config(self.folder, retrieval=retrieval, **self.overrides)
         for table in (ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY, RUNS):
             DeltaTable.create(f"{self.root}/{table.name}", schema=arrow_schema(table), mode="error")

@@ -57,14 +57,6 @@ def test_all_faults_are_reported_together():
     assert any("the value of a quota, 0.2, is its relevance_share; found 0.1 too" in fault for fault in faults)
 
 
-def test_a_share_of_new_items_needs_candidates():
-    merge = "merge=[{value: 0.005, new_share: 0.05}]"
-    assert any(
-        "merge has a new_share in scopes ['default'], which needs retrieval.num_candidates_new" in fault for fault in faults_of(merge)
-    )
-    assert load_settings("demo", [merge, "retrieval.num_candidates_new=20"]).merge[0].new_share == 0.05
-
-
 def test_filters_name_mapped_columns_and_lists_that_exist():
     mapped = "source.items.columns.filters=[stock, market]"
     fine = "retrieval.filters=[{column: stock, rule: none_of, values: ['no'], heads: [merged], scopes: [toys, market=de]}]"

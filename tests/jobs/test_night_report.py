@@ -50,7 +50,7 @@ def test_the_published_mix_is_a_point_of_the_frontier_only_as_a_blend_for_all_pl
     assert published_mix([{**row, "scope": "toys", "value": 0.5}, row]) == "0.02"
     assert published_mix([row | {"relevance_share": 0.0}]) == "0.02"
     assert published_mix([row | {"relevance_share": 0.1}]) == ""
-    assert published_mix([row | {"new_share": 0.1}]) == ""
+    assert published_mix([row | {"new_item_bonus": 1.5}]) == ""
     assert published_mix([row | {"new_pair_bonus": 0.3}]) == ""
     assert published_mix([row | {"kind": "quota"}]) == ""
 

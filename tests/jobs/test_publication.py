@@ -15,7 +15,7 @@ from jobs.look_up import Lookup
 from jobs.online import open_feature_store
 from jobs.progress import Display
 from jobs.publication import kept_runs, publish_run, published, run_files
-from jobs.reader import open_table
+from jobs.reader import artifacts_of, open_table
 from jobs.remerge import remerge
 from jobs.rollback import roll_back
 from tests.list_world import ListWorld
@@ -115,31 +115,34 @@ def test_runs_that_cannot_be_rolled_back_to(world: ListWorld) -> None:
     assert [record.stage for record in world.ledger.records()] == ["publish_neighbors"] * 3
 
 
-def test_a_share_of_new_items_needs_no_retrieval_but_candidates(world: ListWorld, tmp_path: Path) -> None:
+def test_new_items_are_raised_without_retrieval(world: ListWorld, tmp_path: Path) -> None:
     def new_of(lists: dict[tuple[str, str], dict[str, object]]) -> dict[str, int]:
         """New neighbors by trigger: every fifth item is new."""
         merged = {item: row["neighbors"] for (item, head), row in lists.items() if head == "merged"}
         return {item: sum(int(n["neighbor_id"][1:]) % 5 == 0 for n in neighbors) for item, neighbors in merged.items()}
 
     world.night(SECOND, seed=2)
+    few = new_of(world.current())
+    world.set_policy(kind="blend", value=0.01, new_item_bonus=10.0)
+    remerge(world.settings, display=QUIET)
+    again = ListWorld(folder=tmp_path / "again")
+    again.set_policy(kind="blend", value=0.01, new_item_bonus=10.0)
+    again.night(SECOND, seed=2)
+    lists = {key: row["neighbors"] for key, row in world.current().items()}
+    assert lists == {key: row["neighbors"] for key, row in again.current().items()}, "what a retrieval would have published"
+    many = new_of(world.current())
+    assert all(many[item] >= few[item] for item in few)
+    assert sum(many.values()) > 2 * sum(few.values())
+
+
+def test_an_index_of_another_release_is_refused_and_nothing_changes(world: ListWorld) -> None:
+    run_id = world.night(SECOND, seed=2)
     before = published(world.root)
-    world.set_policy(kind="blend", value=0.01, new_share=0.5)
-    with pytest.raises(SettingsError, match=r"new_share in scopes \['default'\], .* set retrieval.num_candidates_new and run the night"):
+    (artifacts_of(world.settings.lake, run_id) / "index" / "new.npy").unlink()
+    world.set_policy(kind="blend", value=0.3)
+    with pytest.raises(TableError, match=r"found no .*new.npy, .* the index is of another release; run the night again"):
         remerge(world.settings, display=QUIET)
     assert published(world.root) == before
-    looked = ListWorld(folder=tmp_path / "looked", num_candidates_new=8)
-    looked.night(SECOND, seed=2)
-    few = new_of(looked.current())
-    looked.set_policy(kind="blend", value=0.01, new_share=0.5)
-    remerge(looked.settings, display=QUIET)
-    again = ListWorld(folder=tmp_path / "again", num_candidates_new=8)
-    again.set_policy(kind="blend", value=0.01, new_share=0.5)
-    again.night(SECOND, seed=2)
-    lists = {key: row["neighbors"] for key, row in looked.current().items()}
-    assert lists == {key: row["neighbors"] for key, row in again.current().items()}, "what a retrieval would have published"
-    many = new_of(looked.current())
-    assert min(many.values()) >= 3 > min(few.values()), "three of six positions"
-    assert any("new" in neighbor["sources"] for neighbor in lists["i001", "merged"])
 
 
 def test_a_policy_table_of_an_earlier_release_has_no_shares(world: ListWorld) -> None:
@@ -148,7 +151,7 @@ def test_a_policy_table_of_an_earlier_release_has_no_shares(world: ListWorld) ->
     remerge(world.settings, display=QUIET)
     lists = {key: row["neighbors"] for key, row in world.current().items()}
     table = open_table(world.root, MERGE_POLICY).to_pyarrow_table()
-    added = ["relevance_share", "new_share", "new_pair_bonus"]
+    added = ["relevance_share", "new_pair_bonus", "new_item_bonus"]
     assert all(table[name].null_count == 1 for name in added)
     old = table.drop_columns(added)
     write_deltalake(f"{world.root}/{MERGE_POLICY.name}", old, mode="overwrite", schema_mode="overwrite")

@@ -15,14 +15,15 @@ class AnExam:
     relevance_metric = RELEVANCE
 
 
-DIALS = ("mtmh_dial", "mtmh_bonus")
+DIALS = ("mtmh_dial", "mtmh_new_pairs", "mtmh_new_items")
 
 
-def scored(recall, relevance, debiased=0.1, new=None):
-    """Three triggers around the given means; recall of new pairs is that of all unless it is given."""
+def scored(recall, relevance, debiased=0.1, new=None, cold=None):
+    """Three triggers around the given means; recall of new pairs and of cold targets is that of all unless it is given."""
     around = np.array([-0.01, 0.0, 0.01])
     parts = {("recall@100", part): recall + around for part in ("new_pairs", "cold_triggers", "cold_targets")}
     parts |= {} if new is None else {("recall@100", "new_pairs"): new + around}
+    parts |= {} if cold is None else {("recall@100", "cold_targets"): cold + around}
     return Scored(values={RECALL: recall + around, RELEVANCE: relevance + around, DEBIASED: debiased + around, **parts})
 
 
@@ -41,7 +42,8 @@ def board():
             "late_blend": {"0": scored(0.5, 0.2), "0.1": scored(0.45, 0.4)},
             "quota": {"0.5": scored(0.2, 0.1)},
             "mtmh_dial": {"0": scored(0.55, 0.5, 0.2), "0.3": scored(0.45, 0.5, 0.3), "0.5": scored(0.35, 0.5, 0.4)},
-            "mtmh_bonus": {"0": scored(0.6, 0.1, new=0.1), "0.5": scored(0.55, 0.1, new=0.4), "1": scored(0.45, 0.1, new=0.6)},
+            "mtmh_new_pairs": {"0": scored(0.6, 0.1, new=0.1), "0.5": scored(0.55, 0.1, new=0.4), "1": scored(0.45, 0.1, new=0.6)},
+            "mtmh_new_items": {"0": scored(0.6, 0.1, cold=0.1), "2": scored(0.52, 0.1, cold=0.5), "3": scored(0.45, 0.1, cold=0.9)},
         },
     )
 
@@ -66,17 +68,20 @@ def test_popularity_is_discounted_as_far_as_recall_stays_that_of_counts():
     assert choose([without]).described()["mtmh_dial at recall of counts"] == "no exponent holds it"
 
 
-def test_new_pairs_are_raised_as_far_as_recall_stays_that_of_the_best_baseline():
+def test_new_pairs_and_new_items_are_raised_as_far_as_recall_stays_that_of_the_best_baseline():
     choice = choose([board()])
-    assert choice.bonus == "0.5"  # 1 finds more of them, with less recall than the baseline
-    assert choice.described()["mtmh_bonus at recall kept"] == "0.5"
+    assert choice.bonuses == {"mtmh_new_pairs": "0.5", "mtmh_new_items": "2"}  # 1 and 3 find more, with less recall than the baseline
+    assert choice.described()["mtmh_new_pairs at recall kept"] == "0.5"
     found = {c.name: c for c in compare(board(), choice, num_resamples=50, seed=0)}
     raised, kept = found["new pairs found at recall kept"], found["recall kept with new pairs raised"]
-    assert (raised.ours, raised.theirs, raised.value) == ("mtmh_bonus 0.5", "content", pytest.approx(0.4 - 0.9))
+    assert (raised.ours, raised.theirs, raised.value) == ("mtmh_new_pairs 0.5", "content", pytest.approx(0.4 - 0.9))
     assert (kept.theirs, kept.value) == ("smooth", pytest.approx(0.05))
+    raised, kept = found["new items found at recall kept"], found["recall kept with new items raised"]
+    assert (raised.ours, raised.theirs, raised.value) == ("mtmh_new_items 2", "content", pytest.approx(0.5 - 0.9))
+    assert (kept.theirs, kept.value) == ("smooth", pytest.approx(0.02))
     without = board()
-    del without.families["mtmh_bonus"]
-    assert choose([without]).described()["mtmh_bonus at recall kept"] == "no bonus holds it"
+    del without.families["mtmh_new_items"]
+    assert choose([without]).described()["mtmh_new_items at recall kept"] == "no bonus holds it"
 
 
 def test_several_validation_slices_decide_by_their_mean():

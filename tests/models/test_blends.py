@@ -129,8 +129,8 @@ def test_quota_is_the_policy_of_the_merge(share):
         relevance=content_rows.ravel(),
         log_popularity=np.zeros(log_p.size, np.float32),
         found_by_relevance=np.ones(log_p.size, bool),
-        found_new=np.zeros(log_p.size, bool),
         counted=np.ones(log_p.size, bool),
+        new=np.zeros(log_p.size, bool),
     )
     policies = Policies.same(Policy(kind="quota", value=share, popularity_exponent=0.0), 5)
     merged = merge_candidates(candidates, policies, k=6)

@@ -4,25 +4,25 @@ import numpy as np
 import pytest
 
 from conf.errors import SettingsError
-from models.merge import CandidateSet, FillOrder, Policies, Policy, merge_candidates, read_policies, require_new_candidates
+from models.merge import CandidateSet, FillOrder, Policies, Policy, merge_candidates, read_policies
 from models.ranking import best_per_row, best_per_segment, ends
 
 
-def row(scope="default", kind="blend", value=0.0, popularity_exponent=0.0, relevance_share=None, new_share=None, new_pair_bonus=None):
+def row(scope="default", kind="blend", value=0.0, popularity_exponent=0.0, relevance_share=None, new_pair_bonus=None, new_item_bonus=None):
     return {
         "scope": scope,
         "kind": kind,
         "value": value,
         "popularity_exponent": popularity_exponent,
         "relevance_share": relevance_share,
-        "new_share": new_share,
         "new_pair_bonus": new_pair_bonus,
+        "new_item_bonus": new_item_bonus,
     }
 
 
 def candidates(*triggers, new=(), uncounted=()):
-    """Each trigger: rows of (p, relevance, popularity, found by the relevance head); positions in the flat list of those found new, and of
-    those that have no counted pair.
+    """Each trigger: rows of (p, relevance, popularity, found by the relevance head); positions in the flat list of new items, and of those
+    that have no counted pair.
     """
     columns = np.array([candidate for trigger in triggers for candidate in trigger], dtype=np.float32).reshape(-1, 4).T
     return CandidateSet(
@@ -31,8 +31,8 @@ def candidates(*triggers, new=(), uncounted=()):
         relevance=columns[1],
         log_popularity=np.log(columns[2]),
         found_by_relevance=columns[3] > 0,
-        found_new=np.isin(np.arange(columns.shape[1]), new),
         counted=~np.isin(np.arange(columns.shape[1]), uncounted),
+        new=np.isin(np.arange(columns.shape[1]), new),
     )
 
 
@@ -119,36 +119,18 @@ def test_a_fusion_leaves_a_share_too_and_rows_do_not_mix():
     assert [positions for positions, _, _ in lists] == [[0, 9, 1, 8], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize(
-    ("policy", "new", "k", "order"),
-    [
-        (row(new_share=0.5), (6, 8), 6, [0, 8, 1, 6, 2, 3]),  # by relevance, among the new ones alone
-        (row(new_share=0.25), (6, 8), 6, [0, 1, 2, 8, 3, 4]),
-        (row(new_share=0.5), (), 3, [0, 1, 2]),  # nothing is new: all places are the blend's
-        (row(new_share=0.5), (0, 1), 4, [0, 1, 2, 3]),  # what is likely anyway keeps its place
-        (row(kind="rrf", new_share=1 / 3), (7,), 4, [0, 1, 7, 2]),
-        # 0 9 1 8 2 7 of relevance's half; every third place is of 5 and 4
-        (row(relevance_share=0.5, new_share=1 / 3), (4, 5), 6, [0, 9, 5, 1, 8, 4]),
-        (row(kind="quota", value=0.5, new_share=1 / 3), (4, 5), 6, [0, 9, 5, 1, 8, 4]),
-    ],
-)
-def test_a_share_of_the_positions_is_of_new_items(policy, new, k, order):
-    positions, scores, filled = merged(candidates(TEN, new=new), policy, k=k)[0]
-    assert positions == order
-    assert not any(filled)
-    if policy["kind"] != "rrf":
-        assert scores == pytest.approx([TEN[n][0] for n in order])
-
-
-def test_a_share_of_new_items_needs_candidates():
-    policies = read_policies([row(), row("toys", new_share=0.1), row("books", new_share=0.0)])
-    require_new_candidates(policies, has_new=True)
-    with pytest.raises(SettingsError, match=r"new_share in scopes \['toys'\], .* set retrieval.num_candidates_new and run the night"):
-        require_new_candidates(policies, has_new=False)
+def test_of_what_is_about_as_relevant_the_likelier_comes_first_in_a_share():
+    # p .4 .3 .2 .1; log p / 80 is -.011, -.015, -.020, -.029: it decides between 1 and 2, and not between 2 and 3
+    trigger = [(0.4, 0.0, 0.1, 0), (0.3, 0.500, 0.1, 1), (0.2, 0.504, 0.1, 1), (0.1, 0.520, 0.1, 1)]
+    shared, quota = row(relevance_share=1.0), row(kind="quota", value=1.0)
+    assert merged(candidates(trigger), shared, k=3)[0][0] == [3, 1, 2]
+    assert merged(candidates(trigger), quota, k=3)[0][0] == [3, 2, 1], "a quota is relevance's order as it is"
+    discounted = [(p, r, {0.3: 1.0}.get(p, 0.1), f) for p, r, _, f in trigger]
+    assert merged(candidates(discounted), shared | {"popularity_exponent": 1.0}, k=3)[0][0] == [3, 2, 1], "p as the policy wants it"
 
 
 def test_a_policy_reads_as_it_was_written():
-    policy = Policy(kind="blend", value=0.01, popularity_exponent=0.3, relevance_share=0.1, new_share=0.05, new_pair_bonus=0.3)
+    policy = Policy(kind="blend", value=0.01, popularity_exponent=0.3, relevance_share=0.1, new_pair_bonus=0.3, new_item_bonus=1.5)
     assert Policies.same(policy, 3).of(1) == policy
 
 
@@ -162,19 +144,22 @@ def test_a_policy_reads_as_it_was_written():
         # of 1, .75, 2 and 1 (see above) the last two doubled, which sum to 7.75
         (row(popularity_exponent=1.0, new_pair_bonus=np.log(2)), [2, 3, 0, 1], [4 / 7.75, 2 / 7.75, 1 / 7.75, 0.75 / 7.75]),
         (row(kind="quota", value=0.5, new_pair_bonus=np.log(8)), [2, 3, 0, 1], None),
+        (row(new_item_bonus=np.log(6)), [3, 0, 1, 2], [0.6 / 1.5, 0.4 / 1.5, 0.3 / 1.5, 0.2 / 1.5]),  # only the last is new
+        (row(new_pair_bonus=np.log(2), new_item_bonus=np.log(3)), [3, 0, 2, 1], [0.6 / 1.7, 0.4 / 1.7, 0.4 / 1.7, 0.3 / 1.7]),
     ],
 )
-def test_new_pairs_are_raised_by_hand(policy, order, scores):
-    positions, found, _ = merged(candidates(FOUR, uncounted=(2, 3)), policy, k=4)[0]
+def test_new_pairs_and_new_items_are_raised_by_hand(policy, order, scores):
+    positions, found, _ = merged(candidates(FOUR, uncounted=(2, 3), new=(3,)), policy, k=4)[0]
     assert positions == order
     assert scores is None or found == pytest.approx(scores)
-    (raised, before), (plain, after) = (merged(candidates(FOUR), row, k=4)[0][:2] for row in (policy, policy | {"new_pair_bonus": 0.0}))
-    assert (raised, before) == (plain, pytest.approx(after)), "where all pairs are counted there is none to raise"
+    unraised = policy | {"new_pair_bonus": 0.0, "new_item_bonus": 0.0}
+    (raised, before), (plain, after) = (merged(candidates(FOUR), row, k=4)[0][:2] for row in (policy, unraised))
+    assert (raised, before) == (plain, pytest.approx(after)), "where all is known there is nothing to raise"
 
 
-def test_a_table_of_an_earlier_release_has_no_shares_and_no_bonus():
+def test_a_table_of_an_earlier_release_has_no_share_and_no_bonus():
     old = row(value=2)
-    del old["relevance_share"], old["new_share"], old["new_pair_bonus"]
+    del old["relevance_share"], old["new_pair_bonus"], old["new_item_bonus"]
     assert read_policies([old]) == {"default": Policy(kind="blend", value=2, popularity_exponent=0.0)}
 
 
@@ -213,7 +198,7 @@ def test_bad_policies_are_named_together():
         row("games", value=float("nan"), popularity_exponent=2),
         row("toys"),
         row("bikes", relevance_share=-0.1),
-        row("boats", new_share=1.1),
+        row("boats", new_item_bonus=11),
         row("trains", new_pair_bonus=-0.1),
         row("pens", "quota", 0.2, relevance_share=0.1),
     ]
@@ -226,7 +211,7 @@ def test_bad_policies_are_named_together():
         "row scope='games': popularity_exponent 2",
         "row scope='toys': found twice",
         "row scope='bikes': relevance_share -0.1",
-        "row scope='boats': new_share 1.1",
+        "row scope='boats': new_item_bonus 11; wanted a number from 0 to 10",
         "row scope='trains': new_pair_bonus -0.1; wanted a number from 0 to 10",
         "row scope='pens': relevance_share 0.1 of kind quota",
         "no row of scope 'default'",

@@ -23,10 +23,9 @@ from models.scorer import FEATURES, Scorer, candidate_features, log_softmax
 from models.user_level import UserLevel
 
 NIGHT = date(2024, 3, 31)
-BLEND = {"scope": "default", "kind": "blend", "value": 0.02, "popularity_exponent": 0.3, "new_pair_bonus": 0.5}
+BLEND = {"scope": "default", "kind": "blend", "value": 0.02, "popularity_exponent": 0.3, "new_pair_bonus": 0.5, "new_item_bonus": 0.7}
 QUOTA = {"scope": "default", "kind": "quota", "value": 0.4, "popularity_exponent": 0.0}
 SHARED = BLEND | {"relevance_share": 0.25}
-FRESH = SHARED | {"new_share": 0.25}
 SETTINGS = RetrievalSettings(
     list_length=8,
     num_candidates_counts=5,
@@ -36,7 +35,6 @@ SETTINGS = RetrievalSettings(
     num_candidates_popular=3,
     block_size=16,
 )
-WITH_NEW = SETTINGS.model_copy(update={"num_candidates_new": 4})
 
 
 def unit(vectors):
@@ -172,9 +170,7 @@ def plain_lists(world, trigger, scorer, policy, settings):
     found["relevance"] = set(best(scores["relevance"], a["eligible"] & informed, width + 1) if informed[trigger] else []) - {trigger}
     near = set(best(cosine, a["eligible"] & described, settings.num_candidates_content + 1) if described[trigger] else []) - {trigger}
     popular = set(best(log_p, a["eligible"], settings.num_candidates_popular)) - {trigger}
-    few = settings.num_candidates_new + 1 if settings.num_candidates_new and informed[trigger] else 0
-    new = set(best(scores["relevance"], a["eligible"] & informed & a["new"], few)) - {trigger}
-    pool = np.array(sorted(counted.union(known, near, popular, new, *found.values())))
+    pool = np.array(sorted(counted.union(known, near, popular, *found.values())))
     segment = np.zeros(len(pool), np.int32)
     features = candidate_features(
         head_log_p=log_softmax(scores["engagement"][pool], segment),
@@ -195,7 +191,7 @@ def plain_lists(world, trigger, scorer, policy, settings):
         order = best(ordered_by[name], np.isin(np.arange(world.num_items), list(own)), settings.list_length)
         lists[name] = (order, ordered_by[name][order])
     p = probability[pool] / np.exp(log_p[pool]) ** policy["popularity_exponent"]
-    p *= np.where(counts[pool] > 0, 1, np.exp(policy["new_pair_bonus"]))
+    p *= np.where(counts[pool] > 0, 1, np.exp(policy["new_pair_bonus"])) * np.where(a["new"][pool], np.exp(policy["new_item_bonus"]), 1)
     value = p / p.sum() + policy["value"] * np.maximum(scores["relevance"][pool], 0)
     dense = np.zeros(world.num_items)
     dense[pool] = value
@@ -203,14 +199,13 @@ def plain_lists(world, trigger, scorer, policy, settings):
     return lists | {"merged": (order, dense[order])}
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, WITH_NEW], ids=["usual", "with new items"])
 @pytest.mark.parametrize("scorer", [None, a_scorer()], ids=["mixture", "fitted"])
-def test_every_list_against_brute_force(tmp_path, scorer, settings):
+def test_every_list_against_brute_force(tmp_path, scorer):
     world = World(alike=False)  # where a search ends amid equals, which of them it returns is FAISS's choice
-    lists = world.retrieve(world.open(tmp_path, scorer, settings=settings), settings=settings)
+    lists = world.retrieve(world.open(tmp_path, scorer))
     heads = {name: rows_of(lists, name) for name in lists.heads}
     for trigger in range(world.num_items):
-        wanted = plain_lists(world, trigger, scorer or Scorer.mixture(), BLEND, settings)
+        wanted = plain_lists(world, trigger, scorer or Scorer.mixture(), BLEND, SETTINGS)
         for name, (order, scores) in wanted.items():
             found = heads[name][trigger]
             assert [row["neighbor"] for row in found] == order, (name, trigger)
@@ -270,11 +265,11 @@ def test_bundles_and_categories(tmp_path):
 # --- what every list keeps, whatever the head, policy and settings ---
 
 
-@pytest.mark.parametrize("policy", [BLEND, QUOTA, SHARED, FRESH], ids=["blend", "quota", "share", "new items"])
+@pytest.mark.parametrize("policy", [BLEND, QUOTA, SHARED], ids=["blend", "quota", "share"])
 @pytest.mark.parametrize(
     "settings",
     [
-        WITH_NEW,
+        SETTINGS,
         RetrievalSettings(
             list_length=8, num_candidates_counts=1, num_candidates_head=1, num_candidates_content=0, num_candidates_popular=0
         ),
@@ -294,7 +289,7 @@ def test_retrieval_contract(tmp_path, policy, settings):
             assert trigger not in neighbors
             assert eligible[neighbors].all()
             assert len(set(neighbors)) == len(neighbors) <= settings.list_length
-            if not (name == "merged" and policy in (QUOTA, SHARED, FRESH)):
+            if not (name == "merged" and policy in (QUOTA, SHARED)):
                 assert neighbors == sorted(neighbors, key=lambda item: (-found[neighbors.index(item)]["score"], item))
             if name == "merged":
                 assert len(neighbors) == min(settings.list_length, eligible.sum() - eligible[trigger]), "merged lists are full"
