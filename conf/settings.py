@@ -50,6 +50,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 """A number in [0,1]."""
 MOST_BONUS = 10
 """Of a log probability: 22,000 times as likely, so that all that has it comes first."""
+MOST_HEADS = 11
+"""Each is a bit of what has found a neighbor, beside five other sources."""
 Bonus = Annotated[float, Field(ge=0, le=MOST_BONUS)]
 """What is added to a log probability."""
 Pattern = Annotated[str, AfterValidator(_regular)]
@@ -377,7 +379,9 @@ class HeadSettings(Section):
 class ModelSettings(Section):
     """The encoder and its heads."""
 
-    heads: dict[str, HeadSettings] = Field(min_length=1, description="Heads by name; engagement and relevance feed the merged list.")
+    heads: dict[str, HeadSettings] = Field(
+        min_length=1, max_length=MOST_HEADS, description="Heads by name, at most 11; engagement and relevance feed the merged list."
+    )
     encoder: Literal["shared", "separate"] = Field(
         "shared", description="shared: one encoder for all heads; separate: one for each, at their added cost, to see what sharing does."
     )
@@ -507,7 +511,9 @@ class RetrievalSettings(Section):
     num_candidates_head: int = Field(300, ge=1, description="Nearest items per trigger and head.")
     num_candidates_content: int = Field(600, ge=0, description="Nearest items per trigger in content.")
     num_candidates_popular: int = Field(100, ge=0, description="Most popular items offered to every trigger.")
-    new_below_user_days: int = Field(5, ge=1, description="An item with fewer user-days up to the run date is new.")
+    new_below_user_days: int = Field(
+        5, ge=1, description="An item with fewer user-days up to the run date is new (a backtest's cold targets: below 5)."
+    )
     block_size: int = Field(1024, ge=1, description="Triggers scored together in a task.")
     search: Literal["auto", "exact", "ivf"] = Field(
         "auto", description="How nearest items are found; auto: IVF where an estimate of its cost says that it is worth it."
@@ -531,7 +537,7 @@ class RetrievalSettings(Section):
 
 
 class PolicySettings(Section):
-    """A starting row of merge_policy; written once, then the table rules."""
+    """Starting rows of merge_policy, written by the first night of a lake: from then on the table rules, and no change here."""
 
     scope: str = Field("default", min_length=1, description="default, a coarsest category, or column=value of a mapped filter column.")
     kind: Literal["blend", "quota", "rrf"] = Field(
@@ -540,16 +546,16 @@ class PolicySettings(Section):
     value: float = Field(ge=0, description="blend: lambda; quota, rrf: share or weight of the relevance order in [0,1].")
     popularity_exponent: float = Field(0.0, ge=0, le=1, description="Discount of popularity.")
     relevance_share: float = Field(
-        0.0, ge=0, le=1, description="Share of the positions that goes to the relevance order, whatever the kind: of 0.1 every tenth."
-    )
-    new_pair_bonus: float = Field(
         0.0,
         ge=0,
-        le=MOST_BONUS,
-        description="Added to log p of items that were never counted with the trigger: 0.3 makes them 1.35 times as likely.",
+        le=1,
+        description="Share of the positions that goes to the most relevant, by relevance + log p / 80: of 0.1 every tenth. Not of a quota.",
     )
-    new_item_bonus: float = Field(
-        0.0, ge=0, le=MOST_BONUS, description="Added to log p of new items (retrieval.new_below_user_days); 1.5 where they must be found."
+    new_pair_bonus: Bonus = Field(
+        0.0, description="Added to log p of items that were never counted with the trigger: 0.3 makes them 1.35 times as likely."
+    )
+    new_item_bonus: Bonus = Field(
+        0.0, description="Added to log p of new items (retrieval.new_below_user_days); 1.5 where they must be found."
     )
 
     @model_validator(mode="after")
@@ -713,7 +719,7 @@ class LogSettings(Section):
 
 
 class SparkSettings(Section):
-    """The session that `python -m` starts; under spark-submit your cluster's settings rule."""
+    """The session that `python -m` starts; of spark-submit's, shuffle_partitions and settings alone."""
 
     master: str = Field("local[2]", description="Spark master when the job starts its own session.")
     driver_memory: str = Field("5g", pattern=r"^\d+[mg]$", description="Heap of the driver JVM.")
@@ -772,19 +778,21 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _known_filters(self) -> Self:
-        """Filters and limits name columns that are mapped and lists that exist."""
+        """Filters, limits and policies name columns that are mapped and lists that exist."""
         mapped, names, faults = self.source.items.columns.filters, self.list_names, list[str]()
         for number, rule in enumerate(self.retrieval.filters):
             asked = {rule.column, *(scope.partition("=")[0] for scope in rule.scopes if "=" in scope)}
-            faults += [f"filters[{number}] reads column {name!r}" for name in sorted(asked - set(mapped))]
-            faults += [f"filters[{number}] rules list {name!r}" for name in rule.heads if name not in names]
+            faults += [f"retrieval.filters[{number}] reads column {name!r}" for name in sorted(asked - set(mapped))]
+            faults += [f"retrieval.filters[{number}] rules list {name!r}" for name in rule.heads if name not in names]
         for number, limit in enumerate(self.retrieval.limits):
-            faults += [f"limits[{number}] reads column {limit.by!r}"] if limit.by not in ("category", *mapped) else []
-            faults += [f"limits[{number}] rules list {name!r}" for name in limit.heads if name not in names]
+            faults += [f"retrieval.limits[{number}] reads column {limit.by!r}"] if limit.by not in ("category", *mapped) else []
+            faults += [f"retrieval.limits[{number}] rules list {name!r}" for name in limit.heads if name not in names]
+        scopes = [policy.scope for policy in self.merge if "=" in policy.scope and policy.scope.partition("=")[0] not in mapped]
+        faults += [f"merge has a row of scope {scope!r}" for scope in scopes]
         ruled = [name for limit in self.retrieval.limits for name in limit.heads or names]
         faults += [f"{ruled.count(name)} limits rule list {name!r}, wanted one" for name in names if ruled.count(name) > 1]
         if faults:
-            raise ValueError(f"retrieval: {'; '.join(faults)}; source.items.columns.filters maps {mapped}, lists are {names}")
+            raise ValueError(f"{'; '.join(faults)}; source.items.columns.filters maps {mapped}, lists are {names}")
         return self
 
     @model_validator(mode="wrap")
@@ -806,8 +814,12 @@ class Settings(Section):
         return [*self.model.heads, "merged"]
 
     def fingerprint(self) -> str:
-        """Hash of every setting that can change a table; session, lake place, gates, alerts and logs cannot."""
-        content = self.model_dump(mode="json", exclude={"spark", "lake", "gates", "online", "backtest", "explorer", "alerts", "log"})
+        """Hash of every setting that can change a table; session, lake place, gates, alerts and logs cannot, nor can `merge`: the table
+        merge_policy rules once it is there.
+        """
+        content = self.model_dump(
+            mode="json", exclude={"spark", "lake", "merge", "gates", "online", "backtest", "explorer", "alerts", "log"}
+        )
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -120,7 +120,8 @@ PAIR_RELEVANCE = Table(
 
 RELEVANCE_FEEDBACK = Table(
     name="relevance_feedback",
-    comment="Inbox of the explorer: thumbs up and down. The next ingest takes each pair's latest vote into pair_relevance as source human.",
+    comment="Inbox of the explorer: thumbs up and down. Nights from the day of a vote on take each pair's latest into pair_relevance, as "
+    "source human.",
     key=("item_id", "other_item_id", "rated_at"),
     columns=(
         _key("item_id", "string", "The trigger whose list was looked at."),
@@ -139,7 +140,7 @@ REJECTED_ROWS = Table(
     kept_on_failure=True,
     columns=(
         _key("run_id", "string", "The night that refused the row."),
-        _key("source", "string", "events, items or pair_relevance."),
+        _key("source", "string", "events, items, pair_relevance or impressions."),
         _key("row", "string", "The refused row as JSON; user ids hashed."),
         _key("reason", "string", "What is wrong with it."),
         _key("num_rows", "bigint", "How many identical rows were refused."),
@@ -308,7 +309,7 @@ RELEVANCE_EXAMPLES = Table(
         _key("item_id", "string", "First item."),
         _key("other_item_id", "string", "Second item."),
         _key("target", "double", "Relevance in [0,1]."),
-        _key("source", "string", "Most trusted source that grades the pair: human, llm, taxonomy or teacher."),
+        _key("source", "string", "Most trusted source that grades the pair: human, llm, another of pair_relevance, taxonomy or teacher."),
         _key("mined_by", "string", "Why the pair is here: label, content (near in content) or co_engaged (engaged together)."),
         _key("as_of", "date", "The run date."),
     ),
@@ -341,10 +342,11 @@ _LIST_COLUMNS = (
     _key(
         "neighbors",
         f"array<{NEIGHBOR_STRUCT}>",
-        "Best first. score: of a head its own; in the merged list the policy's calibrated probability p(j|i), of a blend with its bonus, "
-        "so that it can be compared across triggers. reason in words: how many distinct users engaged with both at any time, on how many "
-        "user-days within the window of pairs, what both share; sources that found it; num_user_days of counted co-engagement (0: none "
-        "above the privacy minimum of distinct users); relevance in [-1,1]; filled: offered only to fill up the merged list.",
+        "Best first. score: of a head its own; in the merged list the calibrated probability p(j|i) as the policy moves it, of a blend "
+        "plus value * relevance, so that it can be compared across triggers. reason in words: how many distinct users engaged with both at "
+        "any time, on how many user-days within the window of pairs, what both share; sources that found it; num_user_days of counted "
+        "co-engagement (0: none above the privacy minimum of distinct users); relevance in [-1,1]; filled: offered only to fill up the "
+        "merged list.",
     ),
     _key("model_version", "string", "Checkpoint behind the scores."),
     _key("list_hash", "string", "Hash of the neighbor ids in order: unchanged lists keep it."),
@@ -385,7 +387,8 @@ MERGE_POLICY = Table(
         _col(
             "relevance_share",
             "double",
-            "Share of the positions that goes to the relevance order, whatever the kind, 0 (also null) to 1: of 0.1 every tenth position.",
+            "Share of the positions that goes to the most relevant, by relevance + log p / 80, 0 (also null, and of a quota) to 1: of 0.1 "
+            "every tenth position.",
         ),
         _col(
             "new_pair_bonus",

@@ -87,7 +87,6 @@ def _lay(folder: Path, num_items: int) -> None:
         trends=np.zeros((num_items, len(TRENDS)), np.float32),
         user_level=UserLevel.of(users, min_users=2),
         scorer_file=None,
-        calibration={},
         settings=RetrievalSettings(search="exact"),
     )
     np.save(folder / "rare.npy", rare)

@@ -187,9 +187,9 @@ class Lake:
             raise TableError(f"{table.name} version {version} under {self.root} has no files {sorted(unknown)[:3]}: a defect, report it")
         kept = {path: action for path, action in listed.items() if path not in set(removed)}
         for _ in range(_MOST_ATTEMPTS):
-            if changes_since(self.root, table, version):
-                break
             target, moment, token = open_table(self.root, table), int(time.time() * 1000), uuid4().hex
+            if changes_since(self.root, table, version):  # after it was opened: what comes later fails at the fence
+                break
             active = {action.path: action.size for action in _actions(target)}
             actions: list[AddAction | RemoveAction] = [
                 RemoveAction(path, True, moment, active[path]) for path in active.keys() - kept.keys()

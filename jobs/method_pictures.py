@@ -155,7 +155,7 @@ def _rows(cells: Sequence[str]) -> list[Row]:
     return [_row(method, metric, cells[place]) for metric, place in (("recall@100", 1), ("relevance@100", 3))]
 
 
-_OTHER_POLICIES = ("mtmh, relevance share", "mtmh, rank fusion", "mtmh, new pairs")  # neither the mixes that are drawn nor baselines
+_OTHER_POLICIES = ("mtmh, relevance share", "mtmh, rank fusion", "mtmh, new pairs", "mtmh, new items")  # neither drawn mixes nor baselines
 _OUR_HEADS: Mapping[str, tuple[str, str]] = {
     "mtmh merged (default)": (OURS, "merged"),
     "mtmh engagement": (OURS, "engagement"),

@@ -232,7 +232,7 @@ def judged_report(night: Night, rows: Sequence[Mapping[str, Any]]) -> Report | N
 
 def published_mix(policies: Sequence[Mapping[str, Any]]) -> str:
     """Lambda of the default row of merge_policy, as a backtest names its mixes; empty if it is no blend, or one that leaves places to
-    relevance or to new items, or raises new pairs.
+    relevance, or raises new pairs or new items.
     """
     default = next((policy for policy in policies if policy["scope"] == "default"), None)
     if default is None or default["kind"] != "blend" or any(default.get(name) for name in _NOT_SWEPT):

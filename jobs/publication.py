@@ -90,8 +90,9 @@ def publish_run(root: str, run_id: str, *, expected: int, inputs: Mapping[str, i
         PublishError: somebody else published in between; nothing is published.
         TableError: the history does not hold the run.
     """
+    latest = open_table(root, ITEM_NEIGHBORS).version()  # looked at before what it holds is: what comes later fails at the fence
     if not changes_since(root, ITEM_NEIGHBORS, expected):
-        expected = open_table(root, ITEM_NEIGHBORS).version()  # somebody may have compacted it, which publishes nothing
+        expected = latest  # somebody may have compacted it, which publishes nothing
     table, history = open_table(root, ITEM_NEIGHBORS, expected), open_table(root, ITEM_NEIGHBORS_HISTORY)
     files = run_files(history, run_id)
     columns = ["run_id", "run_date", "model_version"]

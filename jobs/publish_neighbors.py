@@ -93,7 +93,7 @@ def _start_policy(run: StageRun) -> None:
 def _publish(run: StageRun, expected: int) -> None:
     """One commit, fenced on the version seen at the start; an older night stays in history."""
     lake, night = run.night.lake, run.night
-    current = only_row(lake.read(ITEM_NEIGHBORS, expected).agg(F.max("run_date").alias("date"), F.max("run_id").alias("run_id")))
+    current = only_row(lake.read(ITEM_NEIGHBORS, expected).agg(F.max("run_date").alias("date")))
     if current["date"] is not None and current["date"] > run.run_date and not night.publish:
         run.note(f"the lists of {current['date']} are published; this older night went to history only (--publish overrides)")
         return

@@ -3,7 +3,6 @@
 Shapes: `N` items of `item_features` by `item_index`; a task sees blocks of triggers with their counted pairs.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +72,6 @@ def index_items(run: StageRun) -> Path:
         trends=np.load(model / "signals" / "trends.npy"),
         user_level=UserLevel.open(model / "signals"),
         scorer_file=model / "scorer.json",
-        calibration=json.loads((model / "metrics.json").read_text()),
         settings=run.settings.retrieval,
     )
     run.note("search: " + "; ".join(f"{name} {report}" for name, report in reports.items()))

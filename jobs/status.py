@@ -14,8 +14,9 @@ from conf.tables import RUNS
 from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Ledger, StageRecord
 from jobs.nightly import STAGES
-from jobs.publication import published
+from jobs.publication import base_run, published
 from jobs.reader import lake_root, table_exists
+from jobs.remerge import STAGE as REMERGE
 
 _DONE = "done"
 
@@ -23,17 +24,19 @@ _DONE = "done"
 def last_nights(settings: Settings, count: int) -> list[dict[str, Any]]:
     """The newest runs, newest first: run_id, run_date, state, seconds, gates that failed or warned, notes, report, published.
 
-    `state` is done, or names the stage that failed, or the one that is to come next (a night that runs, or was killed).
+    `state` is done, or names the stage that failed, or the one that is to come next (a night that runs, or was killed); of lists that were
+    merged again it is that.
 
     Raises:
-        TableError: no night has been run on this lake.
+        TableError: no night has been run on this lake, or the first is in its first stage.
     """
     root = lake_root(settings.lake)
-    if not table_exists(root, RUNS):
-        raise TableError(f"no night has been run on the lake {root}; run `python -m jobs.nightly`, or check lake.root and lake.variant")
+    records = Ledger(root=root).records() if table_exists(root, RUNS) else []
+    if not records:
+        raise TableError(f"no stage has ended yet on the lake {root}; run `python -m jobs.nightly`, or check lake.root and lake.variant")
     runs: dict[str, dict[str, StageRecord]] = {}
-    for record in Ledger(root=root).records():
-        if record.stage in STAGES:
+    for record in records:
+        if record.stage in (*STAGES, REMERGE):
             runs.setdefault(record.run_id, {})[record.stage] = record
             runs[record.run_id] = runs.pop(record.run_id)  # behind all that were touched before
     try:
@@ -41,13 +44,16 @@ def last_nights(settings: Settings, count: int) -> list[dict[str, Any]]:
     except PublishError:
         current = ""
     newest = list(reversed(runs.items()))[:count]
-    return [_night(run_id, stages) | {"published": run_id == current} for run_id, stages in newest]
+    nights = [_night(run_id, stages) | {"published": run_id == current} for run_id, stages in newest]
+    reports = {run_id: next((r.report for r in reversed(stages.values()) if r.report), None) for run_id, stages in runs.items()}
+    return [night | {"report": reports[night["run_id"]] or reports.get(base_run(night["run_id"]))} for night in nights]
 
 
 def _night(run_id: str, stages: dict[str, StageRecord]) -> dict[str, Any]:
     failed = next((record for record in stages.values() if record.status == "failed"), None)
     waiting = next((stage for stage in STAGES if stage not in stages), None)
-    state = f"failed in {failed.stage}" if failed else _DONE if waiting is None else f"before {waiting}"
+    done = "merged again" if REMERGE in stages else _DONE if waiting is None else f"before {waiting}"
+    state = f"failed in {failed.stage}" if failed else done
     records = list(stages.values())
     notes = [note for record in records for note in record.notes]
     return {
@@ -58,7 +64,6 @@ def _night(run_id: str, stages: dict[str, StageRecord]) -> dict[str, Any]:
         "seconds": round(sum(record.seconds for record in records), 1),
         "warnings": [note.removeprefix("warning: ") for note in notes if note.startswith("warning: ")],
         "error": failed.error if failed else None,
-        "report": records[-1].report,
     }
 
 

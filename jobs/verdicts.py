@@ -44,12 +44,7 @@ class Board:
 
     def strongest(self, key: Key) -> Method:
         """The baseline, content among them, with the highest mean of a measure."""
-
-        def mean(method: Method) -> float:
-            values = self.methods[method].values[key]
-            return float(np.nanmean(values)) if not np.isnan(values).all() else -1.0
-
-        return max([*self.engagement_only, CONTENT], key=mean)
+        return max([*self.engagement_only, CONTENT], key=lambda method: _mean([self.methods[method]], key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +68,14 @@ class Choice:
 
 def choose(boards: Sequence[Board]) -> Choice:
     """Choose on one or several validation slices, by the mean over them."""
-
-    def mean(scored: Sequence[Scored], key: Key) -> float:
-        return float(np.mean([np.nanmean(one.values[key]) for one in scored]))
-
     relevance = boards[0].exam.relevance_metric
-    baseline = max(boards[0].engagement_only, key=lambda method: mean([board.methods[method] for board in boards], RECALL))
+    baseline = max(boards[0].engagement_only, key=lambda method: _mean([board.methods[method] for board in boards], RECALL))
 
     def best(family: str, kept: Key, wanted: Key, *, against: Method = baseline) -> str | None:
         points = {mix: [board.families[family][mix] for board in boards] for mix in boards[0].families.get(family, {})}
-        holding = [mix for mix, scored in points.items() if _holds(scored, [board.methods[against] for board in boards], kept)]
-        return max(holding, key=lambda mix: mean(points[mix], wanted), default=None)
+        measured = [mix for mix, scored in points.items() if _mean(scored, wanted) >= 0]
+        holding = [mix for mix in measured if _holds(points[mix], [board.methods[against] for board in boards], kept)]
+        return max(holding, key=lambda mix: _mean(points[mix], wanted), default=None)
 
     families = list(boards[0].families)
     return Choice(
@@ -93,6 +85,12 @@ def choose(boards: Sequence[Board]) -> Choice:
         exponent=best(DIAL, RECALL, DEBIASED, against=COUNTS),
         bonuses={family: best(family, RECALL, found) for family, found in _BONUSES.items()},
     )
+
+
+def _mean(scored: Sequence[Scored], key: Key) -> float:
+    """Over slices, of the means over triggers; -1 where a slice has no trigger with that measure."""
+    means = [float(np.nanmean(one.values[key])) if not np.isnan(one.values[key]).all() else -1.0 for one in scored]
+    return min(means) if min(means) < 0 else float(np.mean(means))
 
 
 def _holds(ours: Sequence[Scored], theirs: Sequence[Scored], key: Key) -> bool:

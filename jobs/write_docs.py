@@ -98,6 +98,12 @@ _ABOUT_SETTINGS = (
 )
 
 
+_WHERE_TABLES_LIE = (
+    "Each is a folder `<lake.root>/<table>`, or `<lake.root>/<lake.variant>/<table>`; by default `lake.root` is `var/lake/<name of the "
+    "settings file>`, from the working directory. What is no table lies beside them in `_artifacts` and `_feast`."
+)
+
+
 def pages() -> dict[str, str]:
     """Every page by its path below docs/."""
     found = {f"tables/{name}.md": _table_page(table) for name, table in TABLES.items()}
@@ -106,7 +112,7 @@ def pages() -> dict[str, str]:
 
 def _tables_page() -> str:
     rows = [f"| [`{name}`]({name}.md) | {', '.join(table.key)} | {_cell(table.comment)} |" for name, table in TABLES.items()]
-    head = ["# Tables", "", _BY_HAND, "", "| table | key | holds |", "|---|---|---|"]
+    head = ["# Tables", "", _BY_HAND, "", _WHERE_TABLES_LIE, "", "| table | key | holds |", "|---|---|---|"]
     return "\n".join([*head, *rows]) + "\n"
 
 
@@ -150,8 +156,12 @@ def _settings_page() -> str:
     lines = ["# Settings", "", _BY_HAND, "", *_ABOUT_SETTINGS, ""]
     for name, field in Settings.model_fields.items():
         if section := _section_in(field.annotation):
-            lines += [f"## {name}", "", _cell(section.__doc__ or ""), "", "| setting | type | default | meaning |", "|---|---|---|---|"]
-            lines += [*_rows(name, section, base_content().get(name)), ""]
+            given, nested = base_content().get(name), _nested(field.annotation)
+            lines += [f"## {name}", "", _cell(section.__doc__ or ""), ""]
+            if nested and given:
+                lines += [f"`base.yaml` gives `{json.dumps(given)}`; what a row leaves out is the default below.", ""]
+            lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
+            lines += [*_rows(name + nested, section, None if nested else given), ""]
     return "\n".join(lines)
 
 
@@ -163,8 +173,13 @@ def _rows(path: str, section: type[Section], base: Any) -> Iterator[str]:
         cells = (f"`{where}`", _cell(_type(field.annotation, field.metadata)), _default(field, given), _cell(field.description or ""))
         yield f"| {' | '.join(cells)} |"
         if inner:
-            nested = {dict: ".<name>", list: "[]"}.get(get_origin(_plain(field.annotation)), "")
-            yield from _rows(where + nested, inner, given)
+            nested = _nested(field.annotation)
+            yield from _rows(where + nested, inner, None if nested else given)
+
+
+def _nested(annotation: Any) -> str:
+    """What stands between the name of a setting that holds several sections and the names of theirs."""
+    return {dict: ".<name>", list: "[]"}.get(get_origin(_plain(annotation)), "")
 
 
 def _plain(annotation: Any) -> Any:
@@ -214,7 +229,8 @@ def _default(field: FieldInfo, given: Any) -> str:
     value = given if given is not None else field.get_default(call_default_factory=True, validated_data={})
     if value is PydanticUndefined:
         return "*required*" if _section_in(field.annotation) is None else ""
-    if isinstance(value, Section) or (_section_in(field.annotation) and value is not None):
+    by_rows = _section_in(field.annotation) is not None and not (_nested(field.annotation) and given)  # rows below say it
+    if isinstance(value, Section) or (by_rows and value is not None):
         return ""
     return f"`{_cell(json.dumps(value, ensure_ascii=False))}`"
 

@@ -10,16 +10,16 @@ counted yet and for new items, as far as the policy says so, and renormalized:
     log p - popularity_exponent * log popularity_j + new_pair_bonus * [j not counted with i] + new_item_bonus * [j is new]
 
 At the end of a list candidates are about as likely as each other: there a bonus exchanges what is known for what is not, and costs little
-recall. Whatever the kind, `relevance_share` of the positions can go to relevant items, in the order of relevance + log p / 80: the most
-relevant, and of those that are about as relevant the likeliest. With a tenth, every tenth position. A score lets the popular in first; a
-place that they cannot take is what less popular items are found in. A policy is data: a changed row needs no training.
+recall. Under a blend or a fusion `relevance_share` of the positions can go to relevant items, in the order of relevance + log p / 80: the
+most relevant, and of those that are about as relevant the likeliest. With a tenth, every tenth position. A score lets the popular in first;
+a place that they cannot take is what less popular items are found in. A policy is data: a changed row needs no training.
 
 Shapes: `B` triggers, `M` candidates of all of them in one flat list (see models.ranking), `K` positions of a list.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Self
 
@@ -119,14 +119,9 @@ class Policies:
 
     @classmethod
     def _of(cls, chosen: Sequence[Policy]) -> Self:
-        return cls(
-            kind=np.array([policy.kind for policy in chosen], dtype=np.str_),
-            value=np.array([policy.value for policy in chosen], dtype=np.float32),
-            popularity_exponent=np.array([policy.popularity_exponent for policy in chosen], dtype=np.float32),
-            relevance_share=np.array([policy.relevance_share for policy in chosen], dtype=np.float32),
-            new_pair_bonus=np.array([policy.new_pair_bonus for policy in chosen], dtype=np.float32),
-            new_item_bonus=np.array([policy.new_item_bonus for policy in chosen], dtype=np.float32),
-        )
+        names = [column.name for column in fields(cls) if column.name != "kind"]
+        numbers = {name: np.array([getattr(policy, name) for policy in chosen], dtype=np.float32) for name in names}
+        return cls(kind=np.array([policy.kind for policy in chosen], dtype=np.str_), **numbers)
 
     def part(self, start: int, stop: int) -> Self:
         """The policies of triggers start to stop."""

@@ -4,7 +4,7 @@
 processes, which then share one copy in memory. Candidates of a trigger:
 
     counted pairs (the heaviest)  +  items that its users know too (models.user_level)  +  nearest targets of every head (FAISS)
-    +  nearest in content  +  the most popular items  +  nearest new items, if the settings ask for some
+    +  nearest in content  +  the most popular items
 
 never the trigger itself, never an ineligible item, nor one that a filter or limit of the list refuses (models.eligibility): a search goes
 on until the list is full. A head's list is the best of its own candidates by its score, and is never filled with anything else. The
@@ -45,7 +45,7 @@ from models.user_level import UserLevel
 ENGAGEMENT, RELEVANCE, MERGED = "engagement", "relevance", "merged"
 COUNTS, USERS, CONTENT, POPULARITY = "counts", "users", "content", "popularity"
 _NUM_SAMPLED = 256  # triggers on which the recall of a search is measured
-_SOURCE_BITS = 16  # of a packed candidate key: counts, users, content, popularity, category, new and up to 10 heads
+_SOURCE_BITS = 16  # of a packed candidate key: counts, users, content, popularity, category and up to MOST_HEADS heads
 _META = "meta.json"
 
 
@@ -95,7 +95,6 @@ def build_index(
     tags: FilterColumn,
     filters: FilterColumns,
     scorer_file: Path | None,
-    calibration: Mapping[str, Any],
     settings: RetrievalSettings,
 ) -> dict[str, SearchReport]:
     """Write everything lists are made from; returns how each head, and content, is searched.
@@ -115,7 +114,6 @@ def build_index(
         tags: of the N items, for reasons.
         filters: of the N items.
         scorer_file: written by `Scorer.save`; without one the fixed mixture.
-        calibration: any JSON, kept in meta.json for readers of the index.
         settings: how to search.
 
     Raises:
@@ -145,7 +143,7 @@ def build_index(
     _save_texts(folder, "tag_names", pa.array(tags.values, pa.string()))
     if scorer_file is not None:
         Scorer.load(scorer_file).save(folder / "scorer.json")
-    meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None, "calibration": dict(calibration)}
+    meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None}
     (folder / _META).write_text(json.dumps(meta))
     return reports
 
@@ -170,8 +168,6 @@ def _save_per_item(folder: Path, popularity_p: Floats, eligible: Bools, category
 def _check(num_items: int, head_vectors: Mapping[str, tuple[Floats, Floats]], **arrays: npt.NDArray[Any]) -> None:
     if missing := {ENGAGEMENT, RELEVANCE} - set(head_vectors):
         raise TrainingError(f"vectors of heads {sorted(missing)} are missing, have {sorted(head_vectors)}; add them under model.heads")
-    if len(head_vectors) > _SOURCE_BITS - 6:
-        raise TrainingError(f"found {len(head_vectors)} heads, wanted at most {_SOURCE_BITS - 6}; take some out of model.heads")
     for name, (trigger, target) in head_vectors.items():
         arrays |= {f"trigger vectors of head {name}": trigger, f"target vectors of head {name}": target}
     for name, array in arrays.items():
@@ -374,7 +370,6 @@ class Retriever:
     filters: FilterColumns
     fill_order: FillOrder
     scorer: Scorer
-    calibration: Mapping[str, Any]
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -403,7 +398,6 @@ class Retriever:
                 popular=_load(folder, "popular"), by_category=_load(folder, "fill_items"), category=_load(folder, "fill_categories")
             ),
             scorer=Scorer.load(folder / "scorer.json") if meta["has_scorer"] else Scorer.mixture(),
-            calibration=meta["calibration"],
         )
 
     @property
@@ -471,8 +465,10 @@ class Retriever:
         lists = self._merged_lists(pool, self._candidate_set(pool), counted, policies, settings.list_length, self.rules(settings))
         return NeighborLists(trigger=kept.trigger, source_names=self.source_names, heads={MERGED: lists})
 
-    def merge_under(self, trigger: Ints, counted: Counted, policies: Sequence[Policy], *, settings: RetrievalSettings) -> list[Neighbors]:
-        """Merged lists of B triggers under each of several policies: candidates are found and scored once for all of them.
+    def merge_under(
+        self, trigger: Ints, counted: Counted, policies: Sequence[Policy], *, settings: RetrievalSettings
+    ) -> list[tuple[Ints, Longs]]:
+        """(R,) neighbors and (B + 1,) offsets of B merged lists under each of several policies: candidates are scored once for all.
 
         Args:
             trigger: (B,) item indices.
@@ -481,14 +477,16 @@ class Retriever:
             settings: list length and candidates per source.
         """
         size, rules = settings.block_size, self.rules(settings)
-        parts: list[list[Neighbors]] = []
+        parts: list[list[tuple[Ints, Longs]]] = []
         for start in range(0, max(len(trigger), 1), size):
             block, pairs = trigger[start : start + size], counted.part(start, min(start + size, len(trigger)))
             pool = self._mergeable(self._scored(block, pairs, settings, rules), rules)
             candidates = self._candidate_set(pool)
             rows = [Policies.same(policy, len(block)) for policy in policies]
-            parts.append([self._merged_lists(pool, candidates, pairs, row, settings.list_length, rules) for row in rows])
-        return [_concatenate(part) for part in zip(*parts, strict=True)]
+            lists = [self._merged_lists(pool, candidates, pairs, row, settings.list_length, rules) for row in rows]
+            parts.append([(one.neighbor, np.diff(one.offsets)) for one in lists])  # and no more: there are many policies
+        columns = [tuple(map(np.concatenate, zip(*part, strict=True))) for part in zip(*parts, strict=True)]
+        return [(neighbor, ends(length)) for neighbor, length in columns]
 
     def _block(
         self, trigger: Ints, counted: Counted, policies: Policies, settings: RetrievalSettings, rules: Rules

@@ -13,6 +13,11 @@ from pyspark.sql import SparkSession
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+COMPILING_LITTLE = {
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=256m -XX:+UseSerialGC",
+}
+"""Half of a JVM's time on a small world is compiling code that runs once; nights that spark-submit starts compile as yours do."""
 os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small worlds: threads that wait for each other cost more than they bring, twenty times here
 
@@ -23,8 +28,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     from conf.settings import SparkSettings
     from jobs.session import start_session
 
-    warehouse = {"spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse"))}
-    session = start_session(SparkSettings(driver_memory="2g", shuffle_partitions=2, settings=warehouse), app_name="tests")
+    settings = {"spark.sql.warehouse.dir": str(tmp_path_factory.mktemp("warehouse")), **COMPILING_LITTLE}
+    session = start_session(SparkSettings(driver_memory="2g", shuffle_partitions=2, settings=settings), app_name="tests")
     yield session
     session.stop()
 

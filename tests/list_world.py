@@ -137,7 +137,6 @@ class ListWorld:
             user_level=UserLevel.of(csr_array((rng.random((30, num_items)) < 0.1).astype(np.float32)), min_users=2),
             filters=FilterColumns.encode({}, coarsest=[f"section {code}" for code in codes[:, 0]], as_of=date(2024, 1, 1)),
             scorer_file=None,
-            calibration={},
             settings=self.settings.retrieval,
         )
         retriever, trigger = Retriever.open(night / "index"), np.arange(num_items, dtype=np.int32)

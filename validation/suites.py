@@ -279,8 +279,8 @@ def _publish_neighbors(context: GateContext) -> list[Rule]:
     defect = "a defect of publish_neighbors: report it"
     few = "raise the retrieval.num_candidates_* settings, or lower"
     churned = (
-        "compare the lists with `python -m jobs.show`; if they got worse, publish an earlier night with "
-        "`python -m jobs.nightly --run-date ... --publish`; if the change is wanted, raise gates.max_churn"
+        "compare the lists with `python -m jobs.show`; if they got worse, go back with `python -m jobs.rollback --to-run ...`, a run that "
+        "`python -m jobs.status` names; if the change is wanted, raise gates.max_churn"
     )
     return [
         _at_least("num_items", 1, "items with a merged list", "look at the eligibility of the items"),

@@ -47,7 +47,7 @@ LISTS = {
 """What each list is for; a further head of the settings is a list by the tasks that it was trained on."""
 SCORES = {
     "merged": "What the merged list is ordered by: of a blend the probability of engagement plus lambda times the relevance; but for the "
-    "share of its places that merge_policy gives to the relevance list, wherever their score would put them.",
+    "share of its places that merge_policy gives to the most relevant, wherever their score would put them.",
     "engagement": "Probability that an engagement next to the item goes to this neighbor, among all candidates of the item.",
     "relevance": "Likeness as the relevance head has learned it, from -1 to 1.",
 }

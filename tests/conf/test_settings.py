@@ -3,7 +3,8 @@
 import pytest
 
 from conf.errors import SettingsError
-from conf.settings import BacktestSettings, EvaluationSettings, JudgeSettings, Settings, load_settings
+from conf.settings import BacktestSettings, EvaluationSettings, JudgeSettings, PolicySettings, Settings, load_settings
+from conf.tables import MERGE_POLICY
 from jobs.exam import _taxonomy_judge
 
 GRADED = "backtest.judges.editors={kind: graded}"
@@ -55,6 +56,15 @@ def test_all_faults_are_reported_together():
         assert sum(fault.strip().startswith(f"{where}: ") for fault in faults) == 1, where
     assert any("a quota is a share in [0,1], found 2" in fault for fault in faults)
     assert any("the value of a quota, 0.2, is its relevance_share; found 0.1 too" in fault for fault in faults)
+
+
+def test_policies_name_mapped_columns_and_start_a_table_that_rules():
+    mapped, default = "source.items.columns.filters=[market]", "{value: 0.005}"
+    (fault,) = faults_of(mapped, f"merge=[{default}, {{scope: 'markt=de', value: 1}}]")
+    assert "merge has a row of scope 'markt=de'; source.items.columns.filters maps ['market']" in fault
+    settings = load_settings("demo", [mapped, f"merge=[{default}, {{scope: 'market=de', value: 1}}, {{scope: toys, value: 1}}]"])
+    assert settings.fingerprint() == load_settings("demo", [mapped]).fingerprint(), "another start of a table that rules is no other night"
+    assert set(PolicySettings.model_fields) == set(MERGE_POLICY.column_names), "what has no column would be lost"
 
 
 def test_filters_name_mapped_columns_and_lists_that_exist():

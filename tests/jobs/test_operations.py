@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deltalake import DeltaTable
 
 from conf import errors
 from conf.errors import MtmhError, SettingsError, TableError
@@ -21,10 +22,11 @@ from jobs.ledger import StageRecord
 from jobs.maintain import main as maintain_main
 from jobs.maintain import maintain
 from jobs.nightly import STAGES
-from jobs.reader import artifacts_of, open_table
+from jobs.reader import artifacts_of, lake_root, open_table
 from jobs.status import last_nights
 from jobs.status import main as status_main
 from tests.lakes import write_table
+from tests.list_world import arrow_schema
 
 FAILURE = {"run_id": "2024-03-31-0a", "run_date": "2024-03-31", "stage": "ingest", "error": "SourceError: gone", "report": "report.html"}
 NEWEST = date(2024, 3, 31)
@@ -93,8 +95,21 @@ def test_status_says_how_the_last_nights_ended(settings: Settings, capsys: pytes
     assert [night["run_id"] for night in json.loads(capsys.readouterr().out)] == ["2024-03-31-0a", "2024-03-30-0a"]
     status_main(flags)
     assert "the newest failed: SourceError: no file" in capsys.readouterr().out
-    with pytest.raises(TableError, match="no night has been run"):
-        last_nights(settings.model_copy(update={"lake": settings.lake.model_copy(update={"variant": "other"})}), 1)
+    other = settings.model_copy(update={"lake": settings.lake.model_copy(update={"variant": "other"})})
+    with pytest.raises(TableError, match="no stage has ended yet"):
+        last_nights(other, 1)
+    DeltaTable.create(f"{lake_root(other.lake)}/{RUNS.name}", schema=arrow_schema(RUNS))  # a first night that is in its first stage
+    with pytest.raises(TableError, match="no stage has ended yet"):
+        last_nights(other, 1)
+
+
+def test_status_knows_lists_that_were_merged_again(settings: Settings, tmp_path: Path) -> None:
+    night, failed = NEWEST - timedelta(days=1), {"run_id": "2024-03-30-0a.m4", "status": "failed", "error": "GateError: few"}
+    write_table(tmp_path, RUNS, [_record(night, "publish_online") | {"run_id": "2024-03-30-0a.m3", "stage": "remerge", "sequence": 9**11}])
+    write_table(tmp_path, RUNS, [_record(night, "publish_online") | {"run_id": "2024-03-30-0a.m3", "sequence": 9**11 + 1}])
+    write_table(tmp_path, RUNS, [_record(night, "publish_online") | failed | {"stage": "remerge", "sequence": 9**11 + 2}])
+    states = {row["run_id"]: (row["state"], row["error"]) for row in last_nights(settings, 2)}
+    assert states == {"2024-03-30-0a.m3": ("merged again", None), "2024-03-30-0a.m4": ("failed in remerge", "GateError: few")}
 
 
 def test_house_keeping_forgets_old_nights_and_no_other(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +152,9 @@ def test_a_failure_is_told_to_a_command_and_a_webhook(tmp_path: Path, monkeypatc
     assert said == []
     alert(AlertSettings(command=["no-such-program"]), FAILURE, say=said.append)
     assert [line.partition(",")[0] for line in said] == ["alerts.command failed", "the webhook in MTMH_WEBHOOK failed"]
+    monkeypatch.setenv("MTMH_WEBHOOK", "http://127.0.0.1:9/secret-path with a space")  # no OSError, but an HTTPException that names it
+    alert(AlertSettings(), FAILURE, say=said.append)
+    assert said[-1] == "the webhook in MTMH_WEBHOOK failed, nobody was told: InvalidURL"
     assert "secret-path" not in " ".join(said)
 
 

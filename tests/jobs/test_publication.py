@@ -2,6 +2,7 @@
 
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -11,6 +12,7 @@ from deltalake import DeltaTable, Field, write_deltalake
 from conf.errors import PublishError, SettingsError, TableError
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY
 from features import store
+from jobs import publication
 from jobs.look_up import Lookup
 from jobs.online import open_feature_store
 from jobs.progress import Display
@@ -62,6 +64,23 @@ def test_a_publication_is_the_runs_files_in_one_fenced_commit(world: ListWorld) 
         publish_run(world.root, "2023-01-01-ffffffff", expected=2, inputs={})
     assert published(world.root).run_id == second
     assert kept_runs(world.root) == {first: FIRST, second: SECOND}
+
+
+def test_a_publication_while_another_looks_at_the_table_is_not_overwritten(world: ListWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = world.night(FIRST, seed=1), world.night(SECOND, seed=2, publish=False)
+    seen = published(world.root).version
+    looked = publication.changes_since
+
+    def looks_and_is_overtaken(*arguments: Any) -> list[dict[str, Any]]:
+        found = looked(*arguments)
+        monkeypatch.setattr(publication, "changes_since", looked)
+        publish_run(world.root, second, expected=seen, inputs={})
+        return found
+
+    monkeypatch.setattr(publication, "changes_since", looks_and_is_overtaken)
+    with pytest.raises(PublishError, match="another run was published in between"):
+        publish_run(world.root, first, expected=seen, inputs={})
+    assert published(world.root).run_id == second
 
 
 def test_a_compacted_history_is_published_by_rows(world: ListWorld) -> None:

@@ -79,6 +79,10 @@ def test_new_pairs_and_new_items_are_raised_as_far_as_recall_stays_that_of_the_b
     raised, kept = found["new items found at recall kept"], found["recall kept with new items raised"]
     assert (raised.ours, raised.theirs, raised.value) == ("mtmh_new_items 2", "content", pytest.approx(0.5 - 0.9))
     assert (kept.theirs, kept.value) == ("smooth", pytest.approx(0.02))
+    unmet = board()
+    for scored_mix in unmet.families["mtmh_new_items"].values():
+        scored_mix.values["recall@100", "cold_targets"][:] = np.nan  # validation has no such target
+    assert choose([unmet]).bonuses == {"mtmh_new_pairs": "0.5", "mtmh_new_items": None}
     without = board()
     del without.families["mtmh_new_items"]
     assert choose([without]).described()["mtmh_new_items at recall kept"] == "no bonus holds it"
