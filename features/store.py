@@ -24,7 +24,7 @@ import yaml
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from conf.errors import MachineError, SettingsError
+from conf.errors import MachineError, SettingsError, TableError
 from conf.settings import OnlineSettings
 from conf.tables import ITEM_ANNOTATIONS
 from features.sources import EPOCH
@@ -224,12 +224,23 @@ def lookup_online(store: "FeatureStore", item_ids: Sequence[str], *, heads: Sequ
 
     Returns:
         Per item: `run_id` and `as_of` (None for an unknown item), and per head `ids` and `scores`, best first, empty where there are none.
+
+    Raises:
+        TableError: no list has been published online yet.
     """
     if not item_ids:
         return {}
+    from feast.errors import FeatureViewNotFoundException
+
     names = ["run_id", "as_of", *(f"{head}_{part}" for head in heads for part in ("ids", "scores"))]
     rows = [{"item_id": item_id} for item_id in item_ids]
-    found = store.get_online_features(features=[f"item_neighbors:{name}" for name in names], entity_rows=rows).to_dict()
+    try:
+        found = store.get_online_features(features=[f"item_neighbors:{name}" for name in names], entity_rows=rows).to_dict()
+    except FeatureViewNotFoundException as error:
+        raise TableError(
+            f"no lists are online yet: the registry in {store.repo_path} has no item_neighbors; run `python -m jobs.nightly`, and not with "
+            "online.enabled set to false"
+        ) from error
     return {item_id: _lists_of(found, position, heads, k) for position, item_id in enumerate(item_ids)}
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from jobs.backtest_labels import Box, Spot, between, leader, place
-from jobs.backtest_results import HEADS, INDEPENDENT, SAME_SOURCE, SWEPT, Method, Report, Row, name_of
+from jobs.backtest_results import HEADS, INDEPENDENT, NEW_ITEM_BONUS, NEW_PAIR_BONUS, SAME_SOURCE, SWEPT, Method, Report, Row, name_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,9 @@ def frontier_svg(report: Report) -> str:
         FigureCanvasAgg(figure)  # a canvas of its own needs no display and leaves pyplot's state alone
         axes = figure.add_subplot()
         _name_axes(axes, report)
-        drawn = [spot for index, family in enumerate(report.families) for spot in _draw_family(axes, report, family, index)]
+        families = [family for family in report.families if family not in (NEW_PAIR_BONUS, NEW_ITEM_BONUS)]  # of no relevance by intent
+        spare = [family for family in families if family not in _STYLES]
+        drawn = [spot for family in families for spot in _draw_family(axes, report, family, spare.index(family) if family in spare else 0)]
         points = [point for method in [*report.our_heads, *report.baselines] if (point := _draw_single(axes, report, method))]
         drawn += [spot for point in points for spot in _cross(point)]
         marks = _marked(axes, report)

@@ -19,6 +19,8 @@ HEADS = ("merged", "engagement", "relevance")
 """Heads of our model in the order of every table; others follow."""
 SWEPT = ("mtmh_blend", "late_blend", "rrf", "quota")
 """Families of mixes: their head is the mix as text, e.g. `0.01`."""
+DIAL, NEW_PAIR_BONUS, NEW_ITEM_BONUS = "mtmh_dial", "mtmh_new_pairs", "mtmh_new_items"
+"""Families of our merged list that are swept over something else than its mix; the last two without any relevance in it."""
 VALIDATION, FINAL = "backtest_validation", "backtest_final"
 """Stages of the ledger: its rows of the second say how often a last slice was read."""
 INDEPENDENT, SAME_SOURCE = "independent", "same-source"

@@ -14,13 +14,13 @@ from pyspark.sql import functions as F
 from conf.settings import RetrievalSettings, Settings
 from conf.tables import EVALUATION, ITEM_FEATURES, ITEM_POPULARITY
 from jobs.backtest_lists import keep_lists
-from jobs.backtest_results import FINAL, OURS, Row
+from jobs.backtest_results import DIAL, FINAL, NEW_ITEM_BONUS, NEW_PAIR_BONUS, OURS, Row
 from jobs.backtest_verdict import Verdict, evaluation_rows
 from jobs.exam import ASSOCIATIONS, CutData, read_cut
 from jobs.lake import only_row
 from jobs.retrieval import counted_of, index_items
 from jobs.stage import Night, StageRun
-from jobs.verdicts import DIAL, NEW_ITEM_BONUS, NEW_PAIR_BONUS, RECALL, Board
+from jobs.verdicts import RECALL, Board
 from models import metrics
 from models.baselines import score_lists
 from models.contest import LIST_LENGTH, TRAINED, Tuned

@@ -97,25 +97,30 @@ def recorded(ledger: Ledger, stage: str, *, run_id: str, run_date: date, like: S
         error = raised
         raise
     finally:
-        record = StageRecord(
-            run_id=run_id,
-            run_date=run_date,
-            stage=stage,
-            attempt=1 + len(ledger.records(run_id=run_id, stage=stage)),
-            status="succeeded" if error is None else "failed",
-            started_at=started,
-            ended_at=datetime.now(UTC),
-            seconds=time.monotonic() - clock,
-            input_versions=attempt.inputs,
-            output_versions=attempt.outputs,
-            fingerprint=like.fingerprint,
-            settings_fingerprint=like.settings_fingerprint,
-            metrics=attempt.metrics,
-            gates=attempt.gates,
-            notes=attempt.notes,
-            error=None if error is None else f"{type(error).__name__}: {error}"[:4000],
-        )
-        ledger.append(record)
+        try:
+            record = StageRecord(
+                run_id=run_id,
+                run_date=run_date,
+                stage=stage,
+                attempt=1 + len(ledger.records(run_id=run_id, stage=stage)),
+                status="succeeded" if error is None else "failed",
+                started_at=started,
+                ended_at=datetime.now(UTC),
+                seconds=time.monotonic() - clock,
+                input_versions=attempt.inputs,
+                output_versions=attempt.outputs,
+                fingerprint=like.fingerprint,
+                settings_fingerprint=like.settings_fingerprint,
+                metrics=attempt.metrics,
+                gates=attempt.gates,
+                notes=attempt.notes,
+                error=None if error is None else f"{type(error).__name__}: {error}"[:4000],
+            )
+            ledger.append(record)
+        except Exception as trouble:
+            if error is None:
+                raise
+            error.add_note(f"the failure could not be written to the table runs: {trouble}")  # it is what the user must see
 
 
 def _record(row: dict[str, Any]) -> StageRecord:

@@ -22,7 +22,7 @@ from conf.errors import SettingsError
 from conf.settings import Settings, load_settings
 from features import store
 from jobs.arguments import add_config, report_errors
-from jobs.online import feature_store_folder, redis_connection
+from jobs.online import feature_store_folder, reaching_redis, redis_connection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +89,13 @@ class Lookup:
 
         Raises:
             SettingsError: no such list, or k or a limit is below 1.
+            TableError: no list has been published online yet.
+            MachineError: Redis does not answer.
         """
         self._check(head, k=k, max_per_trigger=max_per_trigger)
         triggers = list(dict.fromkeys(trigger_ids))
-        found = store.lookup_online(self.feature_store, triggers, heads=[head], k=self.settings.retrieval.list_length)
+        with reaching_redis(self.settings.online):
+            found = store.lookup_online(self.feature_store, triggers, heads=[head], k=self.settings.retrieval.list_length)
         oldest = None if max_age_days is None else (today or datetime.now(UTC).date()) - timedelta(days=max_age_days)
         fresh = {trigger: lists for trigger, lists in found.items() if oldest is None or _is_from(lists, oldest)}
         taken, given, offers = {*exclude, *triggers}, dict.fromkeys(triggers, 0), list[Offer]()

@@ -33,6 +33,7 @@ from jobs.night_picture import curves_svg
 from jobs.night_words import SLICE_COLUMNS, TALLY, first_line, listed, meaning_of
 from jobs.reader import open_table, rows_where, table_exists
 from jobs.stage import Night
+from models.merge import DEFAULT_SCOPE
 from validation.suites import format_number
 
 _NOT_SWEPT = ("relevance_share", "new_pair_bonus", "new_item_bonus")  # a backtest's mixes have none of them
@@ -179,6 +180,11 @@ class NightReport:
         return table or [policy.model_dump() for policy in self.night.settings.merge]
 
     @property
+    def _swept_exponent(self) -> float:
+        """The popularity discount that backtests of these settings sweep mixes with."""
+        return next(policy.popularity_exponent for policy in self.night.settings.merge if policy.scope == DEFAULT_SCOPE)
+
+    @property
     def backtest(self) -> Report | str:
         """The latest backtest of this configuration, its published mix marked; a sentence where there is none."""
         name, path = self.night.settings.name, REPORTS / f"{self.night.settings.name}.json"
@@ -188,7 +194,7 @@ class NightReport:
             report = read_json(path)
         except TableError as error:
             return str(error)
-        mix = published_mix(self._policies)
+        mix = published_mix(self._policies, exponent=self._swept_exponent)
         return replace(report, marks={**report.marks, mix: " and ".join(filter(None, [report.marks.get(mix), "the mix of merge_policy"]))})
 
 
@@ -230,12 +236,14 @@ def judged_report(night: Night, rows: Sequence[Mapping[str, Any]]) -> Report | N
     )
 
 
-def published_mix(policies: Sequence[Mapping[str, Any]]) -> str:
+def published_mix(policies: Sequence[Mapping[str, Any]], *, exponent: float) -> str:
     """Lambda of the default row of merge_policy, as a backtest names its mixes; empty if it is no blend, or one that leaves places to
-    relevance, or raises new pairs or new items.
+    relevance, raises new pairs or new items, or discounts popularity by another exponent than the sweep.
     """
-    default = next((policy for policy in policies if policy["scope"] == "default"), None)
+    default = next((policy for policy in policies if policy["scope"] == DEFAULT_SCOPE), None)
     if default is None or default["kind"] != "blend" or any(default.get(name) for name in _NOT_SWEPT):
+        return ""
+    if default["popularity_exponent"] != exponent:
         return ""
     return f"{default['value']:g}"
 

@@ -39,14 +39,14 @@ def reaching_redis(online: OnlineSettings) -> Iterator[None]:
     """Say what to do where Redis does not answer.
 
     Raises:
-        MachineError: it does not; what is online stays, and the lists in Delta are published all the same.
+        MachineError: it does not; what is online stays, and lists in Delta are published all the same.
     """
     try:
         yield
     except RedisError as error:
         raise MachineError(
-            f"the Redis server that {online.redis_connection_env} names does not take the lists: {error}; start it, or correct "
-            "the variable, then run the same command again: it goes on with the items that are not online yet"
+            f"the Redis server that {online.redis_connection_env} names does not answer: {error}; start it, or correct the variable, "
+            "then run the same command again: a publication goes on with the items that are not online yet"
         ) from error
 
 

@@ -310,9 +310,10 @@ def _attempt(night: Night, stage: str, function: Stage, *, force: bool) -> Stage
             run.take_back()
         except Exception as trouble:
             run.note(f"could not take back what the stage wrote; later nights do not read it: {str(trouble).splitlines()[0]}")
-        _append_failure(night, run, record := _record(run, started, time.monotonic() - clock, error))
-        why = escape(first_line(record.error or ""))
-        night.display.say(f"[red]✗[/red] {stage}: failed after {record.seconds:.0f} s: {why}", level="error")
+        seconds = time.monotonic() - clock
+        _append_failure(run, started, seconds, error)
+        why = escape(first_line(f"{type(error).__name__}: {error}"))
+        night.display.say(f"[red]✗[/red] {stage}: failed after {seconds:.0f} s: {why}", level="error")
         if (explained := machine_fault(error, night.lake.root)) is not None:
             raise explained from error
         raise
@@ -324,10 +325,10 @@ def _attempt(night: Night, stage: str, function: Stage, *, force: bool) -> Stage
     return record
 
 
-def _append_failure(night: Night, run: StageRun, record: StageRecord) -> None:
+def _append_failure(run: StageRun, started: datetime, seconds: float, error: BaseException) -> None:
     """Write the row of a failure; where that fails, too, the failure itself is what the user must see."""
     try:
-        night.ledger.append(record)
+        run.night.ledger.append(_record(run, started, seconds, error))
     except Exception as trouble:
         run.note(f"the failure could not be written to the table runs: {str(trouble).splitlines()[0]}")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jobs.backtest_results import OURS, SWEPT, Comparison, Method, name_of
+from jobs.backtest_results import DIAL, NEW_ITEM_BONUS, NEW_PAIR_BONUS, OURS, SWEPT, Comparison, Method, name_of
 from models import metrics
 from models.metrics import Estimate, Values
 from models.scoreboard import Exam, Key, Scored
@@ -22,7 +22,6 @@ RECALL: Key = ("recall@100", "all")
 DEBIASED: Key = ("debiased_recall@100", "all")
 CONTENT: Method = ("content", "-")
 COUNTS: Method = ("counts", "-")
-DIAL, NEW_PAIR_BONUS, NEW_ITEM_BONUS = "mtmh_dial", "mtmh_new_pairs", "mtmh_new_items"
 _BONUSES: Mapping[str, Key] = {NEW_PAIR_BONUS: ("recall@100", "new_pairs"), NEW_ITEM_BONUS: ("recall@100", "cold_targets")}
 _DIALS = (DIAL, *_BONUSES)
 _BLEND = SWEPT[0]

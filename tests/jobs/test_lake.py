@@ -3,6 +3,7 @@
 import shutil
 from datetime import UTC, date, datetime
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from conf.settings import LakeSettings
 from conf.tables import CO_ENGAGEMENT_PAIRS, ITEM_NEIGHBORS, ITEM_POPULARITY, RUNS
 from features.file_stats import FileStats
 from features.pair_files import KnownFile
+from jobs import lake as lake_module
 from jobs.lake import Lake, open_lake
 from jobs.ledger import Ledger, StageRecord
 from jobs.reader import changes_since, first_row, known_changes, open_table, rows_where, same_rows
@@ -158,6 +160,23 @@ def test_files_are_exchanged_also_where_a_compaction_came_between(lake: Lake, co
     with pytest.raises(TableError, match=r"has no files \['part-of-nobody.parquet'\]"):
         lake.exchange_files(ITEM_POPULARITY, [], removed={"part-of-nobody.parquet"}, version=now)
     assert sorted(row["item_id"] for row in lake.read(ITEM_POPULARITY).collect()) == ["a", "c", "d"]
+
+
+def test_rows_that_come_while_files_are_exchanged_are_not_lost(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake.append(ITEM_POPULARITY, _popularity(lake, ("a", 1.0)))
+    version, looked = lake.version(ITEM_POPULARITY), lake_module.changes_since
+
+    def looks_and_is_overtaken(*arguments: Any) -> list[dict[str, Any]]:
+        found = looked(*arguments)
+        monkeypatch.setattr(lake_module, "changes_since", looked)
+        lake.append(ITEM_POPULARITY, _popularity(lake, ("late", 1.0)))
+        return found
+
+    new = _file_of(lake, "d")
+    monkeypatch.setattr(lake_module, "changes_since", looks_and_is_overtaken)
+    with pytest.raises(TableError, match=r"somebody else changed item_popularity under .* while this stage wrote it"):
+        lake.exchange_files(ITEM_POPULARITY, [new], removed=set(), version=version)
+    assert sorted(row["item_id"] for row in lake.read(ITEM_POPULARITY).collect()) == ["a", "late"]
 
 
 def test_the_ledger_finds_the_newest_success(lake: Lake) -> None:

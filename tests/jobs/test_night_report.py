@@ -47,12 +47,13 @@ def test_curves_show_losses_alone() -> None:
 
 def test_the_published_mix_is_a_point_of_the_frontier_only_as_a_blend_for_all_places() -> None:
     row = {"scope": "default", "kind": "blend", "value": 0.02, "popularity_exponent": 0.0}  # as tables of earlier releases have it
-    assert published_mix([{**row, "scope": "toys", "value": 0.5}, row]) == "0.02"
-    assert published_mix([row | {"relevance_share": 0.0}]) == "0.02"
-    assert published_mix([row | {"relevance_share": 0.1}]) == ""
-    assert published_mix([row | {"new_item_bonus": 1.5}]) == ""
-    assert published_mix([row | {"new_pair_bonus": 0.3}]) == ""
-    assert published_mix([row | {"kind": "quota"}]) == ""
+    assert published_mix([{**row, "scope": "toys", "value": 0.5}, row], exponent=0.0) == "0.02"
+    assert published_mix([row | {"relevance_share": 0.0}], exponent=0.0) == "0.02"
+    assert published_mix([row | {"relevance_share": 0.1}], exponent=0.0) == ""
+    assert published_mix([row | {"new_item_bonus": 1.5}], exponent=0.0) == ""
+    assert published_mix([row | {"new_pair_bonus": 0.3}], exponent=0.0) == ""
+    assert published_mix([row | {"kind": "quota"}], exponent=0.0) == ""
+    assert published_mix([row], exponent=0.04) == ""  # the sweep was of another discount
 
 
 @pytest.mark.parametrize(("share", "rings"), [(0.0, 1), (0.1, 0)])
@@ -60,7 +61,7 @@ def test_the_published_mix_is_ringed(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, rings: int
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where a backtest has left its report
-    merge = f"merge=[{{kind: blend, value: 0.005, relevance_share: {share}}}]"
+    merge = f"merge=[{{kind: blend, value: 0.005, relevance_share: {share}, popularity_exponent: 0.04}}]"
     settings = load_settings("demo", [f"lake.root={tmp_path / 'lake'}", merge])
     mixes = family("mtmh_blend", "", 0, ("0", "0.005", "0.02", "0.1", "0.3", "1"))
     write_json(judged_lists(config=settings.name, families={"mtmh_blend": mixes}), REPORTS / f"{settings.name}.json")

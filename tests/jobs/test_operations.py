@@ -13,12 +13,12 @@ import pytest
 from deltalake import DeltaTable
 
 from conf import errors
-from conf.errors import MtmhError, SettingsError, TableError
+from conf.errors import GateError, MtmhError, SettingsError, TableError
 from conf.settings import AlertSettings, Settings, load_settings
 from conf.tables import REJECTED_ROWS, RUNS
 from jobs.alerts import alert
 from jobs.arguments import parse, report_errors
-from jobs.ledger import StageRecord
+from jobs.ledger import Ledger, StageRecord, recorded
 from jobs.maintain import main as maintain_main
 from jobs.maintain import maintain
 from jobs.nightly import STAGES
@@ -156,6 +156,16 @@ def test_a_failure_is_told_to_a_command_and_a_webhook(tmp_path: Path, monkeypatc
     alert(AlertSettings(), FAILURE, say=said.append)
     assert said[-1] == "the webhook in MTMH_WEBHOOK failed, nobody was told: InvalidURL"
     assert "secret-path" not in " ".join(said)
+
+
+def test_what_failed_is_not_hidden_by_a_ledger_that_cannot_be_written(tmp_path: Path) -> None:
+    like = StageRecord(**{name: value for name, value in _record(NEWEST, "ingest").items() if name != "sequence"})
+    with (
+        pytest.raises(GateError, match="found few lists") as raised,
+        recorded(Ledger(root=str(tmp_path / "gone")), "remerge", run_id="2024-03-31-0a.m3", run_date=NEWEST, like=like),
+    ):
+        raise GateError("found few lists")
+    assert "the failure could not be written to the table runs" in raised.value.__notes__[0]
 
 
 def test_a_range_of_nights_is_checked() -> None:

@@ -14,7 +14,7 @@ from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY
 from features import store
 from jobs import publication
 from jobs.look_up import Lookup
-from jobs.online import open_feature_store
+from jobs.online import feature_store_folder, open_feature_store
 from jobs.progress import Display
 from jobs.publication import kept_runs, publish_run, published, run_files
 from jobs.reader import artifacts_of, open_table
@@ -132,6 +132,14 @@ def test_runs_that_cannot_be_rolled_back_to(world: ListWorld) -> None:
             roll_back(world.settings, run, display=QUIET)
     assert published(world.root).run_id == kept
     assert [record.stage for record in world.ledger.records()] == ["publish_neighbors"] * 3
+
+
+def test_a_lookup_before_the_first_publication_says_what_to_run(world: ListWorld) -> None:
+    online(world, "i001")  # makes the folder and the definitions
+    folder = Path(feature_store_folder(world.settings.lake))
+    (folder / "registry.db").unlink()
+    with pytest.raises(TableError, match=r"no lists are online yet: the registry in .*_feast has no item_neighbors; run .*nightly"):
+        Lookup.open(str(world.config)).lookup(["i001"])
 
 
 def test_new_items_are_raised_without_retrieval(world: ListWorld, tmp_path: Path) -> None:

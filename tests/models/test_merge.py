@@ -129,6 +129,18 @@ def test_of_what_is_about_as_relevant_the_likelier_comes_first_in_a_share():
     assert merged(candidates(discounted), shared | {"popularity_exponent": 1.0}, k=3)[0][0] == [3, 2, 1], "p as the policy wants it"
 
 
+def test_triggers_of_one_block_keep_their_own_policies():
+    rows = [row(), row("toys", relevance_share=0.5), row("books", "quota", 0.5), row("games", "rrf", 0.0, relevance_share=0.5)]
+    names = ["games", "toys", None, "books", "toys"]
+    together = merged(candidates(*[TEN] * 5, new=(3, 25), uncounted=(14,)), *rows, coarsest=names, k=6)
+    for position, name in enumerate(names):
+        alone = [n for n, other in enumerate(names) if other == name]
+        some = candidates(*[TEN] * 5, new=(3, 25), uncounted=(14,))
+        apart = merged(some, *rows, coarsest=[name if n in alone else None for n in range(5)], k=6)
+        assert together[position] == apart[position], name
+    assert together[1][0] == together[0][0] == [0, 9, 1, 8, 2, 7]
+
+
 def test_a_policy_reads_as_it_was_written():
     policy = Policy(kind="blend", value=0.01, popularity_exponent=0.3, relevance_share=0.1, new_pair_bonus=0.3, new_item_bonus=1.5)
     assert Policies.same(policy, 3).of(1) == policy

@@ -193,19 +193,29 @@ def plain_lists(world, trigger, scorer, policy, settings):
     p = probability[pool] / np.exp(log_p[pool]) ** policy["popularity_exponent"]
     p *= np.where(counts[pool] > 0, 1, np.exp(policy["new_pair_bonus"])) * np.where(a["new"][pool], np.exp(policy["new_item_bonus"]), 1)
     value = p / p.sum() + policy["value"] * np.maximum(scores["relevance"][pool], 0)
-    dense = np.zeros(world.num_items)
-    dense[pool] = value
-    order = best(dense, np.isin(np.arange(world.num_items), pool), settings.list_length)
+    dense, relevant = np.zeros(world.num_items), np.zeros(world.num_items)
+    dense[pool], relevant[pool] = value, scores["relevance"][pool] + np.log(p / p.sum()) / 80
+    by_score, by_relevance = (
+        best(key, np.isin(np.arange(world.num_items), list(some)), settings.list_length)
+        for key, some in ((dense, pool), (relevant, found["relevance"]))
+    )
+    slot, share = {}, policy.get("relevance_share", 0.0)
+    for place in range(1, 2 * settings.list_length + 1):  # each takes the first place that one of its ranks gives it
+        turn = by_relevance if int(place * share + 1e-6) > int((place - 1) * share + 1e-6) else by_score
+        rank = int(place * share + 1e-6) - 1 if turn is by_relevance else place - int(place * share + 1e-6) - 1
+        slot |= {turn[rank]: place} if rank < len(turn) and turn[rank] not in slot else {}
+    order = sorted(slot, key=slot.get)[: settings.list_length]
     return lists | {"merged": (order, dense[order])}
 
 
+@pytest.mark.parametrize("policy", [BLEND, SHARED], ids=["blend", "share"])
 @pytest.mark.parametrize("scorer", [None, a_scorer()], ids=["mixture", "fitted"])
-def test_every_list_against_brute_force(tmp_path, scorer):
+def test_every_list_against_brute_force(tmp_path, scorer, policy):
     world = World(alike=False)  # where a search ends amid equals, which of them it returns is FAISS's choice
-    lists = world.retrieve(world.open(tmp_path, scorer))
+    lists = world.retrieve(world.open(tmp_path, scorer), policy)
     heads = {name: rows_of(lists, name) for name in lists.heads}
     for trigger in range(world.num_items):
-        wanted = plain_lists(world, trigger, scorer or Scorer.mixture(), BLEND, SETTINGS)
+        wanted = plain_lists(world, trigger, scorer or Scorer.mixture(), policy, SETTINGS)
         for name, (order, scores) in wanted.items():
             found = heads[name][trigger]
             assert [row["neighbor"] for row in found] == order, (name, trigger)
