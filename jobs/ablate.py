@@ -38,7 +38,7 @@ DEFAULT = "default"
 VARIANTS: Mapping[str, Sequence[str]] = {
     DEFAULT: (),
     "an encoder for each head": ("model.encoder=separate",),
-    "one head for everything": (
+    "one head for both goals": (
         "model.heads={engagement: {engagement: 1, relevance: 1, affinity: 2}, relevance: {engagement: 1, relevance: 1, affinity: 2}}",
     ),
     "no relevance loss": ("model.heads.engagement={engagement: 1, relevance: 0}", "model.heads.relevance={relevance: 0, affinity: 2}"),
