@@ -27,7 +27,7 @@ from models.contest import LIST_LENGTH, TRAINED, Tuned
 from models.data import Ints
 from models.merge import Policy, read_policies
 from models.metrics import Values
-from models.neighbors import ENGAGEMENT, MERGED, Counted, Retriever
+from models.neighbors import ENGAGEMENT, MERGED, Counted, Neighbors, Retriever
 from models.ranking import Longs
 from models.scoreboard import Scored, measure, measure_axes
 
@@ -149,9 +149,22 @@ class Opened:
         retriever = Retriever.open(index_items(run))
         return cls(retriever=retriever, triggers=triggers, counted=counted_of(run, triggers), rows=rows, num_rows=len(data.future.triggers))
 
-    def matrix(self, neighbor: Ints, offsets: Longs) -> Ints:
+    def matrix(self, neighbors: Neighbors) -> Ints:
         """(T, K) item indices of all judged triggers, empty for those that the index does not know."""
-        return _matrix(neighbor, offsets, self.num_rows, self.rows)
+        lists = np.full((self.num_rows, LIST_LENGTH), -1, np.int32)
+        lists[self.rows] = _padded(neighbors)
+        return lists
+
+    def swept(self, policies: Sequence[Policy], settings: RetrievalSettings) -> list[Ints]:
+        """(T, K) merged lists under each policy, a block of triggers at a time: of so many lists only the ids are kept."""
+        lists = [np.full((self.num_rows, LIST_LENGTH), -1, np.int32) for _ in policies]
+        for start in range(0, len(self.triggers), settings.block_size):
+            stop = min(start + settings.block_size, len(self.triggers))
+            counted = self.counted.part(start, stop)
+            found = self.retriever.merge_under(self.triggers[start:stop], counted, policies, settings=settings)
+            for matrix, neighbors in zip(lists, found, strict=True):
+                matrix[self.rows[start:stop]] = _padded(neighbors)
+        return lists
 
 
 def head_lists(run: StageRun, opened: Opened) -> dict[str, Ints]:
@@ -159,7 +172,7 @@ def head_lists(run: StageRun, opened: Opened) -> dict[str, Ints]:
     retriever, triggers = opened.retriever, opened.triggers
     scopes = retriever.policies_for(_policies(run), triggers)
     found = retriever.retrieve(triggers, opened.counted, scopes, settings=_list_settings(run.settings))
-    heads = {head: opened.matrix(lists.neighbor, lists.offsets) for head, lists in found.heads.items()}
+    heads = {head: opened.matrix(neighbors) for head, neighbors in found.heads.items()}
     heads[ENCODER] = np.full((opened.num_rows, LIST_LENGTH), -1, np.int32)
     heads[ENCODER][opened.rows] = _encoder_lists(retriever, triggers)
     return heads
@@ -182,9 +195,8 @@ def _swept_lists(run: StageRun, opened: Opened) -> dict[str, dict[str, Ints]]:
     }
     mixes = {family: swept for family, swept in mixes.items() if swept}
     flat = [policy for family in mixes.values() for policy in family.values()]
-    length = _list_settings(run.settings)
-    merged = iter(opened.retriever.merge_under(opened.triggers, opened.counted, flat, settings=length))
-    return {family: {f"{mix:g}": opened.matrix(*next(merged)) for mix in of} for family, of in mixes.items()}
+    merged = iter(opened.swept(flat, _list_settings(run.settings)))
+    return {family: {f"{mix:g}": next(merged) for mix in of} for family, of in mixes.items()}
 
 
 def _encoder_lists(retriever: Retriever, triggers: Ints) -> Ints:
@@ -193,14 +205,12 @@ def _encoder_lists(retriever: Retriever, triggers: Ints) -> Ints:
     return score_lists(triggers, lambda part: head.trigger[part] @ head.target.T, eligible=retriever.eligible, k=LIST_LENGTH)
 
 
-def _matrix(neighbor: Ints, offsets: Longs, num_rows: int, rows: Longs) -> Ints:
-    """(T, K) item indices, -1 behind the end; row r of the neighbors goes to rows[r], other rows stay empty."""
-    inside = np.arange(LIST_LENGTH) < np.diff(offsets)[:, None]
+def _padded(neighbors: Neighbors) -> Ints:
+    """(B, K) item indices, -1 behind the end."""
+    inside = np.arange(LIST_LENGTH) < np.diff(neighbors.offsets)[:, None]
     found = np.full(inside.shape, -1, np.int32)
-    found[inside] = neighbor
-    lists = np.full((num_rows, LIST_LENGTH), -1, np.int32)
-    lists[rows] = found
-    return lists
+    found[inside] = neighbors.neighbor
+    return found
 
 
 def _policies(run: StageRun) -> dict[str, Policy]:
@@ -221,8 +231,7 @@ def _churn(before: StageRun, data: CutData, merged: Ints) -> Values:
     triggers = back[data.future.triggers[both]]
     policies = retriever.policies_for(_policies(before), triggers)
     settings = _list_settings(before.settings)
-    found = retriever.retrieve(triggers, counted_of(before, triggers), policies, settings=settings).heads[MERGED]
-    lists = _matrix(found.neighbor, found.offsets, len(triggers), np.arange(len(triggers)))
+    lists = _padded(retriever.retrieve(triggers, counted_of(before, triggers), policies, settings=settings).heads[MERGED])
     gone = np.int32(len(data.future.item_ids)) + lists  # an item that has left since is another item than any of today
     earlier = np.where(lists >= 0, np.where(place[lists] >= 0, place[lists], gone), np.int32(-1))
     churn = np.full(len(data.future.triggers), np.nan)

@@ -465,10 +465,8 @@ class Retriever:
         lists = self._merged_lists(pool, self._candidate_set(pool), counted, policies, settings.list_length, self.rules(settings))
         return NeighborLists(trigger=kept.trigger, source_names=self.source_names, heads={MERGED: lists})
 
-    def merge_under(
-        self, trigger: Ints, counted: Counted, policies: Sequence[Policy], *, settings: RetrievalSettings
-    ) -> list[tuple[Ints, Longs]]:
-        """(R,) neighbors and (B + 1,) offsets of B merged lists under each of several policies: candidates are scored once for all.
+    def merge_under(self, trigger: Ints, counted: Counted, policies: Sequence[Policy], *, settings: RetrievalSettings) -> list[Neighbors]:
+        """Merged lists of B triggers under each of several policies: candidates are found and scored once for all of them.
 
         Args:
             trigger: (B,) item indices.
@@ -477,16 +475,14 @@ class Retriever:
             settings: list length and candidates per source.
         """
         size, rules = settings.block_size, self.rules(settings)
-        parts: list[list[tuple[Ints, Longs]]] = []
+        parts: list[list[Neighbors]] = []
         for start in range(0, max(len(trigger), 1), size):
             block, pairs = trigger[start : start + size], counted.part(start, min(start + size, len(trigger)))
             pool = self._mergeable(self._scored(block, pairs, settings, rules), rules)
             candidates = self._candidate_set(pool)
             rows = [Policies.same(policy, len(block)) for policy in policies]
-            lists = [self._merged_lists(pool, candidates, pairs, row, settings.list_length, rules) for row in rows]
-            parts.append([(one.neighbor, np.diff(one.offsets)) for one in lists])  # and no more: there are many policies
-        columns = [tuple(map(np.concatenate, zip(*part, strict=True))) for part in zip(*parts, strict=True)]
-        return [(neighbor, ends(length)) for neighbor, length in columns]
+            parts.append([self._merged_lists(pool, candidates, pairs, row, settings.list_length, rules) for row in rows])
+        return [_concatenate(part) for part in zip(*parts, strict=True)]
 
     def _block(
         self, trigger: Ints, counted: Counted, policies: Policies, settings: RetrievalSettings, rules: Rules

@@ -327,8 +327,9 @@ def test_lists_under_several_policies_are_those_of_each(tmp_path):
     swept = retriever.merge_under(trigger, world.counted(trigger), policies, settings=SETTINGS)
     for row, found in zip(rows, swept, strict=True):
         alone = world.retrieve(retriever, row, SETTINGS).heads["merged"]
-        np.testing.assert_array_equal(found[0], alone.neighbor)
-        np.testing.assert_array_equal(found[1], alone.offsets)
+        np.testing.assert_array_equal(found.neighbor, alone.neighbor)
+        np.testing.assert_array_equal(found.offsets, alone.offsets)
+        np.testing.assert_allclose(found.score, alone.score)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
