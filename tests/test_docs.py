@@ -115,7 +115,7 @@ def test_the_tutorial_runs(shop: Shop) -> None:
 def test_commands_of_the_readme_and_the_operations_guide_run(shop: Shop) -> None:
     """On the tutorial's shop: with its settings, date, items and run. Left out is what other tests run (servers, backtests)."""
     text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/operations.md"))
-    lines = re.findall(r"^(?: {4})?((?:\S+/)?python -m jobs\..+)$", text, flags=re.MULTILINE)
+    lines = re.findall(r"^(?: {4})?((?:[^\s`]+/)?python -m jobs\..+)$", text, flags=re.MULTILINE)
     lines += re.findall(r"`((?:\S+/)?python -m jobs\.[^`\n]+)`", text)
     lines = [line for line in lines if not re.search(r"jobs\.(explore|backtest)", line)]
     run_id = published(str(shop.folder / "var/lake/shop")).run_id

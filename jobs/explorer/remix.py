@@ -4,9 +4,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -15,6 +16,10 @@ from conf.tables import MERGE_POLICY
 from jobs.explorer.night import Neighbor, PublishedNight
 from jobs.reader import open_table
 
+if TYPE_CHECKING:
+    from models import neighbors as made
+
+Ints = npt.NDArray[np.int32]
 _PAIRS = ("target_item_id", "weight", "landmark_date", "num_user_days")
 
 
@@ -79,7 +84,7 @@ class Remixer:
         return [Neighbor(rank=rank, item=items[other], score=cosines[rank - 1]) for rank, other in enumerate(ids, start=1)]
 
     @cached_property
-    def _retriever(self) -> Any:
+    def _retriever(self) -> "made.Retriever":
         from models.neighbors import Retriever
 
         folder = self.night.artifacts / "index"
@@ -89,7 +94,7 @@ class Remixer:
             )
         return Retriever.open(folder)
 
-    def _counted(self, retriever: Any, item_id: str) -> Any:
+    def _counted(self, retriever: "made.Retriever", item_id: str) -> "made.Counted":
         """The trigger's counted pairs with their weight decayed to the night, ascending by target as in the night."""
         from models.neighbors import Counted
 
@@ -105,7 +110,9 @@ class Remixer:
             num_user_days=pairs["num_user_days"].to_numpy().astype(np.int64)[order],
         )
 
-    def _described(self, retriever: Any, trigger: Any, lists: Mapping[float, Any]) -> dict[float, list[Neighbor]]:
+    def _described(
+        self, retriever: "made.Retriever", trigger: Ints, lists: Mapping[float, "made.Neighbors"]
+    ) -> dict[float, list[Neighbor]]:
         """Lists by value, as the rows that a night would publish: with the same reasons."""
         from models.neighbors import NeighborLists
 
@@ -114,7 +121,7 @@ class Remixer:
         return {value: self.night.described(neighbors) for value, neighbors in zip(lists, rows["neighbors"].to_pylist(), strict=True)}
 
 
-def _positions(retriever: Any, item_ids: Sequence[str]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+def _positions(retriever: "made.Retriever", item_ids: Sequence[str]) -> Ints:
     """Item indices, -1 for unknown ones."""
     found = pc.index_in(pa.array(item_ids, pa.string()), retriever.item_ids)
     return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), np.int32)
