@@ -149,15 +149,19 @@ class Opened:
         retriever = Retriever.open(index_items(run))
         return cls(retriever=retriever, triggers=triggers, counted=counted_of(run, triggers), rows=rows, num_rows=len(data.future.triggers))
 
-    def matrix(self, neighbors: Neighbors) -> Ints:
-        """(T, K) item indices of all judged triggers, empty for those that the index does not know."""
-        lists = np.full((self.num_rows, LIST_LENGTH), -1, np.int32)
-        lists[self.rows] = _padded(neighbors)
-        return lists
+    def empty(self) -> Ints:
+        """(T, K) of -1: no neighbors of any judged trigger; those that the index does not know stay so."""
+        return np.full((self.num_rows, LIST_LENGTH), -1, np.int32)
+
+    def matrix(self, lists: Ints) -> Ints:
+        """(T, K) item indices of all judged triggers from (B, K) of those that the index knows."""
+        matrix = self.empty()
+        matrix[self.rows] = lists
+        return matrix
 
     def swept(self, policies: Sequence[Policy], settings: RetrievalSettings) -> list[Ints]:
         """(T, K) merged lists under each policy, a block of triggers at a time: of so many lists only the ids are kept."""
-        lists = [np.full((self.num_rows, LIST_LENGTH), -1, np.int32) for _ in policies]
+        lists = [self.empty() for _ in policies]
         for start in range(0, len(self.triggers), settings.block_size):
             stop = min(start + settings.block_size, len(self.triggers))
             counted = self.counted.part(start, stop)
@@ -172,10 +176,8 @@ def head_lists(run: StageRun, opened: Opened) -> dict[str, Ints]:
     retriever, triggers = opened.retriever, opened.triggers
     scopes = retriever.policies_for(_policies(run), triggers)
     found = retriever.retrieve(triggers, opened.counted, scopes, settings=_list_settings(run.settings))
-    heads = {head: opened.matrix(neighbors) for head, neighbors in found.heads.items()}
-    heads[ENCODER] = np.full((opened.num_rows, LIST_LENGTH), -1, np.int32)
-    heads[ENCODER][opened.rows] = _encoder_lists(retriever, triggers)
-    return heads
+    heads = {head: opened.matrix(_padded(neighbors)) for head, neighbors in found.heads.items()}
+    return heads | {ENCODER: opened.matrix(_encoder_lists(retriever, triggers))}
 
 
 def _swept_lists(run: StageRun, opened: Opened) -> dict[str, dict[str, Ints]]:

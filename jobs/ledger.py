@@ -90,37 +90,37 @@ class Attempt:
 def recorded(ledger: Ledger, stage: str, *, run_id: str, run_date: date, like: StageRecord) -> Iterator[Attempt]:
     """Write a row of `runs` at the end of the block, also when it fails; fingerprints are those of the run that it builds on."""
     attempt, started, clock = Attempt(), datetime.now(UTC), time.monotonic()
-    error: BaseException | None = None
+
+    def write(error: BaseException | None) -> None:
+        record = StageRecord(
+            run_id=run_id,
+            run_date=run_date,
+            stage=stage,
+            attempt=1 + len(ledger.records(run_id=run_id, stage=stage)),
+            status="succeeded" if error is None else "failed",
+            started_at=started,
+            ended_at=datetime.now(UTC),
+            seconds=time.monotonic() - clock,
+            input_versions=attempt.inputs,
+            output_versions=attempt.outputs,
+            fingerprint=like.fingerprint,
+            settings_fingerprint=like.settings_fingerprint,
+            metrics=attempt.metrics,
+            gates=attempt.gates,
+            notes=attempt.notes,
+            error=None if error is None else f"{type(error).__name__}: {error}"[:4000],
+        )
+        ledger.append(record)
+
     try:
         yield attempt
-    except BaseException as raised:
-        error = raised
-        raise
-    finally:
+    except BaseException as error:
         try:
-            record = StageRecord(
-                run_id=run_id,
-                run_date=run_date,
-                stage=stage,
-                attempt=1 + len(ledger.records(run_id=run_id, stage=stage)),
-                status="succeeded" if error is None else "failed",
-                started_at=started,
-                ended_at=datetime.now(UTC),
-                seconds=time.monotonic() - clock,
-                input_versions=attempt.inputs,
-                output_versions=attempt.outputs,
-                fingerprint=like.fingerprint,
-                settings_fingerprint=like.settings_fingerprint,
-                metrics=attempt.metrics,
-                gates=attempt.gates,
-                notes=attempt.notes,
-                error=None if error is None else f"{type(error).__name__}: {error}"[:4000],
-            )
-            ledger.append(record)
+            write(error)
         except Exception as trouble:
-            if error is None:
-                raise
             error.add_note(f"the failure could not be written to the table runs: {trouble}")  # it is what the user must see
+        raise
+    write(None)
 
 
 def _record(row: dict[str, Any]) -> StageRecord:

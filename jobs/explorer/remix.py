@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,8 +17,8 @@ from jobs.reader import open_table
 
 if TYPE_CHECKING:
     from models import neighbors as made
+    from models.data import Ints
 
-Ints = npt.NDArray[np.int32]
 _PAIRS = ("target_item_id", "weight", "landmark_date", "num_user_days")
 
 
@@ -111,7 +110,7 @@ class Remixer:
         )
 
     def _described(
-        self, retriever: "made.Retriever", trigger: Ints, lists: Mapping[float, "made.Neighbors"]
+        self, retriever: "made.Retriever", trigger: "Ints", lists: Mapping[float, "made.Neighbors"]
     ) -> dict[float, list[Neighbor]]:
         """Lists by value, as the rows that a night would publish: with the same reasons."""
         from models.neighbors import NeighborLists
@@ -121,7 +120,7 @@ class Remixer:
         return {value: self.night.described(neighbors) for value, neighbors in zip(lists, rows["neighbors"].to_pylist(), strict=True)}
 
 
-def _positions(retriever: "made.Retriever", item_ids: Sequence[str]) -> Ints:
+def _positions(retriever: "made.Retriever", item_ids: Sequence[str]) -> "Ints":
     """Item indices, -1 for unknown ones."""
     found = pc.index_in(pa.array(item_ids, pa.string()), retriever.item_ids)
     return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), np.int32)

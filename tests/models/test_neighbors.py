@@ -11,7 +11,7 @@ import pytest
 from scipy.sparse import csr_array
 
 from conf.errors import TableError, TrainingError
-from conf.settings import LimitSettings, RetrievalSettings
+from conf.settings import MOST_HEADS, LimitSettings, RetrievalSettings
 from models.data import TRENDS
 from models.eligibility import FilterColumn, FilterColumns
 from models.factorization import log_popularity
@@ -433,6 +433,11 @@ def test_two_items(tmp_path):
     world.weight[:] = 0
     retriever = world.open(tmp_path, eligible=np.array([True, True]))
     assert [[row["neighbor"] for row in found] for found in rows_of(world.retrieve(retriever), "merged")] == [[1], [0]]
+
+
+def test_what_found_a_neighbor_is_a_bit_also_with_the_most_heads(tmp_path):
+    retriever = World().open(tmp_path)
+    assert len(retriever.source_names) - len(retriever.heads) + MOST_HEADS <= np.iinfo(np.uint16).bits  # as kept candidates are written
 
 
 def test_arrow_rows(tmp_path):
