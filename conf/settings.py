@@ -661,7 +661,7 @@ class BacktestSettings(Section):
         description="Bonuses of new pairs that the merged list is swept over, each from 0 to 10, without relevance in it.",
     )
     new_item_bonuses: list[Bonus] = Field(
-        default_factory=lambda: [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0],
+        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 4.0],
         description="Bonuses of new items that the merged list is swept over, each from 0 to 10, without relevance in it.",
     )
     churn: bool = Field(False, description="Train the day before each cut too, to see how much the lists change from night to night.")

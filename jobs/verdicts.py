@@ -4,8 +4,9 @@ A list can buy relevance with recall and the other way round, so lists are compa
 relevant mix whose validation recall is not below the best engagement-only baseline's, `at relevance kept` the mix of most recall whose
 validation relevance is not below that baseline's. The popularity dial is turned as far as plain recall stays at least that of raw counts:
 `at recall of counts` is the exponent of most debiased recall among these. The bonuses of new pairs and of new items are those that find
-most of them with recall kept against the best engagement-only baseline. Not below means: not even at the lower end of the 95 % interval
-of the paired difference. The largest mix whose mean is not below is one that luck has helped, and falls below on the next slice.
+most of them with recall kept, once against the best engagement-only baseline, once against the baseline that itself finds most of them
+(content finds new items, and little else). Not below means: not even at the lower end of the 95 % interval of the paired difference. The
+largest mix whose mean is not below is one that luck has helped, and falls below on the next slice.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ COUNTS: Method = ("counts", "-")
 _BONUSES: Mapping[str, Key] = {NEW_PAIR_BONUS: ("recall@100", "new_pairs"), NEW_ITEM_BONUS: ("recall@100", "cold_targets")}
 _DIALS = (DIAL, *_BONUSES)
 _BLEND = SWEPT[0]
+_AT_FINDERS_RECALL = "at the recall of the baseline that finds most"
 _TWO_SIDED_95 = 1.96  # standard errors
 
 
@@ -43,18 +45,21 @@ class Board:
 
     def strongest(self, key: Key) -> Method:
         """The baseline, content among them, with the highest mean of a measure."""
-        return max([*self.engagement_only, CONTENT], key=lambda method: _mean([self.methods[method]], key))
+        return strongest([self], [*self.engagement_only, CONTENT], key)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What validation chose: the baseline to beat, per family a mix for each held axis (None: no mix holds it), an exponent and bonuses."""
+    """What validation chose: the baseline to beat, per family a mix for each held axis (None: no mix holds it), an exponent, and per family
+    of bonuses one with recall kept against that baseline and one with recall kept against the baseline that finds most.
+    """
 
     baseline: Method
     at_recall: Mapping[str, str | None]
     at_relevance: Mapping[str, str | None]
     exponent: str | None
     bonuses: Mapping[str, str | None]
+    finders_bonuses: Mapping[str, str | None]
 
     def described(self) -> dict[str, str]:
         """For the report."""
@@ -62,13 +67,22 @@ class Choice:
         for words, mixes in (("at recall kept", self.at_recall), ("at relevance kept", self.at_relevance)):
             chosen |= {f"{family} {words}": mix or "no mix holds it" for family, mix in mixes.items() if family not in _DIALS}
         chosen[f"{DIAL} at recall of counts"] = self.exponent or "no exponent holds it"
-        return chosen | {f"{family} at recall kept": bonus or "no bonus holds it" for family, bonus in self.bonuses.items()}
+        for words, bonuses in (("at recall kept", self.bonuses), (_AT_FINDERS_RECALL, self.finders_bonuses)):
+            chosen |= {f"{family} {words}": bonus or "no bonus holds it" for family, bonus in bonuses.items()}
+        return chosen
+
+
+def strongest(boards: Sequence[Board], methods: Sequence[Method], key: Key) -> Method:
+    """The method with the highest mean of a measure over the slices."""
+    return max(methods, key=lambda method: _mean([board.methods[method] for board in boards], key))
 
 
 def choose(boards: Sequence[Board]) -> Choice:
     """Choose on one or several validation slices, by the mean over them."""
     relevance = boards[0].exam.relevance_metric
-    baseline = max(boards[0].engagement_only, key=lambda method: _mean([board.methods[method] for board in boards], RECALL))
+    engagement_only = boards[0].engagement_only
+    baseline = strongest(boards, engagement_only, RECALL)
+    finders = {family: strongest(boards, [*engagement_only, CONTENT], found) for family, found in _BONUSES.items()}
 
     def best(family: str, kept: Key, wanted: Key, *, against: Method = baseline) -> str | None:
         points = {mix: [board.families[family][mix] for board in boards] for mix in boards[0].families.get(family, {})}
@@ -83,6 +97,7 @@ def choose(boards: Sequence[Board]) -> Choice:
         at_relevance={family: best(family, relevance, RECALL) for family in families},
         exponent=best(DIAL, RECALL, DEBIASED, against=COUNTS),
         bonuses={family: best(family, RECALL, found) for family, found in _BONUSES.items()},
+        finders_bonuses={family: best(family, RECALL, found, against=finders[family]) for family, found in _BONUSES.items()},
     )
 
 
@@ -113,6 +128,11 @@ class _Pairs:
     num_resamples: int
     seed: int
 
+    @property
+    def blends(self) -> list[str]:
+        """Families that are not ours."""
+        return [family for family in self.board.families if not family.startswith(OURS)]
+
     def scored(self, method: Method) -> Scored:
         found = self.board.methods.get(method)
         return found if found is not None else self.board.families[method[0]][method[1]]
@@ -127,11 +147,12 @@ class _Pairs:
         alone = float(other[both].mean()) if both.any() else float("nan")
         yield self._comparison(name, key[0], name_of(ours), name_of(theirs), found, alone)
 
-    def area(self, name: str, theirs: str) -> Comparison:
-        mine, other = _axes(self.board, _BLEND), _axes(self.board, theirs)
+    def area(self, name: str, ours: str, theirs: str, *, against: Key) -> Comparison:
+        """Of recall and another measure."""
+        mine, other = _axes(self.board, ours, against), _axes(self.board, theirs, against)
         found = metrics.paired_hypervolume(*mine, *other, num_resamples=self.num_resamples, seed=self.seed)
         alone = metrics.bootstrap_hypervolume(*other, num_resamples=1, seed=self.seed)
-        return self._comparison(name, "hypervolume", _BLEND, theirs, found, alone.value)
+        return self._comparison(name, "hypervolume", ours, theirs, found, alone.value)
 
     def _comparison(self, name: str, what: str, ours: str, theirs: str, found: Estimate, alone: float) -> Comparison:
         return Comparison(
@@ -139,18 +160,17 @@ class _Pairs:
         )
 
 
-def _axes(board: Board, family: str) -> tuple[Values, Values]:
-    """(T, P) recall and (T, P) relevance of a family's mixes."""
+def _axes(board: Board, family: str, against: Key) -> tuple[Values, Values]:
+    """(T, P) recall and (T, P) of another measure of a family's mixes."""
     points = board.families[family].values()
-    recall, relevance = ([scored.values[key] for scored in points] for key in (RECALL, board.exam.relevance_metric))
-    return np.stack(recall, axis=1), np.stack(relevance, axis=1)
+    recall, other = ([scored.values[key] for scored in points] for key in (RECALL, against))
+    return np.stack(recall, axis=1), np.stack(other, axis=1)
 
 
 def hypervolumes(board: Board, *, num_resamples: int, seed: int) -> dict[str, Estimate]:
-    """Area under each family's frontier."""
-    return {
-        family: metrics.bootstrap_hypervolume(*_axes(board, family), num_resamples=num_resamples, seed=seed) for family in board.families
-    }
+    """Area under each family's frontier of recall and relevance."""
+    axes = {family: _axes(board, family, board.exam.relevance_metric) for family in board.families}
+    return {family: metrics.bootstrap_hypervolume(*both, num_resamples=num_resamples, seed=seed) for family, both in axes.items()}
 
 
 def _against_baseline(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
@@ -186,19 +206,25 @@ def _with_popularity_discounted(pairs: _Pairs, choice: Choice) -> Iterator[Compa
 
 
 def _with_the_new_raised(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
-    """Recall of new pairs and of new items against the baseline that has most of it, and of all against the best baseline."""
-    for family, bonus in choice.bonuses.items():
-        if bonus is not None:
-            words, found = family.removeprefix(f"{OURS}_").replace("_", " "), _BONUSES[family]
-            yield from pairs.difference(f"{words} found at recall kept", found, (family, bonus), pairs.board.strongest(found))
+    """Recall of new pairs and of new items against the baseline that has most of it, and what recall of all that costs; then their whole
+    frontiers against those of the blends.
+    """
+    for family, found in _BONUSES.items():
+        words, finder = family.removeprefix(f"{OURS}_").replace("_", " "), pairs.board.strongest(found)
+        if (bonus := choice.bonuses[family]) is not None:
+            yield from pairs.difference(f"{words} found at recall kept", found, (family, bonus), finder)
             yield from pairs.difference(f"recall kept with {words} raised", RECALL, (family, bonus), choice.baseline)
+        if (bonus := choice.finders_bonuses[family]) is not None:
+            for key in (found, RECALL):
+                yield from pairs.difference(f"{words} found {_AT_FINDERS_RECALL}", key, (family, bonus), finder)
+        if family in pairs.board.families:
+            for blend in pairs.blends:
+                yield pairs.area(f"whole frontier of recall and {words}", family, blend, against=found)
 
 
 def _against_blends(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
-    for family in pairs.board.families:
-        if family.startswith(OURS):
-            continue
-        yield pairs.area("whole frontier", family)
+    for family in pairs.blends:
+        yield pairs.area("whole frontier", _BLEND, family, against=pairs.board.exam.relevance_metric)
         ours, theirs = choice.at_recall[_BLEND], choice.at_recall[family]
         if ours is not None and theirs is not None:
             for key in (pairs.board.exam.relevance_metric, RECALL):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jobs.verdicts import Board, choose, compare
+from models.metrics import hypervolume
 from models.scoreboard import Scored
 
 RECALL, RELEVANCE, DEBIASED = ("recall@100", "all"), ("relevance@100", "all"), ("debiased_recall@100", "all")
@@ -86,6 +87,31 @@ def test_new_pairs_and_new_items_are_raised_as_far_as_recall_stays_that_of_the_b
     without = board()
     del without.families["mtmh_new_items"]
     assert choose([without]).described()["mtmh_new_items at recall kept"] == "no bonus holds it"
+
+
+def test_new_items_are_raised_as_far_as_recall_stays_that_of_the_baseline_that_finds_most():
+    """Content finds most of them, and has little recall: any bonus may be kept against it."""
+    of_content = board()
+    of_content.methods["content", "-"] = scored(0.3, 0.9, cold=0.7)
+    choice = choose([of_content])
+    assert choice.finders_bonuses == {"mtmh_new_pairs": "0.5", "mtmh_new_items": "3"}  # smooth finds most new pairs
+    words = "at the recall of the baseline that finds most"
+    assert choice.described()[f"mtmh_new_items {words}"] == "3"
+    found = [c for c in compare(of_content, choice, num_resamples=50, seed=0) if c.name == f"new items found {words}"]
+    assert [(c.ours, c.theirs) for c in found] == [("mtmh_new_items 3", "content")] * 2
+    assert [c.value for c in found] == [pytest.approx(0.9 - 0.7), pytest.approx(0.45 - 0.3)]
+
+
+def test_frontiers_of_recall_and_new_items_are_compared_with_those_of_the_blends():
+    found = {(c.name, c.theirs): c for c in compare(board(), choose([board()]), num_resamples=50, seed=0)}
+    area = found["whole frontier of recall and new items", "late_blend"]
+    assert (area.ours, area.what) == ("mtmh_new_items", "hypervolume")
+    theirs = 0.5 * 0.5  # of late_blend, whose recall of new items is that of all
+    assert area.value == pytest.approx(hypervolume(np.array([[0.6, 0.1], [0.52, 0.5], [0.45, 0.9]])) - theirs)
+    assert ("whole frontier of recall and new pairs", "quota") in found
+    without = board()
+    del without.families["mtmh_new_items"]
+    assert "whole frontier of recall and new items" not in {c.name for c in compare(without, choose([without]), num_resamples=50, seed=0)}
 
 
 def test_several_validation_slices_decide_by_their_mean():
