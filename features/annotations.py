@@ -6,6 +6,7 @@ was created earlier. A catalog without times has one row per item, at 1970-01-01
 """
 
 from datetime import date, datetime, timedelta
+from functools import partial
 from typing import Literal
 
 from pyspark.sql import Column, DataFrame, Window
@@ -102,7 +103,7 @@ def check_pair_relevance(frame: DataFrame, *, source: RelevanceSource, now: date
         "item_id": id_column(frame, source.columns.item_id, setting=f"{setting}.item_id"),
         "other_item_id": id_column(frame, source.columns.other_item_id, setting=f"{setting}.other_item_id"),
         "source": text_column(frame, source.columns.source, setting=f"{setting}.source"),
-        "rated_at": time_column(frame, source.columns.rated_at, setting=f"{setting}.rated_at"),
+        "rated_at": time_column(frame, source.columns.rated_at, setting=f"{setting}.rated_at", time_format=source.time_format),
         "grade": col(grade).try_cast("double"),
         "source_version": F.lit(None).cast("string")
         if version is None
@@ -213,10 +214,11 @@ def _relevance_faults(now: datetime) -> list[tuple[Column, str]]:
 
 def _times(frame: DataFrame, source: ItemSource) -> dict[str, Column]:
     event, created = source.columns.event_timestamp, source.columns.created_timestamp
-    held = F.lit(EPOCH) if event is None else time_column(frame, event, setting=f"{_SETTING}.event_timestamp")
+    read = partial(time_column, frame, time_format=source.time_format)
+    held = F.lit(EPOCH) if event is None else read(event, setting=f"{_SETTING}.event_timestamp")
     if created is None:
         return {"event_timestamp": held, "created_timestamp": held}
-    known = time_column(frame, created, setting=f"{_SETTING}.created_timestamp")
+    known = read(created, setting=f"{_SETTING}.created_timestamp")
     return {"event_timestamp": held, "created_timestamp": F.when(col(created).isNull(), held).otherwise(known)}
 
 

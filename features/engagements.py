@@ -5,7 +5,6 @@ night, one at 2026-03-02 00:00:00 is `later`: neither accepted nor refused, it w
 """
 
 from datetime import date, datetime, timedelta
-from decimal import Decimal
 
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame
@@ -40,7 +39,6 @@ from features.sources import (
 __all__ = ["accepted_events", "check_columns", "check_events", "event_metrics", "rejected_rows"]
 
 _SETTING = "source.events.columns"
-_LAST_SECOND = 253_402_300_799  # 9999-12-31 23:59:59: later values overflow a timestamp
 
 
 def check_events(frame: DataFrame, *, source: EventSource, run_date: date, now: datetime, hash_key: bytes) -> DataFrame:
@@ -70,7 +68,7 @@ def check_events(frame: DataFrame, *, source: EventSource, run_date: date, now: 
         "user_id": id_column(frame, source.columns.user_id, setting=f"{_SETTING}.user_id"),
         "item_id": id_column(frame, source.columns.item_id, setting=f"{_SETTING}.item_id"),
         "action": _action(frame, source),
-        "engaged_at": _engaged_at(frame, source),
+        "engaged_at": time_column(frame, source.columns.engaged_at, setting=f"{_SETTING}.engaged_at", time_format=source.time_format),
         "session_id": _session(frame, source),
         "weight": _source_weight(frame, source),
         "row": _row(source, mapped, hash_key),
@@ -151,29 +149,6 @@ def _action_weight(source: EventSource) -> Column:
 def _session(frame: DataFrame, source: EventSource) -> Column:
     name = source.columns.session_id
     return F.lit(None).cast("string") if name is None else id_column(frame, name, setting=f"{_SETTING}.session_id")
-
-
-def _engaged_at(frame: DataFrame, source: EventSource) -> Column:
-    name, setting = source.columns.engaged_at, f"{_SETTING}.engaged_at"
-    type_ = type_of(frame, name)
-    if source.time_format == "timestamp":
-        if is_number(type_):
-            raise unusable(
-                frame, name, setting="source.events.time_format (epoch_seconds or epoch_milliseconds)", wanted="timestamp or text"
-            )
-        return time_column(frame, name, setting=setting)
-    if source.time_format == "date":
-        return F.date_trunc("day", time_column(frame, name, setting=setting))
-    if not (is_number(type_) or is_text(type_)):
-        raise unusable(frame, name, setting="source.events.time_format", wanted="a number, or text that holds one")
-    return _from_epoch(col(name), milliseconds=source.time_format == "epoch_milliseconds")
-
-
-def _from_epoch(number: Column, *, milliseconds: bool) -> Column:
-    """Exact decimal arithmetic: a double of microseconds since 1970 would round, and overflow raises under ANSI."""
-    value = number.try_cast(T.DecimalType(24, 6))
-    seconds = (value * F.lit(Decimal("0.001"))).try_cast(T.DecimalType(24, 6)) if milliseconds else value
-    return F.timestamp_seconds(F.when(F.abs(seconds) <= F.lit(_LAST_SECOND), seconds.cast(T.DecimalType(20, 6))))
 
 
 def _row(source: EventSource, mapped: dict[str, str], hash_key: bytes) -> Column:

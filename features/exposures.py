@@ -35,7 +35,7 @@ def check_impressions(frame: DataFrame, *, source: ImpressionSource, run_date: d
     check_columns(frame, wanted={f"{_SETTING}.{name}": column for name, column in mapped.items()}, table=f"impressions ({source.path})")
     ids = ("user_id", "trigger_item_id", "item_id")
     read = {name: id_column(frame, mapped[name], setting=f"{_SETTING}.{name}") for name in ids}
-    read["shown_at"] = time_column(frame, columns.shown_at, setting=f"{_SETTING}.shown_at")
+    read["shown_at"] = time_column(frame, columns.shown_at, setting=f"{_SETTING}.shown_at", time_format=source.time_format)
     read["row"] = source_row([mapped[name] for name in (*ids[1:], "shown_at")])
     judged = read_columns(frame, read).withColumn("reason", reasons(_faults(now)))
     first, end = start_of(run_date - timedelta(days=source.days - 1)), start_of(run_date + timedelta(days=1))

@@ -6,17 +6,20 @@ ANSI mode is on, so every reading of a user's value goes through `try_cast`: a b
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from conf.errors import SourceError
+from conf.settings import TimeFormat
 from conf.tables import REJECTED_ROWS
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TIMES = (T.TimestampType, T.TimestampNTZType, T.DateType)
 _TEXTS = (T.StringType, T.CharType, T.VarcharType)
+_LAST_SECOND = 253_402_300_799  # 9999-12-31 23:59:59: later values overflow a timestamp
 _STARTS_WITH_A_YEAR = r"^\s*[+-]?\d{4,6}-"  # Spark reads a bare time of day as today: a clock in the data
 
 
@@ -101,18 +104,36 @@ def text_column(frame: DataFrame, name: str, *, setting: str) -> Column:
     return F.nullif(F.trim(F.make_valid_utf8(col(name).cast("string"))), F.lit(""))
 
 
-def time_column(frame: DataFrame, name: str, *, setting: str) -> Column:
-    """A timestamp from a timestamp, a date (its midnight) or ISO 8601 text (without zone: UTC); null where unreadable.
+def time_column(frame: DataFrame, name: str, *, setting: str, time_format: TimeFormat) -> Column:
+    """A timestamp, as the table's `time_format` says; null where unreadable.
+
+    `timestamp` takes timestamps, dates (their midnight) and ISO 8601 text (without zone: UTC), `date` the midnight of these, and the two
+    epochs take numbers, or text that holds one.
 
     Raises:
         SourceError: the column is of another type.
     """
-    type_ = type_of(frame, name)
+    type_, formats = type_of(frame, name), f"{setting.partition('.columns.')[0]}.time_format"
+    if time_format.startswith("epoch"):
+        if not (is_number(type_) or is_text(type_)):
+            raise unusable(frame, name, setting=formats, wanted="a number, or text that holds one")
+        return _from_epoch(col(name), milliseconds=time_format == "epoch_milliseconds")
     if isinstance(type_, _TIMES):
-        return col(name).cast("timestamp")
-    if is_text(type_):
-        return F.when(col(name).rlike(_STARTS_WITH_A_YEAR), col(name).try_cast("timestamp"))
-    raise unusable(frame, name, setting=setting, wanted="timestamp, date or ISO 8601 text")
+        moment = col(name).cast("timestamp")
+    elif is_text(type_):
+        moment = F.when(col(name).rlike(_STARTS_WITH_A_YEAR), col(name).try_cast("timestamp"))
+    elif is_number(type_):
+        raise unusable(frame, name, setting=f"{formats} (epoch_seconds or epoch_milliseconds)", wanted="timestamp, date or ISO 8601 text")
+    else:
+        raise unusable(frame, name, setting=setting, wanted="timestamp, date or ISO 8601 text")
+    return F.date_trunc("day", moment) if time_format == "date" else moment
+
+
+def _from_epoch(number: Column, *, milliseconds: bool) -> Column:
+    """Exact decimal arithmetic: a double of microseconds since 1970 would round, and overflow raises under ANSI."""
+    value = number.try_cast(T.DecimalType(24, 6))
+    seconds = (value * F.lit(Decimal("0.001"))).try_cast(T.DecimalType(24, 6)) if milliseconds else value
+    return F.timestamp_seconds(F.when(F.abs(seconds) <= F.lit(_LAST_SECOND), seconds.cast(T.DecimalType(20, 6))))
 
 
 def blank(text: Column) -> Column:

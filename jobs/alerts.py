@@ -17,7 +17,7 @@ def alert(settings: AlertSettings, failure: dict[str, str], *, say: Callable[[st
 
     Args:
         settings: whom to tell.
-        failure: run_id, run_date, stage, error, report: the body of the webhook.
+        failure: run_id, run_date, stage, error, report: the body of the webhook, with `text`, a line that chats show.
         say: where trouble is said.
     """
     if settings.command:
@@ -41,6 +41,7 @@ def _run(command: list[str], failure: dict[str, str]) -> None:
 def _post(url: str, failure: dict[str, str]) -> None:
     if not url.startswith(("https://", "http://")):
         raise ValueError("no web address")
-    body = json.dumps(failure).encode()
+    text = f"mtmh: night {failure['run_id']} failed in {failure['stage']}: {failure['error'].splitlines()[0]}"
+    body = json.dumps({"text": text} | failure).encode()
     request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})  # noqa: S310 - checked above
     urllib.request.urlopen(request, timeout=_SECONDS).close()  # noqa: S310 - checked above

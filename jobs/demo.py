@@ -1,7 +1,6 @@
 """`make demo`: one real night on public grocery baskets, then what it made, judged by what happened in the two weeks after."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from datetime import date, timedelta
 from pathlib import Path
@@ -21,6 +20,7 @@ from jobs.ingest import ingest
 from jobs.nightly import run_night, summary
 from jobs.online import open_feature_store
 from jobs.progress import Display
+from jobs.publication import published
 from jobs.query import register_views
 from jobs.reader import neighbors_of, open_table
 from jobs.session import start_session
@@ -108,9 +108,9 @@ def _show_three_ways(console: Console, night: Night) -> None:
 
 def _show_next(console: Console, night: Night) -> None:
     table: DeltaTable = open_table(night.lake.root, ITEM_NEIGHBORS)
-    published = json.loads(table.history(1)[0].get("userMetadata", "{}"))
+    run_id = published(night.lake.root).run_id
     item_id = _triggers(night)[1]
-    console.print(f"tables: {night.lake.root}  (item_neighbors version {table.version()}, published by run {published.get('run_id')})")
+    console.print(f"tables: {night.lake.root}  (item_neighbors version {table.version()}, published by run {run_id})")
     console.print("next:")
     for command in (
         f"python -m jobs.show {item_id} --config demo",

@@ -23,19 +23,33 @@ STAGE = "ingest"
 def ingest(run: StageRun) -> None:
     """Read and check all sources, write what is good and what is refused, gate."""
     with reading_sources(run.settings.source), in_memory(_checked_items(run)) as items:
-        events, labels, impressions = checked_events(run), _checked_labels(run), _checked_impressions(run)
+        given = checked_sources(run) | {"items": items}
+        events, labels, impressions = given["events"], given.get("pair_relevance"), given.get("impressions")
         run.replace(ENGAGEMENTS, _accepted_events(run, events), where=f"event_date <= '{run.run_date}'")
         run.replace(ITEM_ANNOTATIONS, _merged_annotations(run, items))
         run.replace(PAIR_RELEVANCE, _accepted(run, labels, PAIR_RELEVANCE).unionByName(_votes(run)))
         run.replace(IMPRESSIONS, _accepted(run, impressions, IMPRESSIONS).distinct())
-        checked = {"events": events, "items": items, "pair_relevance": labels, "impressions": impressions}
-        given = {name: frame for name, frame in checked.items() if frame is not None}
         refused = [rejected_rows(frame, run_id=run.night.run_id, source=name) for name, frame in given.items()]
         run.replace(REJECTED_ROWS, _union(refused), where=f"run_id = '{run.night.run_id}'")
         metrics = _event_metrics(run, events) | _item_metrics(run, items)
         if impressions is not None:
             metrics |= _rejected(impressions, "impressions")
     run.gate(metrics | {"num_duplicate_keys": _num_duplicate_keys(run)})
+
+
+def checked_sources(run: StageRun) -> dict[str, DataFrame]:
+    """By name, every row of the sources that there are, with what is wrong with it. Columns are looked at now, rows later.
+
+    Raises:
+        SourceError: a source or a mapped column is missing, or of an unusable type.
+    """
+    checked = {
+        "events": checked_events(run),
+        "items": _checked_items(run),
+        "pair_relevance": _checked_labels(run),
+        "impressions": _checked_impressions(run),
+    }
+    return {name: frame for name, frame in checked.items() if frame is not None}
 
 
 def _checked_items(run: StageRun) -> DataFrame:

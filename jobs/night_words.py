@@ -33,7 +33,6 @@ METRICS: Mapping[str, str] = {
     "temperature": "chosen temperature of the engagement softmax",
     "prior_users": "chosen number of users that a count is smoothed by",
     "content_share": "chosen share of content cosine in a head without the engagement task",
-    "num_trained_engagements": "engagements up to the run date that the model was trained on",
     "num_holdout_triggers": "triggers of the last slice of engagements on which the above was chosen",
     "scorer_passes": "passes over these triggers until the merge scorer was best on those held out, mean over folds",
     "scorer_loss": "loss of the merge scorer on triggers held out, in nats: lower is better; mean over folds",

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
@@ -12,13 +13,13 @@ from jobs.arguments import parse, report_errors
 from jobs.build_features import build_features
 from jobs.build_pairs import build_pairs
 from jobs.evaluate import evaluate
-from jobs.ingest import ingest
+from jobs.ingest import checked_sources, ingest
 from jobs.ledger import StageRecord
 from jobs.logs import about
 from jobs.night_report import write_report
 from jobs.publish_neighbors import publish_neighbors
 from jobs.publish_online import publish_online
-from jobs.stage import Night, Stage, finished, open_night, run_stage
+from jobs.stage import Night, Stage, StageRun, finished, open_night, run_stage
 from jobs.train_model import train_model
 from jobs.turns import turn
 from validation.suites import format_number
@@ -65,10 +66,25 @@ def _report(night: Night) -> None:
         night.display.say(f"[red]no report was written[/red]: {type(trouble).__name__}: {escape(str(trouble))}")
 
 
-def plan(night: Night) -> RichTable:
+def plan_sources(night: Night) -> RichTable:
+    """The tables that `run_night` would read, and their columns; no row is looked at.
+
+    Raises:
+        SourceError: a source or a mapped column is missing, or of an unusable type.
+    """
+    checked = checked_sources(StageRun(night=night, stage="ingest"))
+    table = RichTable("source", "path", "files", "columns", title="your tables", title_justify="left")
+    for name, source in night.settings.source.tables.items():
+        mapped = {ours: theirs for ours, theirs in source.model_dump()["columns"].items() if theirs}
+        columns = ", ".join(f"{ours}: {', '.join(theirs) if isinstance(theirs, list) else theirs}" for ours, theirs in mapped.items())
+        table.add_row(name, f"{source.path} ({source.format})", f"{len(checked[name].inputFiles()):,}", columns)
+    return table
+
+
+def plan(night: Night, *, force: bool = False) -> RichTable:
     """What `run_night` would do: stages with their state, versions and last duration."""
-    table = RichTable("stage", "state", "last took", "reads", title=f"plan of {night.run_id}", title_justify="left")
-    waiting = False
+    table = RichTable("stage", "state", "last took", "read last", title=f"plan of {night.run_id}", title_justify="left")
+    waiting = force
     for name in STAGES:
         done = None if waiting else finished(night, name)
         waiting = waiting or done is None
@@ -107,10 +123,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number in range((arguments.last_date - arguments.run_date).days + 1):
             night = open_night(replace(arguments, run_date=arguments.run_date + timedelta(days=number)), stage="nightly")
             if arguments.plan:
-                night.display.console.print(plan(night))
+                Console().print(plan_sources(night), plan(night, force=arguments.force))
                 continue
             records = run_night(night, force=arguments.force)
-            night.display.console.print(summary(records))
+            Console().print(summary(records))
 
     report_errors(run)
 

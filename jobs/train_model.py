@@ -9,14 +9,16 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date, timedelta
+from datetime import timedelta
 from pathlib import Path
 
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import PySparkException
 from pyspark.ml.torch.distributor import TorchDistributor
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from conf.errors import TrainingError
+from conf.errors import MtmhError, TrainingError
 from conf.settings import TrainingSettings
 from conf.tables import (
     CO_ENGAGEMENT_DAILY,
@@ -28,6 +30,9 @@ from conf.tables import (
     ITEM_POPULARITY,
     RELEVANCE_EXAMPLES,
 )
+from features.increments import fingerprint_days
+from jobs.ledger import StageRecord
+from jobs.night_words import first_line
 from jobs.progress import Reading
 from jobs.reader import artifacts_of
 from jobs.stage import StageRun, stage_main
@@ -37,7 +42,6 @@ from models.scorer import Widths
 from models.spec import REHEARSAL, TrainingSpec
 
 STAGE = "train_model"
-_NUM_ENGAGEMENTS = "num_trained_engagements"
 _CARRIERS = ("gloo", "NCCL")
 _LEAST_FREE = 1 << 20  # bytes; a worker that leaves no word with less has had no room for it
 _GPUS_OF_A_TASK = "spark.task.resource.gpu.amount"
@@ -82,16 +86,25 @@ def previous_model(run: StageRun) -> str | None:
     if run.force or not earlier:
         return None
     last = max(enumerate(earlier), key=lambda found: (found[1].run_date, found[0]))[1]
-    gone = last.metrics.get(_NUM_ENGAGEMENTS, 0) - _num_engagements(run, last.run_date)
-    if gone > 0:
-        run.note(f"starts cold: {gone:,.0f} engagements up to {last.run_date} that {last.run_id} was trained on have been deleted")
+    try:
+        gone = _num_deleted(run, last)
+    except (MtmhError, PySparkException, Py4JJavaError) as error:
+        run.note(f"starts cold: what {last.run_id} was trained on cannot be read any more ({first_line(str(error))})")
+        return None
+    if gone:
+        run.note(f"starts cold: {gone:,} engagements up to {last.run_date} that {last.run_id} was trained on have been deleted")
         return None
     folder = artifacts_of(run.settings.lake, last.run_id) / "model"
     return str(folder) if (folder / "scorer.json").is_file() else None
 
 
-def _num_engagements(run: StageRun, until: date) -> int:
-    return run.read(ENGAGEMENTS).where(F.col("event_date") <= F.lit(until)).count()
+def _num_deleted(run: StageRun, last: StageRecord) -> int:
+    """Engagements that a night was trained on and that are not there any more; only days that have changed are compared by row."""
+    frames = (run.night.lake.read(ENGAGEMENTS, last.input_versions[ENGAGEMENTS.name]), run.read(ENGAGEMENTS))
+    then, now = (frame.where(F.col("event_date") <= F.lit(last.run_date)) for frame in frames)
+    kept = now.transform(fingerprint_days).select("event_date", "fingerprint")
+    changed = then.transform(fingerprint_days).join(kept, on=["event_date", "fingerprint"], how="left_anti").select("event_date")
+    return then.join(F.broadcast(changed), on="event_date", how="left_semi").join(now, on=list(ENGAGEMENTS.key), how="left_anti").count()
 
 
 def launch(spec_json: str, import_paths: Sequence[str]) -> None:
@@ -233,8 +246,7 @@ def _metrics(run: StageRun, folder: Path) -> Mapping[str, float]:
     rows = run.read_output(ITEM_EMBEDDINGS).groupBy("head").agg(F.count("*").alias("n"), F.count_if(bad).alias("bad"), repeated).collect()
     counts = {f"{row['head']}_num_vectors": float(row["n"]) for row in rows}
     num_repeated, num_bad = (float(sum(row[name] for row in rows)) for name in ("repeated", "bad"))
-    trained = {_NUM_ENGAGEMENTS: float(_num_engagements(run, run.run_date))}
-    return metrics | counts | trained | {"num_nonfinite": num_bad, "num_duplicate_keys": num_repeated}
+    return metrics | counts | {"num_nonfinite": num_bad, "num_duplicate_keys": num_repeated}
 
 
 def _not_finite(value: Column) -> Column:

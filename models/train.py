@@ -56,7 +56,7 @@ def run_rank(spec_json: str) -> None:
     status.parent.mkdir(parents=True, exist_ok=True)
     try:
         with Workers.join(device=spec.training.device, timeout_seconds=spec.training.timeout_seconds) as workers:
-            workers.prepare(mixed_precision=spec.training.mixed_precision)
+            workers.prepare(num_threads=spec.training.num_threads, mixed_precision=spec.training.mixed_precision)
             reach("train_model.rank.started")
             decay: dict[str, Any] = {"half_life_days": spec.half_life_days, "signals": spec.signals}
             data = load_training_data(spec.tables, run_date=spec.run_date, symmetric=spec.symmetric, **decay)

@@ -69,9 +69,11 @@ class Workers:
         dist.all_reduce(all_have, op=dist.ReduceOp.MIN)
         return mine if int(all_have) else _CPU
 
-    def prepare(self, *, mixed_precision: bool) -> None:
-        """Share the machine's cores, as torchrun alone would give each worker one thread; take the GPU, and say how it multiplies."""
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_world_size))
+    def prepare(self, *, num_threads: int, mixed_precision: bool) -> None:
+        """Take so many threads, with 0 a share of the machine's cores, where torchrun would take one; take the GPU, and say how it
+        multiplies.
+        """
+        torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // self.local_world_size))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high" if mixed_precision else "highest")

@@ -94,7 +94,7 @@ def write_config(folder: Path, **sections: object) -> Path:
             "hidden_dimension": 16,
             "heads": {"relevance": {"relevance": 1.0, "affinity": 0.0}},  # content alone, so that its answer is known too
         },
-        "training": {"num_steps": 20, "batch_size": 64},
+        "training": {"num_steps": 20, "batch_size": 64, "num_validation_triggers": 20, "num_threads": 1},
         "retrieval": {"list_length": 10},
         "evaluation": {"horizon_days": 7, "num_bootstrap": 50, "cutoffs": [5]},
         "spark": {"driver_memory": "2g", "shuffle_partitions": 2},

@@ -194,6 +194,24 @@ def test_graded_pairs(spark: SparkSession) -> None:
     }
 
 
+def test_times_in_epochs(spark: SparkSession) -> None:
+    at = datetime(2024, 1, 2, 3, tzinfo=UTC)
+    milliseconds = F.lit(int(at.timestamp()) * 1000)
+    columns = ItemColumns(item_id="sku", title="name", event_timestamp="valid", created_timestamp="known")
+    source = ItemSource(path="items", columns=columns, time_format="epoch_milliseconds")
+    items = catalog(spark, {}).withColumns({"valid": milliseconds, "known": F.lit(None).cast("long")})
+    seconds = [F.unix_seconds(name).alias(name) for name in ("event_timestamp", "created_timestamp")]
+    (row,) = check_items(items, source=source).select("reason", *seconds).collect()
+    assert row.asDict() == {"reason": None, "event_timestamp": int(at.timestamp()), "created_timestamp": int(at.timestamp())}
+    labels = spark.range(1).select(
+        F.lit("a").alias("item_id"), F.lit("b").alias("other_item_id"), F.lit(1.0).alias("grade"), F.lit("human").alias("source"),
+        milliseconds.alias("rated_at"),
+    )  # fmt: skip
+    graded = RelevanceSource(path="labels", time_format="epoch_milliseconds")
+    (row,) = check_pair_relevance(labels, source=graded, now=datetime(2024, 2, 1, tzinfo=UTC)).select("reason", "rated_at").collect()
+    assert (row["reason"], row["rated_at"]) == (None, at.replace(tzinfo=None))
+
+
 def annotations(spark: SparkSession, *rows: tuple[str, datetime, datetime, str]) -> DataFrame:
     """(item_id, event time, created time, title); a title of `-` is a deletion marker."""
     columns = "item_id string, event_timestamp timestamp, created_timestamp timestamp, title string, eligible boolean, deleted boolean"

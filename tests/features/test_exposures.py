@@ -7,6 +7,7 @@ import duckdb
 import pandas as pd
 import pytest
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from conf.errors import SourceError
 from conf.settings import ImpressionColumns, ImpressionSource
@@ -87,6 +88,18 @@ def test_rows_that_cannot_be_meant_are_refused(spark: SparkSession) -> None:
     assert all('"who"' not in row["row"] for row in found)
     with pytest.raises(SourceError, match=r"source\.impressions\.columns\.item_id"):
         check_impressions(frame.drop("offer"), source=SOURCE, run_date=LAST, now=NOW)
+
+
+def test_times_in_epochs(spark: SparkSession) -> None:
+    at = datetime(2024, 3, 3, tzinfo=UTC)
+    frame = spark.createDataFrame([("u", "i", "j", int(at.timestamp()))], "who string, trigger_item_id string, offer string, shown_at long")
+    epochs = SOURCE.model_copy(update={"time_format": "epoch_seconds"})
+    (row,) = (
+        check_impressions(frame, source=epochs, run_date=LAST, now=NOW).select("reason", F.unix_seconds("shown_at").alias("at")).collect()
+    )
+    assert (row["reason"], row["at"]) == (None, int(at.timestamp()))
+    with pytest.raises(SourceError, match=r"'shown_at' is bigint; .*set source\.impressions\.time_format \(epoch_seconds"):
+        check_impressions(frame, source=SOURCE, run_date=LAST, now=NOW)
 
 
 def test_the_last_evening_waits_for_its_answer(spark: SparkSession) -> None:

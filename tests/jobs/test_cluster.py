@@ -152,7 +152,7 @@ def _submit(cluster: Cluster, folder: Path, config: Path) -> "subprocess.Popen[s
 
 def _config(folder: Path) -> Path:
     _WORLD.write(folder)
-    training = {"num_steps": 5, "batch_size": 32, "num_processes": 2, "local_mode": False}
+    training = {"num_steps": 5, "batch_size": 32, "num_processes": 2, "num_threads": 1, "local_mode": False}
     return write_config(folder, training=training, online={"shard_items": 8})  # so that the driver deals them to processes
 
 

@@ -66,7 +66,7 @@ def _nights(
     monkeypatch.setattr("jobs.maintain._hours", lambda _: 0)
     _WORLD.write(folder)
     events = _WORLD.events()
-    training = {"num_steps": 5, "batch_size": 32}
+    training = {"num_steps": 5, "batch_size": 32, "num_validation_triggers": 20, "num_threads": 1}
     lake = {"root": str(folder / "lake"), "keep_nights": kept}
     sections = {"training": training, "lake": lake, "evaluation": {"horizon_days": 1, "num_bootstrap": 10}}
     settings = load_settings(str(write_config(folder, **sections)), ["pairs.rebuild_below=1000000"])

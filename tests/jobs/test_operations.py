@@ -146,7 +146,8 @@ def test_a_failure_is_told_to_a_command_and_a_webhook(tmp_path: Path, monkeypatc
     monkeypatch.setenv("MTMH_WEBHOOK", f"http://127.0.0.1:{server.server_port}/secret-path")
     alert(AlertSettings(command=[sys.executable, "-c", program]), FAILURE, say=said.append)
     assert told.read_text() == "ingest SourceError: gone"
-    assert server.RequestHandlerClass.bodies == [FAILURE]  # type: ignore[attr-defined]
+    (body,) = server.RequestHandlerClass.bodies  # type: ignore[attr-defined]
+    assert body == FAILURE | {"text": f"mtmh: night {FAILURE['run_id']} failed in ingest: SourceError: gone"}
     server.shutdown()
     server.server_close()
     assert said == []

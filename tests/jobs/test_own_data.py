@@ -73,7 +73,8 @@ def test_development_sets_run_by_configuration_alone(
     """A slice of the users through the whole night: sessions, and a time window with tags; new items are raised to the front."""
     monkeypatch.chdir(ROOT)  # the overlays' paths are relative to the checkout
     assert (shared_data / config).is_dir()
-    fast = ["source.user_share=0.1", "training.num_steps=5", "model.dimension=32", "features.content_dimensions=32"]
+    fast = ["source.user_share=0.1", "training.num_steps=5", "model.dimension=32", "features.content_dimensions=32",
+            "training.num_validation_triggers=100", "training.num_threads=1"]  # fmt: skip
     fresh = ["retrieval.list_length=20", "merge=[{value: 0.005, new_item_bonus: 10}]"]
     night = _night(spark, config, run_date, f"lake.root={tmp_path}/lake", *fresh, *fast, now=datetime.now(UTC))
     run_night(night)

@@ -17,11 +17,13 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import duckdb
+import pandas as pd
 import pytest
 
-from conf.errors import MachineError
+from conf.errors import MachineError, SettingsError
 from conf.tables import ITEM_NEIGHBORS
 from features import store
+from jobs.export import export
 from jobs.online import open_feature_store
 from jobs.progress import Display
 from jobs.publication import published
@@ -212,3 +214,24 @@ def _asked(url: str, ids: list[str], server: subprocess.Popen[bytes]) -> dict[st
             if not isinstance(error.reason, ConnectionError):
                 raise
             time.sleep(0.1)
+
+
+def test_lists_are_exported_as_the_name_of_the_file_says(tmp_path: Path) -> None:
+    world = ListWorld(folder=tmp_path, overrides=OFFLINE)
+    run_id = world.night(NIGHT, seed=1)
+    lists = {key: [neighbor["neighbor_id"] for neighbor in found] for key, found in neighbors_of(world.root, ["i003", "i004"]).items()}
+    for name, read in (("lists.parquet", pd.read_parquet), ("lists.csv", pd.read_csv)):
+        out = tmp_path / name
+        rows = read(out) if export(world.root, str(out)) else pd.DataFrame()
+        assert set(rows["run_id"]) == {run_id}
+        assert set(rows["run_date"].astype(str)) == {str(NIGHT)}
+        for (item_id, head), ids in lists.items():
+            assert rows[(rows["item_id"] == item_id) & (rows["head"] == head)].sort_values("rank")["neighbor_id"].tolist() == ids
+    number = len(pd.read_csv(tmp_path / "lists.csv"))
+    assert export(world.root, str(tmp_path / "lists.csv"), head="merged") < number
+    assert set(pd.read_csv(tmp_path / "lists.csv")["head"]) == {"merged"}
+    with pytest.raises(SettingsError, match=r"lists\.xlsx ends in \.xlsx; wanted \.parquet or \.csv"):
+        export(world.root, str(tmp_path / "lists.xlsx"))
+    with pytest.raises(MachineError, match=r"cannot write .*nowhere/lists\.csv"):
+        export(world.root, str(tmp_path / "nowhere" / "lists.csv"))
+    assert not list(tmp_path.glob("*.partial"))

@@ -53,6 +53,19 @@ def test_a_step_leaves_nothing_on_the_processor(
     assert {"loss", "engagement/engagement", "relevance/relevance", "relevance/affinity"} <= said.keys()
 
 
+@pytest.mark.parametrize(("num_threads", "local_world_size", "taken"), [(0, 1, 8), (0, 3, 2), (0, 16, 1), (5, 3, 5)])
+def test_workers_share_the_cores_or_take_as_many_threads_as_they_are_told(
+    monkeypatch: pytest.MonkeyPatch, num_threads: int, local_world_size: int, taken: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    before = torch.get_num_threads()
+    try:
+        Workers(local_world_size=local_world_size).prepare(num_threads=num_threads, mixed_precision=True)
+        assert torch.get_num_threads() == taken
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 @pytest.mark.parametrize(("mixed", "tolerance"), [(False, 1e-4), (True, 1e-2)])
 def test_a_gpu_learns_what_the_processor_learns(
@@ -65,7 +78,7 @@ def test_a_gpu_learns_what_the_processor_learns(
     before = build_model(start, data.content, spec.model, 0.3, seed=0).vectors()
     for device in ("cpu", "cuda"):
         with Workers.join(device=device, timeout_seconds=60) as workers:
-            workers.prepare(mixed_precision=mixed)
+            workers.prepare(num_threads=0, mixed_precision=mixed)
             model = build_model(start, data.content, spec.model, 0.3, seed=0)
             history = fine_tune(model, data, spec, workers, user_level_weight=0.5)
             found.append((history[-1]["loss"], model.vectors()))
