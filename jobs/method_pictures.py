@@ -132,7 +132,7 @@ def measured(page: Path) -> Report:
     """Lists of one table of docs/benchmarks.md, as a report with two measures."""
     text = page.read_text(encoding="utf-8")
     part = text[text.index(_SET) :]
-    lines = re.findall(r"^\| (?!list|-)(.+?) \|$", part[: part.index("\n- ")], flags=re.MULTILINE)
+    lines = re.findall(r"^\| (?!list|-)(.+?) \|$", part[: part.index("|\n\n") + 1], flags=re.MULTILINE)
     rows = [row for line in lines for row in _rows([cell.strip() for cell in line.split("|")])]
     swept = {(row.head, row.metric): row for row in rows if row.method == SWEPT[0]}
     mixes = sorted({mix for mix, _ in swept}, key=float)

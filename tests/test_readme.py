@@ -70,7 +70,7 @@ def test_packaged_overlays_load(config: str) -> None:
 def test_figures_are_those_of_the_measurements() -> None:
     """Recall and relevance of the table, a row a set in the order of docs/benchmarks.md; the soup's merged list is the demo's."""
     measured = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    sets = re.findall(r"^\*\*.+?cut \d.+?(?=^- )", measured, flags=re.DOTALL | re.MULTILINE)
+    sets = re.findall(r"^\*\*[^\n]+cut \d.+?\|$(?=\n\n)", measured, flags=re.DOTALL | re.MULTILINE)
     columns = ("mtmh merged (default)", "smooth_svd (best engagement-only on validation)", "counts", "content")
     rows = re.findall(r"^\|[^|]+\|((?: \**\d\.\d{4} · \d\.\d{4}\** \|)+)$", README, flags=re.MULTILINE)
     assert len(rows) == len(sets) == 3
