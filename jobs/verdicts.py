@@ -10,7 +10,7 @@ largest mix whose mean is not below is one that luck has helped, and falls below
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Board:
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """What validation chose: the baseline to beat, per family a mix for each held axis (None: no mix holds it), an exponent, and per family
-    of bonuses one with recall kept against that baseline and one with recall kept against the baseline that finds most.
+    of bonuses one with recall kept against that baseline, the baseline that finds most, and a bonus with recall kept against that one.
     """
 
     baseline: Method
@@ -59,6 +59,7 @@ class Choice:
     at_relevance: Mapping[str, str | None]
     exponent: str | None
     bonuses: Mapping[str, str | None]
+    finders: Mapping[str, Method]
     finders_bonuses: Mapping[str, str | None]
 
     def described(self) -> dict[str, str]:
@@ -78,9 +79,9 @@ def strongest(boards: Sequence[Board], methods: Sequence[Method], key: Key) -> M
 
 
 def choose(boards: Sequence[Board]) -> Choice:
-    """Choose on one or several validation slices, by the mean over them."""
+    """Choose on one or several validation slices, by the mean over them; baselines that some slice lacks are not chosen."""
     relevance = boards[0].exam.relevance_metric
-    engagement_only = boards[0].engagement_only
+    engagement_only = [method for method in boards[0].engagement_only if all(method in board.methods for board in boards)]
     baseline = strongest(boards, engagement_only, RECALL)
     finders = {family: strongest(boards, [*engagement_only, CONTENT], found) for family, found in _BONUSES.items()}
 
@@ -97,6 +98,7 @@ def choose(boards: Sequence[Board]) -> Choice:
         at_relevance={family: best(family, relevance, RECALL) for family in families},
         exponent=best(DIAL, RECALL, DEBIASED, against=COUNTS),
         bonuses={family: best(family, RECALL, found) for family, found in _BONUSES.items()},
+        finders=finders,
         finders_bonuses={family: best(family, RECALL, found, against=finders[family]) for family, found in _BONUSES.items()},
     )
 
@@ -116,8 +118,17 @@ def _holds(ours: Sequence[Scored], theirs: Sequence[Scored], key: Key) -> bool:
 
 
 def compare(board: Board, choice: Choice, *, num_resamples: int, seed: int) -> list[Comparison]:
-    """Every comparison that the summary speaks of, ours against theirs over the same triggers."""
+    """Every comparison that the summary speaks of, ours against theirs over the same triggers.
+
+    A baseline that was chosen and that this slice lacks, as EASE where the catalog has outgrown it, gives way to the best one here.
+    """
     pairs = _Pairs(board=board, num_resamples=num_resamples, seed=seed)
+    if choice.baseline not in board.methods:
+        choice = replace(choice, baseline=strongest([board], board.engagement_only, RECALL))
+    finders = {
+        family: method if method in board.methods else board.strongest(_BONUSES[family]) for family, method in choice.finders.items()
+    }
+    choice = replace(choice, finders=finders)
     held = (_against_baseline, _with_one_axis_held, _with_popularity_discounted, _with_the_new_raised, _against_blends)
     return [comparison for compared in held for comparison in compared(pairs, choice)]
 
@@ -215,8 +226,8 @@ def _with_the_new_raised(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
             yield from pairs.difference(f"{words} found at recall kept", found, (family, bonus), finder)
             yield from pairs.difference(f"recall kept with {words} raised", RECALL, (family, bonus), choice.baseline)
         if (bonus := choice.finders_bonuses[family]) is not None:
-            for key in (found, RECALL):
-                yield from pairs.difference(f"{words} found {_AT_FINDERS_RECALL}", key, (family, bonus), finder)
+            yield from pairs.difference(f"{words} found {_AT_FINDERS_RECALL}", found, (family, bonus), finder)
+            yield from pairs.difference(f"{words} found {_AT_FINDERS_RECALL}", RECALL, (family, bonus), choice.finders[family])
         if family in pairs.board.families:
             for blend in pairs.blends:
                 yield pairs.area(f"whole frontier of recall and {words}", family, blend, against=found)

@@ -279,13 +279,21 @@ def recalls(scores: Floats, triggers: Ints, truth: Sparse, cutoff: int) -> Value
         scores: (T, N) of all targets, overwritten at the trigger itself.
         triggers: (T,) item indices.
         truth: (T, N) future weight, none on the diagonal.
-        cutoff: length of the list; items level with its last one count as found.
+        cutoff: length of the list. Of items level with its last one as many as find room count, each as likely as another: a row of equal
+            scores says nothing, and finds what chance finds.
     """
     scores[np.arange(len(triggers)), triggers] = -np.inf
-    last = scores.shape[1] - min(cutoff, scores.shape[1] - 1)
+    length = min(cutoff, scores.shape[1] - 1)
+    last = scores.shape[1] - length
     threshold = np.partition(scores, last, axis=1)[:, last]  # five times faster than argpartition, which also says who
     rows = _rows(truth)
-    found = scores[rows, truth.indices] >= threshold[rows]
+    partner = scores[rows, truth.indices]
+    found, level = (partner > threshold[rows]).astype(np.float64), partner == threshold[rows]
+    if level.any():
+        some, of = np.unique(rows[level], return_inverse=True)
+        bar = threshold[some, None]
+        above, equal = (scores[some] > bar).sum(axis=1), (scores[some] == bar).sum(axis=1)
+        found[level] = ((length - above) / equal)[of]
     hits = np.bincount(rows, weights=truth.data * found, minlength=len(triggers))
     return np.asarray(hits / np.asarray(truth.sum(axis=1)).ravel(), dtype=np.float64)
 

@@ -114,6 +114,18 @@ def test_frontiers_of_recall_and_new_items_are_compared_with_those_of_the_blends
     assert "whole frontier of recall and new items" not in {c.name for c in compare(without, choose([without]), num_resamples=50, seed=0)}
 
 
+def test_a_baseline_that_a_slice_lacks_is_neither_chosen_nor_missed():
+    """As EASE where the catalog has outgrown it."""
+    large, small = board(), board()
+    small.methods["ease", "-"] = scored(0.58, 0.2, new=0.9)
+    assert choose([small, large]).baseline == choose([large, small]).baseline == ("smooth", "-")
+    choice = choose([small])
+    assert choice.baseline == choice.finders["mtmh_new_pairs"] == ("ease", "-")
+    found = compare(large, choice, num_resamples=50, seed=0)
+    assert "ease" not in {c.theirs for c in found}
+    assert {c.theirs for c in found if c.name == "merged list against the best baseline"} == {"smooth"}
+
+
 def test_several_validation_slices_decide_by_their_mean():
     other = board()
     worse = {"0": scored(0.6, 0.1), "0.1": scored(0.40, 0.5), "1": scored(0.3, 0.9)}

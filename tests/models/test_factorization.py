@@ -15,6 +15,7 @@ from models.factorization import (
     log_likelihoods,
     log_popularity,
     recall,
+    recalls,
     sample_triggers,
     spectrum,
 )
@@ -141,6 +142,25 @@ def test_content_gives_way_to_engagement_only_where_that_is_surely_better(misled
     holdout = sparse_rows(row, column, np.ones(len(row)), (num_items, num_items))
     assert choose_content_share(fit, content, history, holdout, triggers, default=0.5) == wanted
     assert choose_content_share(fit, content, history, holdout, triggers, default=0.15, stay=2.0) == 0.15
+
+
+def test_items_without_content_choose_no_share_of_it() -> None:
+    """Scores that are all level find what chance finds: before, they found everything."""
+    num_items, size = 400, 20
+    triggers, group = np.arange(0, num_items, 5, dtype=np.int32), np.arange(num_items) // size
+    known_by = np.eye(num_items // size, dtype=np.float32)[group]
+    content = np.random.default_rng(0).standard_normal(known_by.shape).astype(np.float32)  # says nothing
+    content /= np.linalg.norm(content, axis=1, keepdims=True)
+    content[num_items // 2 :] = 0
+    history = empty_history(num_items)
+    fit = replace(factorize(history, content, weights=replace(WEIGHTS, dimension=known_by.shape[1]), seed=0), trigger=known_by)
+    row, column = np.nonzero((group[:, None] == group) & ~np.eye(num_items, dtype=bool))
+    holdout = sparse_rows(row, column, np.ones(len(row)), (num_items, num_items))
+    assert choose_content_share(fit, content, history, holdout, triggers, default=0.5) <= 0.5  # 1.0 before
+    level = np.zeros((2, 8), np.float32)
+    level[1, 5] = 1.0
+    truth = sparse_rows(np.array([0, 1, 1]), np.array([3, 5, 6]), np.ones(3), (2, 8))
+    assert recalls(level, np.array([0, 1], np.int32), truth, 3) == pytest.approx([3 / 7, (1 + 2 / 6) / 2])
 
 
 def test_recall_and_likelihood_against_plain_loops() -> None:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
+from scipy.spatial import ConvexHull
 
 from models import metrics
 from models.judges import PairJudge, TaxonomyJudge, judged_lists
@@ -164,7 +165,7 @@ def test_a_planted_world_has_known_recall_and_relevance():
     assert rel_ndcg_at_k(judged_lists(judge, items, alike), ideal) == pytest.approx(np.ones(20))
     # the front of the two lists: all of one axis with the shared part of the other
     front = np.array([[1.0, shared.mean()], [shared.mean(), 1.0]])
-    assert hypervolume(front) == pytest.approx(2 * shared.mean() - shared.mean() ** 2)
+    assert hypervolume(front) == pytest.approx(shared.mean() + (1 - shared.mean() ** 2) / 2)  # with the mixtures of both
 
 
 def test_rel_ndcg_by_hand():
@@ -266,25 +267,30 @@ def test_slices_hold_their_cells_of_the_future():
 
 
 def test_hypervolume_by_hand():
-    front = np.array([[1.0, 3.0], [2.0, 2.0], [4.0, 1.0]])
-    area = 1 * 3 + 1 * 2 + 2 * 1
+    front = np.array([[1.0, 3.0], [2.0, 2.5], [4.0, 1.0]])
+    area = 1 * 3 + 1 * (3 + 2.5) / 2 + 2 * (2.5 + 1) / 2
     assert hypervolume(front) == area
     assert hypervolume(front[[2, 0, 1]]) == area
-    assert hypervolume(np.concatenate([front, [[1.0, 1.0], [2.0, 1.5], [0.5, 3.0]], front[:1]])) == area  # dominated, and one twice
+    dominated = [[1.0, 1.0], [2.0, 1.5], [0.5, 3.0], [3.0, 1.7], [1.0, 3.0]]  # one by a mixture, and one twice
+    assert hypervolume(np.concatenate([front, dominated])) == area
     assert hypervolume(np.concatenate([front, [[9.0, -1.0], [-1.0, 9.0], [-2.0, -2.0]]])) == area  # not above the reference
-    assert hypervolume(front, reference=(1.0, 1.0)) == 1
+    assert hypervolume(front, reference=(1.0, 1.0)) == 1.5
     assert hypervolume(front[:1], reference=(-1.0, 0.0)) == 2 * 3
     assert hypervolume(np.empty((0, 2))) == 0
     assert np.isnan(hypervolume(np.array([[1.0, NAN]])))
 
 
-def test_hypervolume_against_a_grid():
+def test_hypervolume_against_a_hull():
     rng = np.random.default_rng(0)
-    centers = (np.arange(200) + 0.5) / 200
     for num_points in (1, 2, 5, 12):
-        points = rng.integers(0, 201, (num_points, 2)) / 200  # on the lines of the grid, so that counting cells is exact
-        covered = ((centers[:, None, None] < points[:, 0]) & (centers[None, :, None] < points[:, 1])).any(axis=2)
-        assert hypervolume(points) == pytest.approx(covered.mean())
+        points = rng.integers(0, 201, (num_points, 2)) / 200
+        corners = [[0, 0], [points[:, 0].max(), 0], [0, points[:, 1].max()]]
+        assert hypervolume(points) == pytest.approx(ConvexHull(np.concatenate([points, corners])).volume)
+
+
+def test_a_family_gains_nothing_by_finer_steps():
+    line = {num: np.stack([np.linspace(0.15, 0.05, num), np.linspace(0.1, 0.4, num)], axis=1) for num in (7, 14)}
+    assert hypervolume(line[7]) == pytest.approx(hypervolume(line[14]))
 
 
 def families(rng, num_triggers=300, num_settings=6):
