@@ -826,9 +826,11 @@ class Settings(Section):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+PATIENCE = {"timeout_seconds", "checkpoint_seconds", "max_restarts"}
+"""Settings of `training` that decide no number."""
 _DECIDES_NO_TABLE: Any = dict.fromkeys(("spark", "lake", "merge", "gates", "online", "backtest", "explorer", "alerts", "log"), True) | {
     "source": {"max_rejected_share"},
-    "training": {"timeout_seconds", "checkpoint_seconds", "max_restarts"},
+    "training": PATIENCE,
 }
 
 

@@ -36,6 +36,7 @@ ANNOTATIONS_VIEW = "item_annotations_view"
 """Temporary view behind the feature view item_annotations: the pinned table."""
 HISTORY_VIEW = "neighbor_history_view"
 """Temporary view behind the feature view item_neighbors: `pivot_neighbors` of item_neighbors_history."""
+SQLITE_FILE = "online.db"
 _ITEMS_PER_WRITE = 1_000  # Feast makes objects of all of them before it writes, and sqlite lets nobody else write meanwhile
 _TIMES = ("event_timestamp", "created_timestamp")
 _MAPS = tuple(column.name for column in ITEM_ANNOTATIONS.columns if column.type.startswith("map<"))
@@ -253,7 +254,7 @@ def _repository(online: OnlineSettings, *, connection: str) -> dict[str, Any]:
         "provider": "local",
         "registry": "registry.db",
         "offline_store": {"type": "spark"},  # without spark_conf: Feast would apply that to our session
-        "online_store": redis if online.store == "redis" else {"type": "sqlite", "path": "online.db"},
+        "online_store": redis if online.store == "redis" else {"type": "sqlite", "path": SQLITE_FILE},
         "entity_key_serialization_version": 3,
     }
 

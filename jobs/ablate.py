@@ -30,6 +30,7 @@ from jobs.progress import Display
 from jobs.session import start_session
 from jobs.stage import StageRun, run_stage
 from jobs.train_model import train_model
+from jobs.turns import turn
 from models import metrics
 from models.metrics import Estimate, Values
 from models.scoreboard import Key, measure
@@ -160,10 +161,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         REPORTS.mkdir(parents=True, exist_ok=True)
         path = REPORTS / f"{settings.name}{'' if share == 1 else f'-{share:g}-of-users'}-ablations.json"
         found, rows = dict[str, Measured](), list[dict[str, Any]]()
-        for name, measured in ablate(backtest, variants, values.seeds):
-            found[name] = measured
-            rows = differences(found, num_resamples=settings.evaluation.num_bootstrap, seed=settings.training.seed)
-            path.write_text(json.dumps(rows, indent=1))  # each variant takes minutes; what is measured stays, whatever comes
+        with turn(settings.lake, "ablations"):
+            for name, measured in ablate(backtest, variants, values.seeds):
+                found[name] = measured
+                rows = differences(found, num_resamples=settings.evaluation.num_bootstrap, seed=settings.training.seed)
+                path.write_text(json.dumps(rows, indent=1))  # each variant takes minutes; what is measured stays, whatever comes
         show(rows, next(row["metric"] for row in rows if "relevance" in row["metric"]), console)
         for name, measured in found.items():
             console.print(f"{name}: a training takes {measured.seconds:.0f} s", highlight=False)

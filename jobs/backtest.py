@@ -37,6 +37,7 @@ from jobs.leaks import TRAINING, check_leaks
 from jobs.progress import Display
 from jobs.session import start_session
 from jobs.stage import Night, StageRun, make_night, run_stage
+from jobs.turns import turn
 from jobs.verdicts import choose
 from models.contest import Tuned
 
@@ -194,13 +195,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             lay_source(Path(settings.source.events.path).parent)
         spark = start_session(settings.spark, app_name=f"mtmh backtest {settings.name}")
         backtest = Backtest(settings=settings, spark=spark, display=display, now=datetime.now(UTC))
-        if values.check_leaks:
-            compared = ", ".join(f"{count:,} rows of {name}" for name, count in backtest.check_leaks().items())
-            fields = ", ".join(settings.features.judge_fields)
-            console.print(f"no leak: with {fields} permuted, {compared} are the same", highlight=False, markup=False, soft_wrap=True)
-            return
-        report = backtest.run(final=values.final)
-        show(report, console)
+        with turn(settings.lake, "a backtest"):
+            if values.check_leaks:
+                compared = ", ".join(f"{count:,} rows of {name}" for name, count in backtest.check_leaks().items())
+                fields = ", ".join(settings.features.judge_fields)
+                console.print(f"no leak: with {fields} permuted, {compared} are the same", highlight=False, markup=False, soft_wrap=True)
+                return
+            show(backtest.run(final=values.final), console)
 
     report_errors(run)
 

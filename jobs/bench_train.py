@@ -83,7 +83,7 @@ def make_world(millions: float, *, num_items: int = _NUM_ITEMS) -> World:
     popularity = np.bincount(item, minlength=num_items).astype(np.float32)
     rng = np.random.default_rng(0)
     content = rng.standard_normal((num_items, _CONTENT), np.float32)
-    ids, trends = np.arange(num_items).astype(np.str_), np.zeros((num_items, len(TRENDS)), np.float32)
+    ids, trends = np.arange(num_items).astype(np.str_).astype(np.object_), np.zeros((num_items, len(TRENDS)), np.float32)
     history = History(pairs=pairs, user_items=users, popularity=popularity, trends=trends, keys=item_keys(ids.tolist()))
     trigger = np.repeat(np.arange(num_items, dtype=np.int32), 20)
     data = TrainingData(

@@ -1,8 +1,10 @@
 """Where a night's Feast store lies, and the secret that opens its online store."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pyspark.sql import DataFrame
@@ -53,6 +55,14 @@ def reaching_redis(online: OnlineSettings) -> Iterator[None]:
 def feature_store_folder(lake: LakeSettings) -> str:
     """Folder of the Feast registry and of the sqlite online store."""
     return str(shared_folder(lake) / "_feast")
+
+
+def store_identity(settings: Settings) -> str:
+    """A hash that tells one online store from another: where it is, and of a file which one, as a lost one is made anew at its place."""
+    connection = redis_connection(settings.online)
+    file = Path(feature_store_folder(settings.lake), store.SQLITE_FILE)
+    where = f"{file} {file.stat().st_ino if file.is_file() else ''}" if connection is None else connection
+    return hashlib.sha256(f"{settings.online.store} {where}".encode()).hexdigest()
 
 
 def open_feature_store(settings: Settings) -> Any:

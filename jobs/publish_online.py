@@ -23,7 +23,7 @@ from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
 from features.pair_files import ends_in, open_uri
 from jobs.ledger import Ledger, StageRecord, recorded
-from jobs.online import feature_store_folder, open_feature_store, reaching_redis, redis_connection
+from jobs.online import feature_store_folder, open_feature_store, reaching_redis, redis_connection, store_identity
 from jobs.processes import Processes
 from jobs.progress import Display
 from jobs.publication import item_ids_ever, published
@@ -58,9 +58,9 @@ def write_current(settings: Settings, version: int, *, now: datetime, display: D
     current, shards = published(root, version), _Shards(root, version, settings.online.shard_items)
     folder = artifacts_of(settings.lake, current.run_id)
     folder.mkdir(parents=True, exist_ok=True)
-    written = _Written(folder / f"online-{version}.json")
     write = partial(_write_shard, settings=settings, run_id=current.run_id, as_of=current.run_date.isoformat(), written_at=now)
     open_feature_store(settings)  # with its definitions, before anybody writes
+    written = _Written(folder / f"online-{version}.json", store_identity(settings))
     with display.watch("publish online", lambda: (written.num_items, shards.num_items, "items")):
         for name, num_items in processes.deal(write, written.remaining(shards), most=_MOST_WRITERS[settings.online.store]):
             written.add(name, num_items)
@@ -170,11 +170,12 @@ def _ids_and_scores(file: pq.ParquetFile, items: pa.Array) -> pa.Table:
 
 
 class _Written:
-    """Which shards are online already, kept in a file until all of them are."""
+    """Which shards are online already, kept in a file until all of them are; those in another store do not count."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._shards: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
+    def __init__(self, path: Path, store_is: str) -> None:
+        self._path, self._store = path, store_is
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        self._shards: dict[str, int] = kept["shards"] if kept.get("store") == store_is else {}
 
     @property
     def num_items(self) -> int:
@@ -187,7 +188,7 @@ class _Written:
         reach("publish_online.shard")
         self._shards[name] = num_items
         half = self._path.with_suffix(".partial")
-        half.write_text(json.dumps(self._shards))
+        half.write_text(json.dumps({"store": self._store, "shards": self._shards}))
         half.replace(self._path)
         reach("publish_online.marked")
 

@@ -103,7 +103,7 @@ class TrainingData:
         exposures: (N, N) decayed user-days on which the column was shown beside the row and ignored; None: nobody knows.
     """
 
-    item_ids: npt.NDArray[np.str_]
+    item_ids: npt.NDArray[np.object_]
     content: Floats
     full: History
     fit: History
@@ -131,7 +131,7 @@ class TrainingData:
         return vocabulary_fingerprint(self.item_ids)
 
 
-def vocabulary_fingerprint(item_ids: npt.NDArray[np.str_]) -> str:
+def vocabulary_fingerprint(item_ids: npt.NDArray[np.object_]) -> str:
     """SHA-256 over the ordered ids, each ended by a byte that no UTF-8 text holds."""
     digest = hashlib.sha256()
     for item_id in item_ids.tolist():
@@ -208,7 +208,7 @@ def load_training_data(
     engaged = _Engaged.read(refs["engagements"], index, run_date)
     earlier, keys = engaged.before(holdout_from), item_keys(ids.to_pylist())
     return TrainingData(
-        item_ids=np.asarray(ids.to_pylist(), dtype=np.str_),
+        item_ids=np.asarray(ids.to_pylist(), dtype=np.object_),  # as text of one width all take as much memory as the longest
         content=_content(features),
         full=History(
             pairs=full_pairs,

@@ -18,6 +18,7 @@ Shapes: `N` items (row = item_index, ascending by item_id), `B` triggers, `M` ca
 """
 
 import json
+import shutil
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -99,8 +100,10 @@ def build_index(
 ) -> dict[str, SearchReport]:
     """Write everything lists are made from; returns how each head, and content, is searched.
 
+    A `Retriever` of an index that was there keeps what it has mapped: the folder is made beside it, and takes its place when it is whole.
+
     Args:
-        folder: created; must not be in use by a `Retriever`.
+        folder: created, or replaced.
         item_ids: (N,) in index order.
         head_vectors: per head (N, V) trigger and (N, V) target vectors; engagement and relevance among them.
         content: (N, C) unit rows, zeros for an item without content.
@@ -121,7 +124,9 @@ def build_index(
     """
     per_item = {"content": content, "popularity_p": popularity_p, "eligible": eligible, "new": new, "category_codes": category_codes}
     _check(len(item_ids), head_vectors, **per_item, trends=trends)
-    folder.mkdir(parents=True, exist_ok=True)
+    place, folder = folder, folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     informed = (content != 0).any(axis=1) | (popularity_p > 0)
     sample = np.sort(np.random.default_rng(0).permutation(len(eligible))[:_NUM_SAMPLED])
     reports = {}
@@ -145,7 +150,18 @@ def build_index(
         Scorer.load(scorer_file).save(folder / "scorer.json")
     meta = {"heads": list(head_vectors), "has_scorer": scorer_file is not None}
     (folder / _META).write_text(json.dumps(meta))
+    _take_place(folder, place)
     return reports
+
+
+def _take_place(folder: Path, place: Path) -> None:
+    """Files that somebody has mapped stay until nobody has."""
+    before = place.with_name(f"{place.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if place.exists():
+        place.rename(before)
+    folder.rename(place)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _save_per_item(folder: Path, popularity_p: Floats, eligible: Bools, category_codes: Ints) -> None:

@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
-from conf.settings import ModelSettings, TrainingSettings
+from conf.settings import PATIENCE, ModelSettings, TrainingSettings
 from models.data import TableRef
 from models.resume import training_key
 from models.scorer import READS, Widths
@@ -67,8 +67,10 @@ class TrainingSpec:
 
     @property
     def key(self) -> str:
-        """Hash of what decides the numbers that come out, and not where they go."""
-        return training_key(dataclasses.replace(self, folder="").to_json() + json.dumps(READS))
+        """Hash of what decides the numbers that come out, and not where they go, nor how long anybody waits."""
+        described = json.loads(dataclasses.replace(self, folder="").to_json())
+        described["training"] = {name: value for name, value in described["training"].items() if name not in PATIENCE}
+        return training_key(json.dumps(described) + json.dumps(READS))
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -24,7 +24,7 @@ from conf.errors import MachineError, SettingsError
 from conf.tables import ITEM_NEIGHBORS
 from features import store
 from jobs.export import export
-from jobs.online import open_feature_store
+from jobs.online import feature_store_folder, open_feature_store
 from jobs.progress import Display
 from jobs.publication import published
 from jobs.reader import artifacts_of, neighbors_of, open_table
@@ -134,6 +134,24 @@ roll_back(load_settings(sys.argv[1]), sys.argv[2], display=Display(seconds_per_l
 """
 
 
+def test_what_a_killed_publication_wrote_to_a_store_that_is_gone_is_written_again(tmp_path: Path) -> None:
+    world = ListWorld(folder=tmp_path, overrides={"online": {"shard_items": 1}})
+    run_id = world.night(NIGHT, seed=1)
+    state = artifacts_of(world.settings.lake, run_id) / f"online-{published(world.root).version}.json"
+    publisher = start(ONLINE, str(world.config), run_id)
+    while not state.exists() or len(json.loads(state.read_text())["shards"]) < 20:
+        assert publisher.poll() is None
+        time.sleep(0.001)
+    publisher.send_signal(signal.SIGKILL)
+    publisher.wait()
+    file = Path(feature_store_folder(world.settings.lake), store.SQLITE_FILE)
+    file.rename(file.with_name("lost"))  # not removed: its number could be given to the next file
+    roll_back(world.settings, run_id, display=QUIET)
+    ids = [f"i{number:03d}" for number in range(world.num_items)]
+    found = store.lookup_online(open_feature_store(world.settings), ids, heads=["merged"], k=100)
+    assert {lists["run_id"] for lists in found.values()} == {run_id}
+
+
 def test_a_killed_online_publication_goes_on_where_it_stopped(tmp_path: Path, redis_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTMH_REDIS", redis_server)
     world = ListWorld(folder=tmp_path, overrides={"online": {"store": "redis", "shard_items": 1}})
@@ -142,12 +160,12 @@ def test_a_killed_online_publication_goes_on_where_it_stopped(tmp_path: Path, re
     second = world.night(NIGHT + timedelta(days=1), seed=2)
     state = artifacts_of(world.settings.lake, second) / f"online-{published(world.root).version}.json"
     publisher = start(ONLINE, str(world.config), second)
-    while not state.exists() or len(json.loads(state.read_text())) < 20:
+    while not state.exists() or len(json.loads(state.read_text())["shards"]) < 20:
         assert publisher.poll() is None
         time.sleep(0.001)
     publisher.send_signal(signal.SIGKILL)
     publisher.wait()
-    before = set(json.loads(state.read_text()))
+    before = set(json.loads(state.read_text())["shards"])
     assert 20 <= len(before) < world.num_items
     ids = [f"i{number:03d}" for number in range(world.num_items)]
     feature_store = open_feature_store(world.settings)

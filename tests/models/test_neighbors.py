@@ -143,6 +143,17 @@ def rows_of(lists: NeighborLists, head: str):
     return [flat[a:b] for a, b in zip(table.offsets, table.offsets[1:], strict=False)]
 
 
+def test_an_index_that_is_written_anew_leaves_its_readers_what_they_have(tmp_path):
+    """They have its files mapped: written over in place, these would change or end under them."""
+    world, other = World(num_items=60, seed=1), World(num_items=30, seed=2)
+    retriever = world.open(tmp_path, a_scorer())
+    wanted = [rows_of(world.retrieve(retriever), head) for head in ("engagement", "merged")]
+    again = other.open(tmp_path, a_scorer())
+    assert [rows_of(world.retrieve(retriever), head) for head in ("engagement", "merged")] == wanted
+    assert len(again.item_ids) == 30
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["index"]
+
+
 # --- against a loop over everything ---
 
 

@@ -117,6 +117,8 @@ def test_only_the_same_training_goes_on(tables: dict[str, TableRef], tmp_path: P
     fewer = replace(spec, widths=replace(spec.widths, content=1))
     assert [Saved.find(tmp_path, key=changed.key) for changed in (other, newer, fewer)] == [None, None, None]
     assert replace(spec, folder="elsewhere").key == spec.key
+    patient = spec.training.model_copy(update={"timeout_seconds": 999, "checkpoint_seconds": 7, "max_restarts": 5})
+    assert replace(spec, training=patient).key == spec.key  # more patience is what a killed training needs
     with monkeypatch.context() as other_code:
         other_code.setattr(resume, "_FORMAT", 1)
         assert Saved.find(tmp_path, key=spec.key) is None
