@@ -134,9 +134,8 @@ roll_back(load_settings(sys.argv[1]), sys.argv[2], display=Display(seconds_per_l
 """
 
 
-def test_what_a_killed_publication_wrote_to_a_store_that_is_gone_is_written_again(tmp_path: Path) -> None:
-    world = ListWorld(folder=tmp_path, overrides={"online": {"shard_items": 1}})
-    run_id = world.night(NIGHT, seed=1)
+def kill_half_way(world: ListWorld, run_id: str) -> Path:
+    """Begin to publish a run online, and kill it after twenty shards; returns the file that marks them."""
     state = artifacts_of(world.settings.lake, run_id) / f"online-{published(world.root).version}.json"
     publisher = start(ONLINE, str(world.config), run_id)
     while not state.exists() or len(json.loads(state.read_text())["shards"]) < 20:
@@ -144,6 +143,13 @@ def test_what_a_killed_publication_wrote_to_a_store_that_is_gone_is_written_agai
         time.sleep(0.001)
     publisher.send_signal(signal.SIGKILL)
     publisher.wait()
+    return state
+
+
+def test_what_a_killed_publication_wrote_to_a_store_that_is_gone_is_written_again(tmp_path: Path) -> None:
+    world = ListWorld(folder=tmp_path, overrides={"online": {"shard_items": 1}})
+    run_id = world.night(NIGHT, seed=1)
+    kill_half_way(world, run_id)
     file = Path(feature_store_folder(world.settings.lake), store.SQLITE_FILE)
     file.rename(file.with_name("lost"))  # not removed: its number could be given to the next file
     roll_back(world.settings, run_id, display=QUIET)
@@ -158,13 +164,7 @@ def test_a_killed_online_publication_goes_on_where_it_stopped(tmp_path: Path, re
     first = world.night(NIGHT, seed=1)
     roll_back(world.settings, first, display=QUIET)
     second = world.night(NIGHT + timedelta(days=1), seed=2)
-    state = artifacts_of(world.settings.lake, second) / f"online-{published(world.root).version}.json"
-    publisher = start(ONLINE, str(world.config), second)
-    while not state.exists() or len(json.loads(state.read_text())["shards"]) < 20:
-        assert publisher.poll() is None
-        time.sleep(0.001)
-    publisher.send_signal(signal.SIGKILL)
-    publisher.wait()
+    state = kill_half_way(world, second)
     before = set(json.loads(state.read_text())["shards"])
     assert 20 <= len(before) < world.num_items
     ids = [f"i{number:03d}" for number in range(world.num_items)]
