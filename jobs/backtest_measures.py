@@ -16,7 +16,7 @@ _MEASURES: Mapping[str, str] = {
     "diversity": "mean distance in content, 1 - cosine, between the first {k} of a list",
     "overlap": "share of the first {k} that the engagement list has too; of the engagement list itself, that the relevance list has",
     "churn": "share of change of the first {k} against the lists of the day before: 1 - Jaccard index, mean over triggers",
-    "hypervolume": "area under the family's frontier of recall and relevance, mixtures of two settings over triggers included",
+    "hypervolume": "area under the family's frontier of recall and relevance",
 }
 _SAME_SOURCE = "same_source_"
 _PARTS: Mapping[str, str] = {

@@ -11,6 +11,7 @@ largest mix whose mean is not below is one that luck has helped, and falls below
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -158,12 +159,13 @@ class _Pairs:
         alone = float(other[both].mean()) if both.any() else float("nan")
         yield self._comparison(name, key[0], name_of(ours), name_of(theirs), found, alone)
 
-    def area(self, name: str, ours: str, theirs: str, *, against: Key) -> Comparison:
-        """Of recall and another measure."""
+    def areas(self, name: str, ours: str, theirs: str, *, against: Key) -> Iterator[Comparison]:
+        """Of recall and another measure, by the settings alone and with mixtures of them."""
         mine, other = _axes(self.board, ours, against), _axes(self.board, theirs, against)
-        found = metrics.paired_hypervolume(*mine, *other, num_resamples=self.num_resamples, seed=self.seed)
-        alone = metrics.bootstrap_hypervolume(*other, num_resamples=1, seed=self.seed)
-        return self._comparison(name, "hypervolume", ours, theirs, found, alone.value)
+        for what, mixtures in (("hypervolume", False), ("hypervolume with mixtures", True)):
+            draw = partial(metrics.paired_hypervolume, num_resamples=self.num_resamples, seed=self.seed, mixtures=mixtures)
+            alone = metrics.bootstrap_hypervolume(*other, num_resamples=1, seed=self.seed, mixtures=mixtures)
+            yield self._comparison(name, what, ours, theirs, draw(*mine, *other), alone.value)
 
     def _comparison(self, name: str, what: str, ours: str, theirs: str, found: Estimate, alone: float) -> Comparison:
         return Comparison(
@@ -230,12 +232,12 @@ def _with_the_new_raised(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
             yield from pairs.difference(f"{words} found {_AT_FINDERS_RECALL}", RECALL, (family, bonus), choice.finders[family])
         if family in pairs.board.families:
             for blend in pairs.blends:
-                yield pairs.area(f"whole frontier of recall and {words}", family, blend, against=found)
+                yield from pairs.areas(f"whole frontier of recall and {words}", family, blend, against=found)
 
 
 def _against_blends(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
     for family in pairs.blends:
-        yield pairs.area("whole frontier", _BLEND, family, against=pairs.board.exam.relevance_metric)
+        yield from pairs.areas("whole frontier", _BLEND, family, against=pairs.board.exam.relevance_metric)
         ours, theirs = choice.at_recall[_BLEND], choice.at_recall[family]
         if ours is not None and theirs is not None:
             for key in (pairs.board.exam.relevance_metric, RECALL):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
@@ -165,7 +167,7 @@ def test_a_planted_world_has_known_recall_and_relevance():
     assert rel_ndcg_at_k(judged_lists(judge, items, alike), ideal) == pytest.approx(np.ones(20))
     # the front of the two lists: all of one axis with the shared part of the other
     front = np.array([[1.0, shared.mean()], [shared.mean(), 1.0]])
-    assert hypervolume(front) == pytest.approx(shared.mean() + (1 - shared.mean() ** 2) / 2)  # with the mixtures of both
+    assert hypervolume(front) == pytest.approx(2 * shared.mean() - shared.mean() ** 2)
 
 
 def test_rel_ndcg_by_hand():
@@ -266,31 +268,37 @@ def test_slices_hold_their_cells_of_the_future():
         assert part.nnz == np.count_nonzero(part.toarray())
 
 
-def test_hypervolume_by_hand():
-    front = np.array([[1.0, 3.0], [2.0, 2.5], [4.0, 1.0]])
-    area = 1 * 3 + 1 * (3 + 2.5) / 2 + 2 * (2.5 + 1) / 2
-    assert hypervolume(front) == area
-    assert hypervolume(front[[2, 0, 1]]) == area
-    dominated = [[1.0, 1.0], [2.0, 1.5], [0.5, 3.0], [3.0, 1.7], [1.0, 3.0]]  # one by a mixture, and one twice
-    assert hypervolume(np.concatenate([front, dominated])) == area
-    assert hypervolume(np.concatenate([front, [[9.0, -1.0], [-1.0, 9.0], [-2.0, -2.0]]])) == area  # not above the reference
-    assert hypervolume(front, reference=(1.0, 1.0)) == 1.5
-    assert hypervolume(front[:1], reference=(-1.0, 0.0)) == 2 * 3
-    assert hypervolume(np.empty((0, 2))) == 0
-    assert np.isnan(hypervolume(np.array([[1.0, NAN]])))
+@pytest.mark.parametrize(
+    ("mixtures", "area", "above_one"), [(False, 1 * 3 + 1 * 2.5 + 2 * 1, 1.5), (True, 1 * 3 + 2.75 + 2 * 1.75, 1.5 / 2 + 1.75)]
+)
+def test_hypervolume_by_hand(mixtures, area, above_one):
+    front, of = np.array([[1.0, 3.0], [2.0, 2.5], [4.0, 1.0]]), partial(hypervolume, mixtures=mixtures)
+    assert of(front) == area
+    assert of(front[[2, 0, 1]]) == area
+    assert of(np.concatenate([front, [[1.0, 1.0], [2.0, 1.5], [0.5, 3.0]], front[:1]])) == area  # dominated, and one twice
+    assert (of(np.concatenate([front, [[3.0, 1.7]]])) == area) == mixtures  # dominated by a mixture alone
+    assert of(np.concatenate([front, [[9.0, -1.0], [-1.0, 9.0], [-2.0, -2.0]]])) == area  # not above the reference
+    assert of(front[:1], reference=(-1.0, 0.0)) == 2 * 3
+    assert of(np.empty((0, 2))) == 0
+    assert np.isnan(of(np.array([[1.0, NAN]])))
+    assert of(front, reference=(1.0, 1.0)) == 1.5
 
 
-def test_hypervolume_against_a_hull():
+def test_hypervolume_against_a_grid_and_a_hull():
     rng = np.random.default_rng(0)
+    centers = (np.arange(200) + 0.5) / 200
     for num_points in (1, 2, 5, 12):
-        points = rng.integers(0, 201, (num_points, 2)) / 200
+        points = rng.integers(0, 201, (num_points, 2)) / 200  # on the lines of the grid, so that counting cells is exact
+        covered = ((centers[:, None, None] < points[:, 0]) & (centers[None, :, None] < points[:, 1])).any(axis=2)
+        assert hypervolume(points) == pytest.approx(covered.mean())
         corners = [[0, 0], [points[:, 0].max(), 0], [0, points[:, 1].max()]]
-        assert hypervolume(points) == pytest.approx(ConvexHull(np.concatenate([points, corners])).volume)
+        assert hypervolume(points, mixtures=True) == pytest.approx(ConvexHull(np.concatenate([points, corners])).volume)
 
 
-def test_a_family_gains_nothing_by_finer_steps():
-    line = {num: np.stack([np.linspace(0.15, 0.05, num), np.linspace(0.1, 0.4, num)], axis=1) for num in (7, 14)}
-    assert hypervolume(line[7]) == pytest.approx(hypervolume(line[14]))
+def test_with_mixtures_a_family_gains_nothing_by_finer_steps():
+    coarse, fine = (np.stack([np.linspace(0.15, 0.05, num), np.linspace(0.1, 0.4, num)], axis=1) for num in (7, 14))
+    assert hypervolume(fine) > 1.02 * hypervolume(coarse)
+    assert hypervolume(fine, mixtures=True) == pytest.approx(hypervolume(coarse, mixtures=True))
 
 
 def families(rng, num_triggers=300, num_settings=6):
