@@ -124,9 +124,7 @@ def build_index(
     """
     per_item = {"content": content, "popularity_p": popularity_p, "eligible": eligible, "new": new, "category_codes": category_codes}
     _check(len(item_ids), head_vectors, **per_item, trends=trends)
-    place, folder = folder, folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    place, folder = folder, _beside(folder)
     informed = (content != 0).any(axis=1) | (popularity_p > 0)
     sample = np.sort(np.random.default_rng(0).permutation(len(eligible))[:_NUM_SAMPLED])
     reports = {}
@@ -152,6 +150,14 @@ def build_index(
     (folder / _META).write_text(json.dumps(meta))
     _take_place(folder, place)
     return reports
+
+
+def _beside(place: Path) -> Path:
+    """An empty folder, whatever a killed night has left there."""
+    folder = place.with_name(f"{place.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def _take_place(folder: Path, place: Path) -> None:
