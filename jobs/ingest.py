@@ -6,6 +6,7 @@ nothing; later days, which a later night may have written, stay.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -22,9 +23,12 @@ STAGE = "ingest"
 
 def ingest(run: StageRun) -> None:
     """Read and check all sources, write what is good and what is refused, gate."""
-    with reading_sources(run.settings.source), in_memory(_checked_items(run)) as items:
-        given = checked_sources(run) | {"items": items}
-        events, labels, impressions = given["events"], given.get("pair_relevance"), given.get("impressions")
+    with ExitStack() as stack:
+        stack.enter_context(reading_sources(run.settings.source))
+        given = checked_sources(run)
+        given["items"] = stack.enter_context(in_memory(given["items"]))
+        events, items = given["events"], given["items"]
+        labels, impressions = given.get("pair_relevance"), given.get("impressions")
         run.replace(ENGAGEMENTS, _accepted_events(run, events), where=f"event_date <= '{run.run_date}'")
         run.replace(ITEM_ANNOTATIONS, _merged_annotations(run, items))
         run.replace(PAIR_RELEVANCE, _accepted(run, labels, PAIR_RELEVANCE).unionByName(_votes(run)))
@@ -44,8 +48,8 @@ def checked_sources(run: StageRun) -> dict[str, DataFrame]:
         SourceError: a source or a mapped column is missing, or of an unusable type.
     """
     checked = {
-        "events": checked_events(run),
         "items": _checked_items(run),
+        "events": checked_events(run),
         "pair_relevance": _checked_labels(run),
         "impressions": _checked_impressions(run),
     }

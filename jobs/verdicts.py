@@ -11,7 +11,6 @@ largest mix whose mean is not below is one that luck has helped, and falls below
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -163,9 +162,9 @@ class _Pairs:
         """Of recall and another measure, by the settings alone and with mixtures of them."""
         mine, other = _axes(self.board, ours, against), _axes(self.board, theirs, against)
         for what, mixtures in (("hypervolume", False), ("hypervolume with mixtures", True)):
-            draw = partial(metrics.paired_hypervolume, num_resamples=self.num_resamples, seed=self.seed, mixtures=mixtures)
+            found = metrics.paired_hypervolume(*mine, *other, num_resamples=self.num_resamples, seed=self.seed, mixtures=mixtures)
             alone = metrics.bootstrap_hypervolume(*other, num_resamples=1, seed=self.seed, mixtures=mixtures)
-            yield self._comparison(name, what, ours, theirs, draw(*mine, *other), alone.value)
+            yield self._comparison(name, what, ours, theirs, found, alone.value)
 
     def _comparison(self, name: str, what: str, ours: str, theirs: str, found: Estimate, alone: float) -> Comparison:
         return Comparison(
