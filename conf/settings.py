@@ -395,7 +395,7 @@ class ModelSettings(Section):
         500_000,
         ge=0,
         description="Most items with an id row of their own, the most popular; all others live on content, as new items do. A row takes, "
-        "with gradient and optimizer, 32 bytes a dimension, and as much for each signal and each separate encoder.",
+        "with the optimizer's state, 24 bytes a dimension, and as much for each signal and each separate encoder.",
     )
     content_sides: list[Literal["trigger", "target"]] = Field(
         ["trigger", "target"],

@@ -124,7 +124,7 @@ def _spec() -> TrainingSpec:
 
 @dataclass(kw_only=True)
 class Spent:
-    """Seconds of the parts of some steps."""
+    """Seconds of the parts of a step, or of some."""
 
     data: float = 0.0
     forward: float = 0.0
@@ -141,8 +141,8 @@ class Spent:
         return ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
 
 
-def time_steps(batches: Batches, model: Mtmh, settings: TrainingSettings, steps: range) -> Spent:
-    """Where the time of some steps goes; what `backward` does outside of autograd's own is forward."""
+def time_steps(batches: Batches, model: Mtmh, settings: TrainingSettings, num_steps: int) -> Iterator[Spent]:
+    """Where the time of each of the first steps goes; what `backward` does outside of autograd's own is forward."""
     work, spent = Optimization(model, learning_rate=settings.learning_rate, num_steps=settings.num_steps), Spent()
     plain = torch.autograd.backward
 
@@ -152,21 +152,18 @@ def time_steps(batches: Batches, model: Mtmh, settings: TrainingSettings, steps:
         spent.backward += time.perf_counter() - begin
 
     with patch.object(torch.autograd, "backward", timed):
-        for step in steps:
-            marks = [time.perf_counter()]
+        for step in range(num_steps):
+            spent, marks = Spent(), [time.perf_counter()]
             batch = batches.batch(step)
             marks.append(time.perf_counter())
-            work.optimizer.zero_grad(set_to_none=True)
-            before = spent.backward
+            work.clear()
             said = backward(model, batch, Workers(), affinity_weight=settings.affinity_weight, compare=False)
             marks.append(time.perf_counter())
             work.step(Workers().add_up(model, said))
             marks.append(time.perf_counter())
             of_data, of_both, of_optimizer = np.diff(marks).tolist()
-            spent.data += of_data
-            spent.forward += of_both - (spent.backward - before)
-            spent.optimizer += of_optimizer
-    return spent
+            spent.data, spent.forward, spent.optimizer = of_data, of_both - spent.backward, of_optimizer
+            yield spent
 
 
 def measure(millions: float, *, num_threads: int, num_items: int = _NUM_ITEMS, num_measured: int = _NUM_MEASURED) -> Iterator[Json]:
@@ -208,7 +205,7 @@ def _ours(world: World, rate: float, num_measured: int) -> Json:
     batches = make_batches(data, spec, Workers(), user_level_weight=weights.user_level_weight)
     with FlopCounterMode(display=False) as counter:
         backward(model, batches.batch(0), Workers(), affinity_weight=1.0, compare=False)
-    runs = [time_steps(batches, model, settings, range(step, step + 1)) for step in range(1, num_measured + 1)]
+    _, *runs = time_steps(batches, model, settings, num_measured + 1)  # the first one lays out the optimizer's state
     step = statistics.median(run.total for run in runs)
     whole = Spent(**{name: sum(getattr(run, name) for run in runs) for name in vars(runs[0])})
     share = counter.get_total_flops() / step / rate

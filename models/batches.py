@@ -22,8 +22,9 @@ from models.factorization import CoEngagement
 _ENGAGEMENT = "engagement"  # the task whose partners are candidates, too
 _NUM_PARTNERS = 4  # drawn per trigger when the softmax is sampled
 _NUM_EXAMPLES = 8  # graded items per trigger and step
+_NUM_USERS = 16  # of a trigger whose row is taught, when the softmax is sampled; exact rows change no recall by more than .0002
 _NUM_RANDOM = 64  # mostly unrelated items, shared by all triggers: one product instead of a gather per trigger
-_TRIGGERS, _CANDIDATES, _RANDOM, _DROPPED, _EXAMPLES, _BY_PAIR, _POINT, _PLACE = range(8)  # what a random number is for
+_TRIGGERS, _CANDIDATES, _RANDOM, _DROPPED, _EXAMPLES, _BY_PAIR, _POINT, _PLACE, _USERS = range(9)  # what a random number is for
 _TASK_SEED = 1_000_003  # between the seeds of tasks
 _POPULAR_SHARE = 0.25  # of the sampled candidates, the most popular items, with certainty: most of the softmax mass is there
 
@@ -33,7 +34,8 @@ class Positives:
     """What a softmax task is taught of a batch's triggers.
 
     Attributes:
-        mass: (B, M) co-engagement at the candidates times their prior shift, 0 at the trigger itself.
+        mass: (B, M) co-engagement at the candidates times their prior shift, 0 at the trigger itself; estimated where the candidates are a
+            sample, too.
         partners: (B, P) drawn in proportion to the trigger's row without it; no columns when the catalog is complete.
         weight: (B, P) prior shift of each partner over the row's mean.
         position: (B, P) of the partner among the candidates, or -1.
@@ -61,7 +63,7 @@ class Batch:
         random: (R,) item indices of the shared examples.
         targets: (B, L + R) graded relevance; of a shared example its content cosine, 0 when negative.
         present: (B, L + R) there is an example here.
-        dropped: (N,) items whose id is hidden in this step.
+        dropped: (I,) which of `items` have their id hidden in this step.
         log_copies: (B, M) log of how often each candidate counts in a normalizer: 1 + w * ignored exposures; None: once.
         own: rows and columns of any `mass` where the candidate is the trigger itself.
         num_triggers: size of the global batch.
@@ -146,21 +148,21 @@ class Batches:
         examples, targets, present = self.examples.draw(draw, triggers, _NUM_EXAMPLES)
         everything = np.arange(self.num_items, dtype=np.int32)
         random = everything[draw.choose(_RANDOM, everything, _NUM_RANDOM)]
-        dropped = draw.uniform(_DROPPED, everything) < self.id_dropout
         mine = slice(self.rank, None, self.world_size)
         where = np.full(self.num_items, -1, dtype=np.int32)
         where[candidates] = np.arange(len(candidates), dtype=np.int32)
+        items = np.unique(np.concatenate([triggers, candidates, examples.ravel(), random, *(of.ravel() for of in partners.values())]))
         return Batch(
-            items=np.unique(np.concatenate([triggers, candidates, examples.ravel(), random, *(of.ravel() for of in partners.values())])),
+            items=items,
             triggers=triggers[mine],
             candidates=candidates,
             log_inclusion=log_inclusion,
-            positives={task: self._positives(task, partners[task][mine], triggers[mine], candidates, where) for task in partners},
+            positives={task: self._positives(task, draw, partners[task][mine], triggers[mine], candidates, where) for task in partners},
             examples=examples[mine],
             random=random,
             targets=np.concatenate([targets[mine], np.maximum(self.content[triggers[mine]] @ self.content[random].T, 0)], axis=1),
             present=np.concatenate([present[mine], self._graded(triggers[mine], random)], axis=1),
-            dropped=dropped,
+            dropped=draw.uniform(_DROPPED, items) < self.id_dropout,
             log_copies=self._log_copies(triggers[mine], candidates),
             own=_cells(where[triggers[mine]]),
             num_triggers=len(triggers),
@@ -171,10 +173,15 @@ class Batches:
         width = _NUM_PARTNERS if self.is_sampled else 0
         return {task: of.draw(draw.of_task(number), triggers, width) for number, (task, of) in enumerate(self.partners.items())}
 
-    def _positives(self, task: str, partners: Ints, triggers: Ints, candidates: Ints, where: Ints) -> Positives:
+    def _positives(self, task: str, draw: "_Draw", partners: Ints, triggers: Ints, candidates: Ints, where: Ints) -> Positives:
         """Of this worker's rows."""
+        matrix = self.matrices[task]
+        if self.is_sampled:
+            mass = matrix.estimated_rows(triggers, candidates, most_users=_NUM_USERS, offset=draw.uniform(_USERS, triggers))
+        else:
+            mass = matrix.rows(triggers)
         return Positives(
-            mass=self.matrices[task].rows(triggers, candidates if self.is_sampled else None) * self.prior_shift[candidates],
+            mass=mass * self.prior_shift[candidates],
             partners=partners,
             weight=self.prior_shift[partners] / self.mean_shift[task][triggers][:, None],
             position=where[partners],

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import lu, qr, svd
-from scipy.sparse import diags_array
+from scipy.sparse import csr_array, diags_array
 
 from models.data import TREND_HALF_LIVES, Floats, History, Ints, Sparse
 from models.draws import Keys, choose, normal
@@ -128,17 +128,43 @@ class CoEngagement:
             product -= (self.factor * self.diagonal)[:, None] * block
         return product
 
-    def rows(self, triggers: Ints, candidates: Ints | None = None) -> Floats:
-        """(T, M) dense rows of M, restricted to some targets; the trigger's own cell is 0."""
-        pairs, users = self.pairs[triggers], self.weighted_users
-        if candidates is not None:
-            pairs, users = pairs[:, candidates], users[:, candidates]
-        out: Floats = pairs.toarray()
+    def rows(self, triggers: Ints) -> Floats:
+        """(T, N) dense rows of M; the trigger's own cell is 0."""
+        out: Floats = self.pairs[triggers].toarray()
         if self.factor:
-            out += self.factor * self.items_users[triggers].dot(users).toarray()
-        own = np.arange(self.pairs.shape[0], dtype=np.int32) if candidates is None else candidates
-        out[triggers[:, None] == own[None, :]] = 0
+            out += self.factor * self.items_users[triggers].dot(self.weighted_users).toarray()
+        out[np.arange(len(triggers)), triggers] = 0
         return out
+
+    def estimated_rows(self, triggers: Ints, candidates: Ints, *, most_users: int, offset: npt.NDArray[np.float64]) -> Floats:
+        """(T, M) dense rows of M at some targets, the trigger's own cell 0, from so few users that a row costs the same in any log.
+
+        Args:
+            triggers: (T,) item indices.
+            candidates: (M,) item indices.
+            most_users: of a trigger with n of them, more than these, every n / most_users-th stands for as many: right in the mean.
+            offset: (T,) in [0, 1), uniform: where counting begins.
+        """
+        out: Floats = self.pairs[triggers][:, candidates].toarray()
+        if self.factor:
+            users = _thinned(self.items_users[triggers], most_users, offset)
+            named, column = np.unique(users.indices, return_inverse=True)
+            users = csr_array((users.data, column.astype(np.int32), users.indptr), shape=(len(triggers), len(named)))
+            out += self.factor * users.dot(self.weighted_users[named][:, candidates]).toarray()
+        out[triggers[:, None] == candidates[None, :]] = 0
+        return out
+
+
+def _thinned(rows: Sparse, most: int, offset: npt.NDArray[np.float64]) -> Sparse:
+    """Rows with at most so many cells, evenly spaced from (T,) offsets on, each worth as many as it stands for."""
+    have = np.diff(rows.indptr)
+    kept = np.minimum(have, most)
+    indptr = np.concatenate([[0], np.cumsum(kept)]).astype(np.int32)
+    row = np.repeat(np.arange(len(have)), kept)
+    stride = have[row] / kept[row]
+    place = ((np.arange(indptr[-1]) - indptr[row] + offset[row]) * stride).astype(np.int64)
+    cell = rows.indptr[row] + np.minimum(place, have[row] - 1)
+    return csr_array((rows.data[cell] * stride.astype(np.float32), rows.indices[cell], indptr), shape=rows.shape)
 
 
 def spectrum(matrix: CoEngagement, *, dimension: int, keys: Keys, seed: int) -> tuple[Floats, Floats, Floats]:

@@ -69,7 +69,7 @@ def fine_tune(
             keeper.look(work)
         if step == settings.num_steps // 2 > first:
             reach("train_model.rank.rehearsal") if phase == REHEARSAL else reach("train_model.rank.training")
-        work.optimizer.zero_grad(set_to_none=True)
+        work.clear()
         compare = step % _CONFLICT_EVERY == 0
         said = backward(model, batches.batch(step), workers, affinity_weight=settings.affinity_weight, compare=compare)
         entry = workers.add_up(model, said)
@@ -128,7 +128,7 @@ def backward(model: Mtmh, batch: Batch, workers: Workers, *, affinity_weight: fl
     `compare`: a cosine below 0 means that two tasks pull apart. Tasks of separate encoders have nothing to compare.
     """
     device, mine = model.log_prior.device, workers.part(len(batch.items))
-    index, dropped = on(device, batch.items).long(), on(device, batch.dropped[batch.items[mine]])
+    index, dropped = on(device, batch.items).long(), on(device, batch.dropped[mine])
     partners = {task: positives.partners for task, positives in batch.positives.items()}
     wanted = (batch.triggers, batch.candidates, batch.examples, batch.random, *partners.values())
     places = [on(device, np.searchsorted(batch.items, part.ravel())) for part in wanted]
@@ -139,7 +139,7 @@ def backward(model: Mtmh, batch: Batch, workers: Workers, *, affinity_weight: fl
         shared, gradients = trunk.detach().requires_grad_(), dict[str, Tensor]()
         for name in names:
             for term, weight, loss in head_terms(model.head(name), shared, model.log_prior[index], rows, batch, affinity_weight):
-                before = torch.zeros_like(trunk) if shared.grad is None else shared.grad.clone()
+                before = shared.grad.clone() if compare and shared.grad is not None else 0
                 torch.autograd.backward(weight * loss.value, retain_graph=True)
                 if compare and shared.grad is not None:
                     gradients[term] = (shared.grad - before).flatten()

@@ -9,7 +9,7 @@ relevance head's are (1 - l) * content cosine + l * cosine of the spectral rows.
 [A, B] of its own factorization to the id row, and a head that trains on signals alone starts there. Popularity lives in the last
 dimension alone: a trigger multiplies it by 1; in a head without a softmax task it is 0 for every item, whatever is learned.
 
-The table of id rows is bounded, and with it gradients and the optimizer's state: of more known items than it may hold, the least popular
+The table of id rows is bounded, and with it the optimizer's state: of more known items than it may hold, the least popular
 have none, and live on content as new items do. Content and popularity are of all items.
 
 Shapes: `B` items of a batch, `N` items, `R` id rows, `K` dimensions of a factorization, `F` factorizations (of all actions, and of each
@@ -147,7 +147,7 @@ class Encoder(nn.Module):
         rows = start.id_rows(owners)
         rows = rows if len(rows) else rows.new_zeros(1, rows.shape[1])  # an index needs a row to point at
         width = rows.shape[1] + start.content.shape[1]
-        self.ids = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows)
+        self.ids = nn.Embedding(rows.shape[0], rows.shape[1], _weight=rows, sparse=True)  # a step's gradient is of the rows it names
         self.content_to_id = nn.Linear(start.content.shape[1], rows.shape[1], bias=False)
         with torch.no_grad():
             self.content_to_id.weight.copy_(start.content_to_id.T)

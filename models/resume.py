@@ -19,7 +19,8 @@ from torch import Tensor
 
 FILE = "resume.safetensors"
 _CONTENT = "content"  # of the header
-_FORMAT = 2  # of what is saved; code that saves anything else counts on
+_FORMAT = 3  # of what is saved; code that saves anything else counts on
+_BETAS = (0.9, 0.99)
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 
 
@@ -29,18 +30,30 @@ def training_key(described: str) -> str:
 
 
 class Optimization:
-    """An optimizer with its schedule, and the history so far."""
+    """Adam with a one-cycle learning rate, and the history so far. Of the tables of id rows a step moves the rows that it names and no
+    other (lazy Adam): what it costs follows the batch, not the catalog.
+    """
 
     def __init__(self, model: torch.nn.Module, *, learning_rate: float, num_steps: int) -> None:
         self.model = model
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), fused=True)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=learning_rate, total_steps=num_steps + 1)
+        tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding) and module.sparse]
+        rest = [parameter for parameter in model.parameters() if all(parameter is not table for table in tables)]
+        self.optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, lr=learning_rate, betas=_BETAS, fused=True)]
+        if tables:
+            self.optimizers.append(torch.optim.SparseAdam(tables, lr=learning_rate, betas=_BETAS))
+        cycle = torch.optim.lr_scheduler.OneCycleLR
+        self.schedules = [cycle(of, max_lr=learning_rate, total_steps=num_steps + 1) for of in self.optimizers]
         self.history: list[dict[str, float]] = []
+
+    def clear(self) -> None:
+        """Forget the gradients of the last step."""
+        self.model.zero_grad(set_to_none=True)
 
     def step(self, entry: dict[str, float]) -> None:
         """Apply the gradients; one more line of history."""
-        self.optimizer.step()
-        self.schedule.step()
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         self.history.append(entry)
 
 
@@ -50,8 +63,8 @@ class Saved:
 
     Attributes:
         plan: whatever had been chosen before its steps, as JSON.
-        content: phase, history, groups of the optimizer, schedule.
-        tensors: of the model and of the optimizer, by name.
+        content: phase, history, groups of each optimizer and its schedule.
+        tensors: of the model and of the optimizers, by name.
     """
 
     plan: Mapping[str, Any]
@@ -91,12 +104,13 @@ class Saved:
 
     def restore(self, optimization: Optimization) -> None:
         """Moments, schedule and history as they were; the model is restored by itself."""
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in self._part(_OPTIMIZER).items():
-            number, _, part = name.partition(".")
-            state.setdefault(int(number), {})[part] = tensor
-        optimization.optimizer.load_state_dict({"state": state, "param_groups": self.content["groups"]})
-        optimization.schedule.load_state_dict(self.content["schedule"])
+        for number, (optimizer, schedule) in enumerate(zip(optimization.optimizers, optimization.schedules, strict=True)):
+            state: dict[int, dict[str, Any]] = {}
+            for name, tensor in self._part(f"{_OPTIMIZER}{number}.").items():
+                parameter, _, part = name.partition(".")
+                state.setdefault(int(parameter), {})[part] = tensor.item() if tensor.dtype == torch.int64 else tensor  # a count of steps
+            optimizer.load_state_dict({"state": state, "param_groups": self.content["groups"][number]})
+            schedule.load_state_dict(self.content["schedules"][number])
         optimization.history = [dict(entry) for entry in self.content["history"]]
 
     def _part(self, prefix: str) -> dict[str, Tensor]:
@@ -114,17 +128,19 @@ class Keeper:
         """Save if it is time."""
         if time.monotonic() - self._last < self.every_seconds:
             return
-        state = optimization.optimizer.state_dict()
+        states = [optimizer.state_dict() for optimizer in optimization.optimizers]
         tensors = {_MODEL + name: value.detach().contiguous() for name, value in optimization.model.state_dict().items()}
-        for number, parts in state["state"].items():
-            tensors |= {f"{_OPTIMIZER}{number}.{part}": value.contiguous() for part, value in parts.items()}
+        for number, state in enumerate(states):
+            for parameter, parts in state["state"].items():
+                moments = {f"{_OPTIMIZER}{number}.{parameter}.{part}": torch.as_tensor(value) for part, value in parts.items()}
+                tensors |= {name: value.contiguous() for name, value in moments.items()}
         content = {
             "key": self.key,
             "phase": self.phase,
             "plan": self.plan,
             "history": optimization.history,
-            "groups": state["param_groups"],
-            "schedule": optimization.schedule.state_dict(),
+            "groups": [state["param_groups"] for state in states],
+            "schedules": [schedule.state_dict() for schedule in optimization.schedules],
         }
         beside = self.folder / f"{FILE}.new"
         save_file(tensors, beside, metadata={_CONTENT: json.dumps(content)})

@@ -79,10 +79,20 @@ class Workers:
             torch.set_float32_matmul_precision("high" if mixed_precision else "highest")
 
     def add_up(self, model: torch.nn.Module, entry: Mapping[str, Tensor]) -> dict[str, float]:
-        """Sum the gradients of all workers, in place, and what they say of the step, in one message; of cosines the mean is taken."""
+        """Sum the gradients of all workers, in place, and what they say of the step; of cosines the mean is taken.
+
+        All of it is one message, but for the rows of an id table, whose workers name different ones.
+        """
         said = torch.stack(list(entry.values()))
         if self.world_size > 1:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            gradients = list[Tensor]()
+            for parameter in model.parameters():
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    rows = parameter.grad.coalesce().cpu()  # NCCL adds up whole tensors only
+                    dist.all_reduce(rows)
+                    parameter.grad = rows.to(self.device)
+                elif parameter.grad is not None:
+                    gradients.append(parameter.grad)
             flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), said])
             dist.all_reduce(flat)
             *parts, said = torch.split(flat, [*(g.numel() for g in gradients), len(said)])

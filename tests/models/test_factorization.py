@@ -42,7 +42,20 @@ def test_the_unformed_matrix_equals_the_dense_one(data: TrainingData) -> None:
     np.testing.assert_allclose(matrix.dot_transposed(block), plain.T @ block, rtol=1e-3, atol=1e-3)
     triggers, some = np.array([0, 7, 76], np.int32), np.array([7, 1, 30], np.int32)
     np.testing.assert_allclose(matrix.rows(triggers), plain[triggers], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(matrix.rows(triggers, some), plain[np.ix_(triggers, some)], rtol=1e-4, atol=1e-5)
+    every = matrix.estimated_rows(triggers, some, most_users=matrix.pairs.shape[0] + 10_000, offset=np.full(3, 0.7))
+    np.testing.assert_allclose(every, plain[np.ix_(triggers, some)], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_from_few_users_are_right_in_the_mean(data: TrainingData) -> None:
+    matrix = CoEngagement(pairs=data.full.pairs * 0, user_items=data.full.user_items, user_level_weight=0.5)
+    triggers = np.argsort(-data.full.num_users)[:20].astype(np.int32)
+    some = np.random.default_rng(1).permutation(data.num_items)[:40].astype(np.int32)
+    exact, offsets = matrix.rows(triggers)[:, some], (np.arange(200) + 0.5) / 200
+    rows = np.stack([matrix.estimated_rows(triggers, some, most_users=4, offset=np.full(20, offset)) for offset in offsets])
+    assert (data.full.num_users[triggers] > 8).all()
+    np.testing.assert_allclose(rows.mean(axis=0), exact, rtol=0.1, atol=0.02 * exact.max())
+    assert ((rows > 0).sum(axis=2) <= 4 * np.diff(data.full.user_items.indptr).max()).all()
+    assert (rows == 0).mean() > (exact == 0).mean() + 0.1, "each is of four users"
 
 
 def test_spectrum_is_the_singular_value_decomposition(data: TrainingData) -> None:

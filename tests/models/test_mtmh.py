@@ -12,6 +12,7 @@ from models.data import TrainingData
 from models.factorization import Factorization, factorize
 from models.fine_tuning import backward, fine_tune, make_batches
 from models.mtmh import Mtmh
+from models.resume import Optimization
 from models.start import build_model
 from models.workers import Workers
 from tests.models.small_world import make_spec
@@ -84,8 +85,29 @@ def test_one_step_gives_every_parameter_a_gradient(model: Mtmh, data: TrainingDa
     backward(model, batch, Workers(), affinity_weight=1.0, compare=False)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all(), name
-        assert parameter.grad.abs().sum() > 0, name
+        gradient = parameter.grad.to_dense()
+        assert torch.isfinite(gradient).all(), name
+        assert gradient.abs().sum() > 0, name
+
+
+def test_a_step_moves_the_id_rows_that_it_names_and_no_other(model: Mtmh, data: TrainingData, tmp_path) -> None:
+    """As Adam would; and others stay where they are, whatever moved them before."""
+    batches = make_batches(
+        data, make_spec(tmp_path, full_softmax_max_items=10, num_sampled_items=12, batch_size=4), Workers(), user_level_weight=0.5
+    )
+    work, table = Optimization(model, learning_rate=1e-2, num_steps=10), model.encoders["shared"].ids.weight
+    for step in range(4):
+        before, batch = table.detach().clone(), batches.batch(step)
+        work.clear()
+        backward(model, batch, Workers(), affinity_weight=1.0, compare=False)
+        taught = table.grad.to_dense().abs().sum(dim=1) > 0
+        work.step({})
+        moved = (table != before).any(dim=1)
+        named = torch.zeros(len(table), dtype=torch.bool)
+        named[model.id_row[batch.items].clamp(min=0)] = True
+        assert moved[taught].all()
+        assert not moved[~named].any()
+        assert 0 < taught.sum() < len(table) - 5
 
 
 def test_separate_encoders_start_alike_and_part(start: Factorization, data: TrainingData, tmp_path) -> None:
