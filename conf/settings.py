@@ -460,7 +460,7 @@ class TrainingSettings(Section):
         False, description="Above that, partners that the triggers of a step draw are candidates of all its triggers, too."
     )
     affinity_weight: float = Field(1.0, ge=0, description="Multiplier of every head's affinity task.")
-    timeout_seconds: int = Field(300, ge=10, description="A worker that waits longer for the others fails.")
+    timeout_seconds: int = Field(300, ge=10, description="A worker that waits longer for the others within a step fails.")
     checkpoint_seconds: float = Field(
         60, ge=0, description="Seconds after which the state of the training is saved again, so that a killed one goes on; 0: every step."
     )

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,7 +37,7 @@ ANNOTATIONS_VIEW = "item_annotations_view"
 """Temporary view behind the feature view item_annotations: the pinned table."""
 HISTORY_VIEW = "neighbor_history_view"
 """Temporary view behind the feature view item_neighbors: `pivot_neighbors` of item_neighbors_history."""
-SQLITE_FILE = "online.db"
+REPOSITORY_FILE, SQLITE_FILE = "feature_store.yaml", "online.db"
 _ITEMS_PER_WRITE = 1_000  # Feast makes objects of all of them before it writes, and sqlite lets nobody else write meanwhile
 _TIMES = ("event_timestamp", "created_timestamp")
 _MAPS = tuple(column.name for column in ITEM_ANNOTATIONS.columns if column.type.startswith("map<"))
@@ -64,10 +65,19 @@ def open_store(*, folder: str, online: OnlineSettings, redis_connection: str | N
         raise SettingsError(f"online.store is redis and no connection is given; set the variable {online.redis_connection_env}")
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    content = _repository(online, connection=f"${{{online.redis_connection_env}}}")
-    _write_if_changed(place / "feature_store.yaml", yaml.safe_dump(content, sort_keys=False))
-    config = RepoConfig(**_repository(online, connection=redis_connection or ""), repo_path=place)
+    file, project = place / REPOSITORY_FILE, project_of(folder) or f"mtmh_{uuid4().hex[:12]}"
+    content = _repository(online, project=project, connection=f"${{{online.redis_connection_env}}}")
+    _write_if_changed(file, yaml.safe_dump(content, sort_keys=False))
+    config = RepoConfig(**_repository(online, project=project, connection=redis_connection or ""), repo_path=place)
     return FeatureStore(repo_path=folder, config=config)
+
+
+def project_of(folder: str) -> str | None:
+    """The name under which a lake's features are kept, for as long as its feature_store.yaml lies there (None: it does not). Another lake
+    has another one, so that lakes may share a Redis server.
+    """
+    file = Path(folder, REPOSITORY_FILE)
+    return str(yaml.safe_load(file.read_text(encoding="utf-8"))["project"]) if file.is_file() else None
 
 
 def apply_definitions(store: "FeatureStore", *, heads: Sequence[str]) -> None:
@@ -245,12 +255,12 @@ def lookup_online(store: "FeatureStore", item_ids: Sequence[str], *, heads: Sequ
     return {item_id: _lists_of(found, position, heads, k) for position, item_id in enumerate(item_ids)}
 
 
-def _repository(online: OnlineSettings, *, connection: str) -> dict[str, Any]:
+def _repository(online: OnlineSettings, *, project: str, connection: str) -> dict[str, Any]:
     """Content of feature_store.yaml."""
     # without skip_dedup Redis silently refuses a write that is older than what it holds: a rollback meanwhile, or a clock that went back
     redis = {"type": "redis", "connection_string": connection, "skip_dedup": True}
     return {
-        "project": "mtmh",
+        "project": project,
         "provider": "local",
         "registry": "registry.db",
         "offline_store": {"type": "spark"},  # without spark_conf: Feast would apply that to our session

@@ -32,7 +32,6 @@ from jobs.bench_search import times
 from jobs.online import feature_store_folder, open_feature_store
 from jobs.processes import Processes
 from jobs.progress import Display
-from jobs.publication import published
 from jobs.publish_neighbors import publish_lists
 from jobs.publish_online import write_current
 from jobs.reader import neighbors_of, open_table, table_exists
@@ -199,7 +198,7 @@ def _online(settings: Settings, num_items: int, kind: str) -> Iterator[Json]:
     for most, work in ((1, "publish online, one process"), (None, "publish online again, a process a core")):
         begin = time.perf_counter()
         with Processes(most) as processes:
-            write_current(settings, published(settings.lake.root).version, now=datetime.now(UTC), display=_QUIET, processes=processes)
+            write_current(settings, now=datetime.now(UTC), display=_QUIET, processes=processes)
         seconds = time.perf_counter() - begin
         rate = {"median_s": seconds, "min_s": seconds, "max_s": seconds, "runs": 1, "note": f"{num_items / seconds:,.0f} items/s"}
         yield {"work": work, "size": num_items, "method": "mtmh" if kind == "sqlite" else f"mtmh, {kind}"} | rate

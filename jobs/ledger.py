@@ -69,6 +69,15 @@ class Ledger:
         rows = open_table(self.root, RUNS).to_pyarrow_table().sort_by([("sequence", "ascending"), ("ended_at", "ascending")]).to_pylist()
         return [_record(row) for row in rows if all(row[column] == value for column, value in equal.items())]
 
+    def metrics_before(self, run_date: date, *, stage: str, settings_fingerprint: str) -> list[dict[str, float]]:
+        """Metrics of the good nights before a date, oldest date first, whenever they ran; of one that was repeated, its last words.
+
+        Nights of other settings do not count: a slice of the users, or another window, has volumes of its own.
+        """
+        alike = self.records(stage=stage, status="succeeded", settings_fingerprint=settings_fingerprint)
+        nights = {record.run_date: record.metrics for record in alike if record.run_date < run_date}
+        return [nights[day] for day in sorted(nights)]
+
     def last_success(self, **equal: object) -> StageRecord | None:
         """The newest succeeded row among `records`."""
         found = self.records(status="succeeded", **equal)

@@ -25,6 +25,7 @@ from conf.tables import (
     RELEVANCE_FEEDBACK,
     RUNS,
     Table,
+    table_named,
     tables_with,
 )
 from jobs.arguments import add_config, report_errors, settings_of
@@ -40,7 +41,7 @@ def maintain(settings: Settings) -> list[dict[str, object]]:
     """Compact, forget, vacuum; per table what was done."""
     root, done = lake_root(settings.lake), list[dict[str, object]]()
     forget = _forgotten(root, settings.lake.keep_nights)
-    for table in (table for table in tables_with(settings.pairs.signals) if table_exists(root, table)):
+    for table in (table for table in _tables_ever(root, settings) if table_exists(root, table)):
         row: dict[str, object] = {"table": table.name, "forgotten_rows": 0, "compacted_files": 0}
         if table is REJECTED_ROWS and forget:
             named = ", ".join(f"'{run_id}'" for run_id in forget)
@@ -51,6 +52,13 @@ def maintain(settings: Settings) -> list[dict[str, object]]:
         done.append(row)
     done.append({"table": "_artifacts", "forgotten_rows": 0, "compacted_files": 0, "removed_files": _drop_artifacts(settings, forget)})
     return done
+
+
+def _tables_ever(root: str, settings: Settings) -> list[Table]:
+    """All tables, those of signals that are no longer in the settings included: what they held must go, too."""
+    written = sorted({name for record in Ledger(root=root).records() for name in record.output_versions})
+    tables = {table.name: table for table in tables_with(settings.pairs.signals)}
+    return [*tables.values(), *(table_named(name) for name in written if name not in tables)]
 
 
 def _vacuum(root: str, table: Table, hours: int) -> int:

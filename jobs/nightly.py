@@ -19,7 +19,9 @@ from jobs.logs import about
 from jobs.night_report import write_report
 from jobs.publish_neighbors import publish_neighbors
 from jobs.publish_online import publish_online
-from jobs.stage import Night, Stage, StageRun, finished, open_night, run_stage
+from jobs.publish_online import stands as online_stands
+from jobs.stage import Night, Stage, StageRun, Stands, finished, open_night, run_stage
+from jobs.train_model import stands as model_stands
 from jobs.train_model import train_model
 from jobs.turns import turn
 from validation.suites import format_number
@@ -33,6 +35,7 @@ STAGES: Mapping[str, Stage] = {
     "publish_online": publish_online,
     "evaluate": evaluate,
 }
+_STANDS: Mapping[str, Stands] = {"train_model": model_stands, "publish_online": online_stands}
 
 
 def run_night(night: Night, *, force: bool = False) -> list[StageRecord]:
@@ -53,7 +56,7 @@ def run_night(night: Night, *, force: bool = False) -> list[StageRecord]:
 def _run_stages(night: Night, records: list[StageRecord], *, force: bool) -> None:
     try:
         for name, stage in STAGES.items():
-            records.append(run_stage(night, name, stage, force=force))
+            records.append(run_stage(night, name, stage, stands=_STANDS.get(name), force=force))
     finally:
         _report(night)
 
@@ -86,7 +89,7 @@ def plan(night: Night, *, force: bool = False) -> RichTable:
     table = RichTable("stage", "state", "last took", "read last", title=f"plan of {night.run_id}", title_justify="left")
     waiting = force
     for name in STAGES:
-        done = None if waiting else finished(night, name)
+        done = None if waiting else finished(night, name, stands=_STANDS.get(name))
         waiting = waiting or done is None
         last = night.ledger.last_success(stage=name)
         reads = ", ".join(f"{table}@{version}" for table, version in sorted(last.input_versions.items())) if last else ""

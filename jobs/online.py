@@ -1,21 +1,25 @@
-"""Where a night's Feast store lies, and the secret that opens its online store."""
+"""Where a night's Feast store lies, the secret that opens its online store, and what that store serves."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from redis import Redis
 from redis.exceptions import RedisError
 
-from conf.errors import MachineError
+from conf.errors import MachineError, TableError
 from conf.settings import LakeSettings, OnlineSettings, Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
-from jobs.reader import shared_folder
+from jobs.publication import published
+from jobs.reader import changes_since, lake_root, shared_folder
 from jobs.stage import Night
 
 
@@ -58,11 +62,84 @@ def feature_store_folder(lake: LakeSettings) -> str:
 
 
 def store_identity(settings: Settings) -> str:
-    """A hash that tells one online store from another: where it is, and of a file which one, as a lost one is made anew at its place."""
-    connection = redis_connection(settings.online)
-    file = Path(feature_store_folder(settings.lake), store.SQLITE_FILE)
-    where = f"{file} {file.stat().st_ino if file.is_file() else ''}" if connection is None else connection
-    return hashlib.sha256(f"{settings.online.store} {where}".encode()).hexdigest()
+    """A hash that tells one online store from another: where it is, and which one there. A lost file is made anew at its place, and a
+    Redis server that was started again may have lost what it was told last.
+
+    Raises:
+        MachineError: Redis does not answer.
+    """
+    connection, folder = redis_connection(settings.online), feature_store_folder(settings.lake)
+    file = Path(folder, store.SQLITE_FILE)
+    if connection is None:
+        which = str(file.stat().st_ino) if file.is_file() else ""
+    else:
+        with reaching_redis(settings.online):
+            which = _redis_starts(connection)
+    described = [settings.online.store, store.project_of(folder), connection or str(file), which]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def _redis_starts(connection: str) -> str:
+    """Which starts of the servers answer, by a connection string as Feast reads it: host:port,...[,option=value,...]."""
+    parts = connection.split(",")
+    options = dict(part.split("=", 1) for part in parts if "=" in part)
+    secured = {name: options[name] for name in ("username", "password") if name in options}
+    starts = []
+    for address in (part for part in parts if "=" not in part):
+        host, _, port = address.rpartition(":")
+        with Redis(host=host, port=int(port), ssl=options.get("ssl", "false").lower() == "true", **secured) as server:
+            starts.append(str(server.info("server")["run_id"]))
+    return " ".join(starts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What an online store was last brought to.
+
+    Attributes:
+        store: its identity.
+        version: of item_neighbors.
+        run_id: of the lists.
+    """
+
+    store: str
+    version: int
+    run_id: str
+
+    def keep(self, lake: LakeSettings) -> None:
+        """Beside the registry, whole."""
+        path = _served_file(lake)
+        half = path.with_suffix(".partial")
+        half.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        half.replace(path)
+
+
+def _served_file(lake: LakeSettings) -> Path:
+    return Path(feature_store_folder(lake), "served.json")
+
+
+def forget_served(lake: LakeSettings) -> None:
+    """From now on some items may have other lists than the rest."""
+    _served_file(lake).unlink(missing_ok=True)
+
+
+def serves_published(settings: Settings) -> bool:
+    """Whether the online store has all lists that item_neighbors has; a store that is another one, or was lost, does not.
+
+    Raises:
+        MachineError: Redis does not answer.
+        PublishError: nothing is published.
+    """
+    root, file = lake_root(settings.lake), _served_file(settings.lake)
+    if not file.is_file():
+        return False
+    current, served = published(root), Served(**json.loads(file.read_text(encoding="utf-8")))
+    if served.run_id != current.run_id or served.store != store_identity(settings):
+        return False
+    try:
+        return not changes_since(root, ITEM_NEIGHBORS, served.version)
+    except TableError:  # so long ago that the log does not say
+        return False
 
 
 def open_feature_store(settings: Settings) -> Any:

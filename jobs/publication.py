@@ -42,6 +42,12 @@ def merged_run(run_id: str, policy_version: int) -> str:
     return f"{base_run(run_id)}{_MERGED_AGAIN}{policy_version}"
 
 
+def merged_policy(run_id: str) -> int | None:
+    """The version of merge_policy under which a run's lists were merged again; None: they are a night's own."""
+    _, again, version = run_id.partition(_MERGED_AGAIN)
+    return int(version) if again else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """What item_neighbors holds at a version."""

@@ -23,12 +23,22 @@ from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
 from features.pair_files import ends_in, open_uri
 from jobs.ledger import Ledger, StageRecord, recorded
-from jobs.online import feature_store_folder, open_feature_store, reaching_redis, redis_connection, store_identity
+from jobs.online import (
+    Served,
+    feature_store_folder,
+    forget_served,
+    open_feature_store,
+    reaching_redis,
+    redis_connection,
+    serves_published,
+    store_identity,
+)
 from jobs.processes import Processes
 from jobs.progress import Display
-from jobs.publication import item_ids_ever, published
+from jobs.publication import Published, item_ids_ever, published
 from jobs.reader import artifacts_of, lake_root, open_table
-from jobs.stage import StageRun, stage_main
+from jobs.stage import Night, StageRun, stage_main
+from jobs.turns import online_turn
 from validation.gates import run_gate
 from validation.suites import GateContext, rules_for
 
@@ -45,27 +55,41 @@ def publish_online(run: StageRun) -> None:
     version = run.version(ITEM_NEIGHBORS)
     run.version(ITEM_NEIGHBORS_HISTORY)
     with Processes() as processes:
-        run.gate(write_current(run.settings, version, now=run.night.now, display=run.night.display, processes=processes))
+        current, metrics = write_current(run.settings, now=run.night.now, display=run.night.display, processes=processes)
+    if current.version != version:
+        run.note(f"run {current.run_id} was published meanwhile (item_neighbors version {current.version}): its lists are online")
+    run.gate(metrics)
 
 
-def write_current(settings: Settings, version: int, *, now: datetime, display: Display, processes: Processes) -> dict[str, float]:
-    """Write all lists of a version of item_neighbors, and empty ones for items that only other kept nights had, in several processes.
+def stands(night: Night) -> bool:
+    """Whether the online store serves what is published, where one is wanted; it may be another one, or lost, since the night wrote it."""
+    return not night.settings.online.enabled or serves_published(night.settings)
+
+
+def write_current(settings: Settings, *, now: datetime, display: Display, processes: Processes) -> tuple[Published, dict[str, float]]:
+    """Write all published lists, and empty ones for items that only other kept nights had, in several processes.
+
+    What is published is looked at once nobody else writes the store: whoever published last also has the last word online.
 
     Returns:
-        num_items_written and num_items_expected; of a resumed publication both count what was written before.
+        What was written; num_items_written and num_items_expected, which of a resumed publication both count what was written before.
     """
     root = lake_root(settings.lake)
-    current, shards = published(root, version), _Shards(root, version, settings.online.shard_items)
-    folder = artifacts_of(settings.lake, current.run_id)
-    folder.mkdir(parents=True, exist_ok=True)
-    write = partial(_write_shard, settings=settings, run_id=current.run_id, as_of=current.run_date.isoformat(), written_at=now)
-    open_feature_store(settings)  # with its definitions, before anybody writes
-    written = _Written(folder / f"online-{version}.json", store_identity(settings))
-    with display.watch("publish online", lambda: (written.num_items, shards.num_items, "items")):
-        for name, num_items in processes.deal(write, written.remaining(shards), most=_MOST_WRITERS[settings.online.store]):
-            written.add(name, num_items)
-    written.finish()
-    return {"num_items_written": written.num_items, "num_items_expected": shards.num_items}
+    with online_turn(settings.lake, say=display.say):
+        current = published(root)
+        shards, folder = _Shards(root, current.version, settings.online.shard_items), artifacts_of(settings.lake, current.run_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        write = partial(_write_shard, settings=settings, run_id=current.run_id, as_of=current.run_date.isoformat(), written_at=now)
+        open_feature_store(settings)  # with its definitions, before anybody writes
+        identity = store_identity(settings)
+        written = _Written(folder / f"online-{current.version}.json", identity)
+        forget_served(settings.lake)
+        with display.watch("publish online", lambda: (written.num_items, shards.num_items, "items")):
+            for name, num_items in processes.deal(write, written.remaining(shards), most=_MOST_WRITERS[settings.online.store]):
+                written.add(name, num_items)
+        Served(store=identity, version=current.version, run_id=current.run_id).keep(settings.lake)
+        written.finish()
+    return current, {"num_items_written": written.num_items, "num_items_expected": shards.num_items}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +136,15 @@ def follow_online(settings: Settings, *, like: StageRecord, display: Display, no
     """
     root = lake_root(settings.lake)
     ledger, current = Ledger(root=root), published(root)
-    if not settings.online.enabled or is_online(ledger, current.version):
+    if not settings.online.enabled or serves_published(settings):
         return
     with recorded(ledger, STAGE, run_id=current.run_id, run_date=current.run_date, like=like) as attempt:
         attempt.inputs[ITEM_NEIGHBORS.name] = current.version
-        attempt.metrics |= write_current(settings, current.version, now=now, display=display, processes=processes)
+        current, metrics = write_current(settings, now=now, display=display, processes=processes)
+        attempt.metrics |= metrics
         report = run_gate(STAGE, attempt.metrics, rules_for(STAGE, GateContext(gates=settings.gates, source=settings.source)))
         attempt.gates = report.to_json()
     display.say(f"the online store serves run {current.run_id}: {attempt.metrics['num_items_written']:,.0f} items")
-
-
-def is_online(ledger: Ledger, version: int) -> bool:
-    """Whether a version of item_neighbors is what the online store was last brought to."""
-    done = ledger.last_success(stage=STAGE)
-    return done is not None and done.input_versions.get(ITEM_NEIGHBORS.name) == version
 
 
 class _Shards:
@@ -199,7 +218,7 @@ class _Written:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage alone."""
-    stage_main(STAGE, publish_online, description="current lists to the Feast online store", argv=argv)
+    stage_main(STAGE, publish_online, description="current lists to the Feast online store", stands=stands, argv=argv)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from jobs.list_files import commit_lists
 from jobs.merged_files import MergedFile, MergeTask, merge_file
 from jobs.processes import Processes, import_modules
 from jobs.progress import Display
-from jobs.publication import Published, base_run, merged_run, publish_run, published
+from jobs.publication import Published, base_run, merged_policy, merged_run, publish_run, published
 from jobs.publish_online import follow_online
 from jobs.reader import artifacts_of, lake_root, open_table
 from jobs.retrieval import CANDIDATES
@@ -49,6 +49,7 @@ def remerge(settings: Settings, *, display: Display, now: datetime | None = None
     """
     root = lake_root(settings.lake)
     ledger, current, policy = Ledger(root=root), published(root), open_table(root, MERGE_POLICY)
+    _recover(ledger, current)
     like = _record_of(ledger, current.run_id)
     with Processes() as processes:
         if policy.version() == like.input_versions.get(MERGE_POLICY.name):
@@ -70,6 +71,18 @@ def remerge(settings: Settings, *, display: Display, now: datetime | None = None
             display.say(f"item_neighbors follows version {policy.version()} of merge_policy: run {task.run_id}")
         follow_online(settings, like=like, display=display, now=now or datetime.now(UTC), processes=processes)
     return published(root)
+
+
+def _recover(ledger: Ledger, current: Published) -> None:
+    """Give the published run its row of `runs` if whoever merged it again was killed just before that was written."""
+    policy, merged = merged_policy(current.run_id), ledger.records(run_id=current.run_id, status="succeeded", stage=STAGE)
+    if policy is None or merged:
+        return
+    like = _record_of(ledger, base_run(current.run_id))
+    with recorded(ledger, STAGE, run_id=current.run_id, run_date=current.run_date, like=like) as attempt:
+        attempt.inputs |= like.input_versions | {MERGE_POLICY.name: policy}
+        attempt.outputs[ITEM_NEIGHBORS.name] = current.version
+        attempt.notes.append("written later: its lists were published by a process that was killed before it could say so")
 
 
 def _record_of(ledger: Ledger, run_id: str) -> StageRecord:

@@ -13,10 +13,11 @@ from conf.settings import Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from jobs.arguments import add_config, report_errors, settings_of
 from jobs.ledger import Ledger, StageRecord, recorded
+from jobs.online import serves_published
 from jobs.processes import Processes
 from jobs.progress import Display
 from jobs.publication import Published, kept_runs, publish_run, published
-from jobs.publish_online import follow_online, is_online
+from jobs.publish_online import follow_online
 from jobs.reader import lake_root, open_table
 
 STAGE = "rollback"
@@ -36,7 +37,7 @@ def roll_back(settings: Settings, run_id: str, *, display: Display, now: datetim
     if current.run_id != run_id:
         _publish(ledger, root, record, current)
         display.say(f"item_neighbors version {published(root).version} holds run {run_id} again, instead of {current.run_id}")
-    elif not settings.online.enabled or is_online(ledger, current.version):
+    elif not settings.online.enabled or serves_published(settings):
         raise PublishError(f"run {run_id} is the current one (item_neighbors version {current.version}): there is nothing to roll back")
     with Processes() as processes:
         follow_online(settings, like=record, display=display, now=now or datetime.now(UTC), processes=processes)

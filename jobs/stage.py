@@ -227,9 +227,7 @@ class StageRun:
             BrokenGateError: a rule could not be checked.
         """
         self.metrics.update({name: float(value) for name, value in metrics.items()})
-        earlier = self.night.ledger.records(stage=self.stage, status="succeeded")
-        alike = self.settings.fingerprint()  # a slice of the users, or another window, has volumes of its own
-        past = [record.metrics for record in earlier if record.run_date < self.run_date and record.settings_fingerprint == alike]
+        past = self.night.ledger.metrics_before(self.run_date, stage=self.stage, settings_fingerprint=self.settings.fingerprint())
         rules = rules_for(self.stage, GateContext(gates=self.settings.gates, source=self.settings.source, past=past, values=dict(context)))
         self.report = check_metrics(self.stage, self.metrics, rules)
         for warning in self.report.warnings:
@@ -247,6 +245,8 @@ class StageRun:
 
 
 Stage = Callable[[StageRun], None]
+Stands = Callable[["Night"], bool]
+"""Whether what a stage has left beside the tables is still there, as far as it left anything."""
 
 
 def open_night(arguments: Arguments, *, stage: str) -> Night:
@@ -277,19 +277,21 @@ def make_night(
     )
 
 
-def finished(night: Night, stage: str) -> StageRecord | None:
-    """The record of this stage's success in this night, if every table it read is still pinned at the version it read."""
+def finished(night: Night, stage: str, *, stands: Stands | None = None) -> StageRecord | None:
+    """The record of this stage's success in this night, if every table it read is still pinned at the version it read, and what it has
+    left elsewhere stands.
+    """
     record = night.ledger.last_success(run_id=night.run_id, stage=stage)
     if record is None:
         return None
     reread = {name: version for name, version in record.input_versions.items() if name != ITEM_NEIGHBORS.name}
     unchanged = all(night.pinned_version(table_named(name)) == version for name, version in reread.items())
-    return record if unchanged else None
+    return record if unchanged and (stands is None or stands(night)) else None
 
 
-def run_stage(night: Night, stage: str, function: Stage, *, force: bool = False) -> StageRecord:
+def run_stage(night: Night, stage: str, function: Stage, *, stands: Stands | None = None, force: bool = False) -> StageRecord:
     """Run a stage unless it has succeeded with the same inputs; write its ledger row, also when it fails."""
-    if not force and (done := finished(night, stage)) is not None:
+    if not force and (done := finished(night, stage, stands=stands)) is not None:
         night.display.say(f"[green]✓[/green] {stage}: done before, {done.seconds:.0f} s, attempt {done.attempt}")
         return done
     with about(run_id=night.run_id, stage=stage):
@@ -357,17 +359,17 @@ def _record(run: StageRun, started: datetime, seconds: float, error: BaseExcepti
     )
 
 
-def stage_main(stage: str, function: Stage, *, description: str, argv: Sequence[str] | None = None) -> None:
+def stage_main(stage: str, function: Stage, *, description: str, stands: Stands | None = None, argv: Sequence[str] | None = None) -> None:
     """The main of a job file that holds one stage."""
 
     def main() -> None:
         arguments = parse(argv, description=description)
         night = open_night(arguments, stage=stage)
         if arguments.plan:
-            done = finished(night, stage)
+            done = finished(night, stage, stands=stands)
             print(f"{night.run_id} {stage}: {'done' if done else 'to do'}")
             return
         with turn(arguments.settings.lake, f"{stage} of {night.run_id}"):
-            run_stage(night, stage, function, force=arguments.force)
+            run_stage(night, stage, function, stands=stands, force=arguments.force)
 
     report_errors(main)

@@ -35,13 +35,13 @@ from jobs.ledger import StageRecord
 from jobs.night_words import first_line
 from jobs.progress import Reading
 from jobs.reader import artifacts_of
-from jobs.stage import StageRun, stage_main
+from jobs.stage import Night, StageRun, stage_main
 from models.data import TableRef
 from models.resume import FILE
 from models.scorer import Widths
 from models.spec import REHEARSAL, TrainingSpec
 
-STAGE = "train_model"
+STAGE, _READ_BY = "train_model", "publish_neighbors"
 _CARRIERS = ("gloo", "NCCL")
 _LEAST_FREE = 1 << 20  # bytes; a worker that leaves no word with less has had no room for it
 _GPUS_OF_A_TASK = "spark.task.resource.gpu.amount"
@@ -76,6 +76,13 @@ def train_model(run: StageRun) -> None:
         run.note(text)
     run.replace(ITEM_EMBEDDINGS, _embeddings(run, folder))
     run.gate(_metrics(run, folder), num_items=run.read(ITEM_FEATURES).count())
+
+
+def stands(night: Night) -> bool:
+    """Whether the night's model is where its lists are made from it, unless they are made: old ones are removed, by run date."""
+    if night.ledger.last_success(run_id=night.run_id, stage=_READ_BY):
+        return True
+    return (artifacts_of(night.settings.lake, night.run_id) / "model" / "scorer.json").is_file()
 
 
 def previous_model(run: StageRun) -> str | None:
@@ -255,7 +262,7 @@ def _not_finite(value: Column) -> Column:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage alone."""
-    stage_main(STAGE, train_model, description="train the encoder and its heads", argv=argv)
+    stage_main(STAGE, train_model, description="train the encoder and its heads", stands=stands, argv=argv)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """One night at a time: who writes the tables of a lake holds a lock on a file beside its artefacts.
 
 The system lets go of the lock when its holder ends, however it ends, so that a killed night leaves none behind. Publications have a fence
-of their own and need no turn: a rollback, or lists merged again, may come in the middle of a night. Where a file system knows no locks,
-Delta's check of concurrent writes remains.
+of their own and need no turn: a rollback, or lists merged again, may come in the middle of a night. Only the online store, which knows no
+commits, is written by one after the other. Where a file system knows no locks, Delta's check of concurrent writes remains.
 """
 
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from conf.errors import PublishError
 from conf.settings import LakeSettings
 from jobs.reader import shared_folder
 
-_FILE = "_artifacts/night.lock"
+_FILE, _ONLINE_FILE = "_artifacts/night.lock", "_artifacts/online.lock"
 
 
 @contextmanager
@@ -39,4 +39,23 @@ def turn(lake: LakeSettings, who: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{who}, process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        yield
+
+
+@contextmanager
+def online_turn(lake: LakeSettings, *, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of who writes the lake's online store, as soon as whoever holds it has ended.
+
+    Args:
+        lake: whose store.
+        say: told if there is somebody to wait for.
+    """
+    path = shared_folder(lake) / _ONLINE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another publication is writing the online store; this one waits until it has ended")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

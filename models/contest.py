@@ -123,10 +123,10 @@ class Contest:
     def _factorization(self) -> Factorization:
         """Made once, as the tuning, the baselines and the families all start from it.
 
-        Without content, and so `prior_users` of `factors` is without effect: there is nothing to predict from.
+        Without content there is nothing to predict a row from: a prior would only shorten the rows of rare items.
         """
         no_content = np.zeros((self.known.num_items, 0), dtype=np.float32)
-        return factorize(self.known.full, no_content, weights=self.factors, seed=_SEED)
+        return factorize(self.known.full, no_content, weights=self.factors.changed("prior_users", 0.0), seed=_SEED)
 
     def families(self, tuned: Tuned, settings: BacktestSettings) -> dict[str, dict[str, Ints]]:
         """Family -> mix -> (T, 100) lists of the blends of the best engagement-only scores with content."""

@@ -83,9 +83,9 @@ def als_vectors(user_items: Sparse, *, factors: int, seed: int, num_threads: int
 
 
 def item2vec_vectors(
-    sequences: Sequence[Sequence[int]], *, num_items: int, dimension: int, window: int, num_epochs: int, seed: int
+    sequences: Sequence[Sequence[int]], *, num_items: int, dimension: int, window: int, num_epochs: int, seed: int, num_threads: int = 1
 ) -> Floats:
-    """(N, D) unit item vectors, zero rows for items in no sequence."""
+    """(N, D) unit item vectors, zero rows for items in no sequence; with more than one thread the scheduler has its share in them."""
     try:
         from gensim.models import Word2Vec
     except ImportError as error:
@@ -93,8 +93,9 @@ def item2vec_vectors(
     sentences = [[str(item) for item in sequence] for sequence in sequences]
     vectors = np.zeros((num_items, dimension), dtype=np.float32)
     if any(sentences):  # the library refuses to train on nothing
-        # one worker: with more, the order of updates and so the result depends on the scheduler
-        model = Word2Vec(sentences, vector_size=dimension, window=window, epochs=num_epochs, seed=seed, sg=1, min_count=1, workers=1)
+        model = Word2Vec(
+            sentences, vector_size=dimension, window=window, epochs=num_epochs, seed=seed, sg=1, min_count=1, workers=num_threads
+        )
         vectors[[int(word) for word in model.wv.index_to_key]] = model.wv.vectors
     return _unit(vectors)
 

@@ -49,6 +49,8 @@ _COLD = (0.02, 0.0)  # learning rate, and standard errors by which a held-out lo
 _WARM = (0.005, 2.0)  # from last night's weights: what gains less is noise of the slice, and would change every list
 _BATCH = 40  # triggers per step
 _CACHED_ROWS = 8_192  # whose hidden units stay in cache: seven times as fast as all at once
+_NOTHING = 1e-3  # standard deviation of a feature, nearly all of which are logarithms, below which it is a constant
+_BLOCK, _MOST_CELLS = 200, 16_000_000  # triggers scored against the whole catalog at once, and scores
 MIN_TRIGGERS = 50  # fewer say nothing about (F + 2) * 12 + F weights
 
 
@@ -252,15 +254,15 @@ class CandidateSource:
     popularity_p: Floats
     eligible: npt.NDArray[np.bool_]
 
-    def propose(self, triggers: Ints, truth: Sparse, *, widths: Widths, block: int = 200) -> Candidates:
+    def propose(self, triggers: Ints, truth: Sparse, *, widths: Widths) -> Candidates:
         """Candidates of some triggers.
 
         Args:
             triggers: (T,) item indices.
             truth: (T, N) future weight per trigger.
             widths: candidates per source.
-            block: triggers scored against the whole catalog at once.
         """
+        block = max(1, min(_BLOCK, _MOST_CELLS // len(self.eligible)))
         parts = [
             self._propose(triggers[start : start + block], truth[start : start + block], widths, start)
             for start in range(0, len(triggers), block)
@@ -272,7 +274,8 @@ class CandidateSource:
     def _propose(self, triggers: Ints, truth: Sparse, widths: Widths, offset: int) -> Candidates:
         engagement = self.engagement.trigger[triggers] @ self.engagement.target.T  # (T, N)
         relevance = self.relevance.trigger[triggers] @ self.relevance.target.T
-        content = self.content[triggers] @ self.content.T
+        said = (self.content != 0).any(axis=1)  # an item of which nothing is said is near nothing by content
+        content = np.where(said[triggers][:, None] & said, self.content[triggers] @ self.content.T, -np.inf)
         counts: Floats = self.history.pairs[triggers].toarray()
         users: Floats = self.user_level.rows(triggers).toarray()
         popular = np.broadcast_to(self.popularity_p, counts.shape)
@@ -313,6 +316,12 @@ def _choose(chosen: npt.NDArray[np.bool_], scores: Floats, width: int, *, above:
     chosen[rows[keep], best[keep]] = True
 
 
+def _scale(features: Floats) -> Floats:
+    """(F,) standard deviations; of a feature that says nothing here 1, so that it says little where it does."""
+    deviation = features.std(axis=0)
+    return np.where(deviation > _NOTHING, deviation + np.float32(1e-6), np.float32(1))
+
+
 def fit_scorer(
     candidates: Candidates,
     *,
@@ -342,7 +351,7 @@ def fit_scorer(
         The scorer and what was reached, means over the folds: passes, held-out loss, loss of the fixed mixture there.
     """
     if previous is None or previous.hidden is None:
-        mean, scale = candidates.features.mean(axis=0), candidates.features.std(axis=0) + np.float32(1e-6)
+        mean, scale = candidates.features.mean(axis=0), _scale(candidates.features)
         starts = [_cold_start(scale, num_units, seed + number) for number in range(num_folds)]
         options, together = _COLD, _side_by_side
     else:

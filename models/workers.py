@@ -21,6 +21,7 @@ from conf.errors import TrainingError
 COSINE = "cosine "  # how entries of the history about gradients begin
 _CPU = torch.device("cpu")
 _BACKENDS = "cpu:gloo,cuda:nccl"
+_PATIENCE = timedelta(days=1)
 
 
 def on(device: torch.device, values: npt.NDArray[Any]) -> Tensor:
@@ -30,12 +31,21 @@ def on(device: torch.device, values: npt.NDArray[Any]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Workers:
-    """One worker among the others; with a world size of 1 nothing is ever sent."""
+    """One worker among the others; with a world size of 1 nothing is ever sent.
+
+    Attributes:
+        rank: from 0.
+        world_size: workers.
+        local_world_size: on this machine.
+        device: where the encoder is trained.
+        patient: the group in which others wait for what rank 0 does alone, which on a large catalog takes longer than any step may.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
     device: torch.device = _CPU
+    patient: Any = None
 
     @classmethod
     @contextmanager
@@ -44,7 +54,7 @@ class Workers:
 
         Args:
             device: `auto`, `cpu` or `cuda`, as in the settings.
-            timeout_seconds: of waiting for others.
+            timeout_seconds: of waiting for others within a step; a worker that has died is noticed at once.
 
         Raises:
             TrainingError: `cuda` is asked for, and there is no GPU for each worker of this machine.
@@ -60,7 +70,7 @@ class Workers:
             return
         dist.init_process_group(_BACKENDS if mine.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_seconds))
         workers = cls(rank=dist.get_rank(), world_size=world_size, local_world_size=local, device=mine)
-        yield replace(workers, device=workers.agreed(mine))
+        yield replace(workers, device=workers.agreed(mine), patient=dist.new_group(backend="gloo", timeout=_PATIENCE))
         dist.destroy_process_group()  # not after an error: NCCL would wait for the others here, and nobody would hear of it
 
     def agreed(self, mine: torch.device) -> torch.device:
@@ -114,9 +124,9 @@ class Workers:
         return gathered
 
     def share(self, tensor: Tensor) -> Tensor:
-        """Rank 0's numbers for everybody, in place."""
+        """Rank 0's numbers for everybody, in place, once it has them; of tensors on the processor."""
         if self.world_size > 1:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=0, group=self.patient)
         return tensor
 
     def wait(self) -> None:

@@ -15,7 +15,7 @@ from deltalake import DeltaTable
 from conf import errors
 from conf.errors import GateError, MtmhError, SettingsError, TableError
 from conf.settings import AlertSettings, Settings, load_settings
-from conf.tables import REJECTED_ROWS, RUNS
+from conf.tables import CO_ENGAGEMENT_DAYS, REJECTED_ROWS, RUNS
 from jobs.alerts import alert
 from jobs.arguments import parse, report_errors
 from jobs.ledger import Ledger, StageRecord, recorded
@@ -124,6 +124,29 @@ def test_house_keeping_forgets_old_nights_and_no_other(settings: Settings, capsy
     assert len(last_nights(settings, 10)) == 3  # the ledger itself is kept whole
     maintain_main(["--config", "demo", "--set", f"lake.root={settings.lake.root}", "--set", "lake.keep_nights=5"])
     assert "house-keeping" in capsys.readouterr().out
+
+
+def test_tables_of_a_signal_that_is_gone_are_cleaned_up_like_all_others(settings: Settings) -> None:
+    """They hold hashes of users, whose deletion must reach them, too."""
+    table, row = CO_ENGAGEMENT_DAYS.of_signal("click"), {"event_date": NEWEST, "num_events": 1, "fingerprint": "f"}
+    for _ in range(2):
+        write_table(Path(settings.lake.root), table, [row])
+    write_table(Path(settings.lake.root), RUNS, [_record(NEWEST, "build_pairs") | {"output_versions": {table.name: 1}}])
+    assert "click" not in settings.pairs.signals
+    assert table.name in {done["table"] for done in maintain(settings)}
+
+
+def test_past_nights_are_those_of_earlier_dates_whenever_they_ran(settings: Settings) -> None:
+    """History that is filled in later, with fewer rows, says nothing about what tonight should have."""
+    root = Path(settings.lake.root)
+    for days, volume in ((3, 100.0), (2, 101.0), (40, 7.0), (41, 6.0), (2, 102.0)):
+        row = _record(NEWEST - timedelta(days=days), "ingest") | {"metrics": {"rows": volume}, "settings_fingerprint": "volumes"}
+        number = 10**10 + len(open_table(str(root), RUNS).to_pyarrow_table())
+        write_table(root, RUNS, [row | {"sequence": number}])
+    past = Ledger(root=str(root)).metrics_before(NEWEST, stage="ingest", settings_fingerprint="volumes")
+    assert [night["rows"] for night in past] == [6.0, 7.0, 100.0, 102.0]
+    earlier = Ledger(root=str(root)).metrics_before(NEWEST - timedelta(days=39), stage="ingest", settings_fingerprint="volumes")
+    assert [night["rows"] for night in earlier] == [6.0, 7.0]
 
 
 class _Hook(BaseHTTPRequestHandler):

@@ -13,6 +13,7 @@ from conf.errors import PublishError, SettingsError, TableError
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY, MERGE_POLICY
 from features import store
 from jobs import publication
+from jobs.ledger import Ledger
 from jobs.look_up import Lookup
 from jobs.online import feature_store_folder, open_feature_store
 from jobs.progress import Display
@@ -222,6 +223,35 @@ def test_a_changed_policy_is_followed_without_retrieval(world: ListWorld) -> Non
     assert served(world, "i005")
     world.set_policy(kind="rrf", value=0.2)
     assert remerge(world.settings, display=QUIET).run_id == f"{night}.m{version + 1}"
+
+
+def test_a_merge_that_was_killed_before_its_row_is_told_the_next_time(world: ListWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    night = world.night(SECOND, seed=2)
+    version = world.set_policy(kind="quota", value=0.5)
+
+    def append(*_: object) -> None:
+        raise OSError("no room")
+
+    with monkeypatch.context() as dying:
+        dying.setattr(Ledger, "append", append)
+        with pytest.raises(OSError, match="no room"):
+            remerge(world.settings, display=QUIET)
+    assert published(world.root).run_id == f"{night}.m{version}"
+    assert [record.stage for record in world.ledger.records()] == ["publish_neighbors"]
+    remerge(world.settings, display=QUIET)
+    _, row, online = world.ledger.records()
+    assert (row.stage, row.status, row.run_id, row.input_versions["merge_policy"]) == (
+        "remerge",
+        "succeeded",
+        f"{night}.m{version}",
+        version,
+    )
+    assert "was killed before it could say so" in row.notes[0]
+    assert (online.stage, online.status) == ("publish_online", "succeeded")
+    assert served(world, "i005")
+    roll_back(world.settings, night, display=QUIET)
+    roll_back(world.settings, row.run_id, display=QUIET)
+    assert published(world.root).run_id == row.run_id
 
 
 def test_a_policy_with_faults_or_without_candidates_changes_nothing(world: ListWorld) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,8 +20,9 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 import pytest
+from deltalake import DeltaTable
 
-from conf.errors import MachineError, SettingsError
+from conf.errors import MachineError, PublishError, SettingsError
 from conf.tables import ITEM_NEIGHBORS
 from features import store
 from jobs.export import export
@@ -134,28 +136,98 @@ roll_back(load_settings(sys.argv[1]), sys.argv[2], display=Display(seconds_per_l
 """
 
 
-def kill_half_way(world: ListWorld, run_id: str) -> Path:
-    """Begin to publish a run online, and kill it after twenty shards; returns the file that marks them."""
+def start_half_way(world: ListWorld, run_id: str) -> tuple[subprocess.Popen[str], Path]:
+    """Begin to publish a run online; returns the process once twenty shards are, and the file that marks them."""
     state = artifacts_of(world.settings.lake, run_id) / f"online-{published(world.root).version}.json"
     publisher = start(ONLINE, str(world.config), run_id)
     while not state.exists() or len(json.loads(state.read_text())["shards"]) < 20:
         assert publisher.poll() is None
         time.sleep(0.001)
+    return publisher, state
+
+
+def kill_half_way(world: ListWorld, run_id: str) -> Path:
+    """Begin to publish a run online, and kill it after twenty shards; returns the file that marks them."""
+    publisher, state = start_half_way(world, run_id)
     publisher.send_signal(signal.SIGKILL)
     publisher.wait()
     return state
 
 
-def test_what_a_killed_publication_wrote_to_a_store_that_is_gone_is_written_again(tmp_path: Path) -> None:
+def served(world: ListWorld) -> set[str]:
+    """Runs whose lists the online store has, of all items."""
+    ids = [f"i{number:03d}" for number in range(world.num_items)]
+    found = store.lookup_online(open_feature_store(world.settings), ids, heads=["merged"], k=100)
+    return {lists["run_id"] for lists in found.values()}
+
+
+def test_what_was_written_to_a_store_that_is_gone_is_written_again(tmp_path: Path) -> None:
+    """By a publication that was killed, and by one that had ended."""
     world = ListWorld(folder=tmp_path, overrides={"online": {"shard_items": 1}})
     run_id = world.night(NIGHT, seed=1)
     kill_half_way(world, run_id)
     file = Path(feature_store_folder(world.settings.lake), store.SQLITE_FILE)
-    file.rename(file.with_name("lost"))  # not removed: its number could be given to the next file
-    roll_back(world.settings, run_id, display=QUIET)
-    ids = [f"i{number:03d}" for number in range(world.num_items)]
-    found = store.lookup_online(open_feature_store(world.settings), ids, heads=["merged"], k=100)
-    assert {lists["run_id"] for lists in found.values()} == {run_id}
+    for lost in ("lost", "lost again"):
+        file.rename(file.with_name(lost))  # not removed: its number could be given to the next file
+        roll_back(world.settings, run_id, display=QUIET)
+        assert served(world) == {run_id}
+    DeltaTable(f"{world.root}/{ITEM_NEIGHBORS.name}").vacuum(0, dry_run=False, enforce_retention_duration=False)
+    with pytest.raises(PublishError, match="nothing to roll back"):  # a VACUUM changes no list
+        roll_back(world.settings, run_id, display=QUIET)
+
+
+@contextmanager
+def forgetful_redis(port: int, folder: Path) -> Iterator[None]:
+    """A server that keeps nothing when it ends."""
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("no redis-server on PATH; `apt-get install redis-server`, or your system's equivalent")
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.02)
+        yield
+        server.kill()
+
+
+def test_a_publication_goes_on_in_a_redis_that_was_started_again_and_has_lost_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MTMH_REDIS", f"127.0.0.1:{port}")
+    world = ListWorld(folder=tmp_path, overrides={"online": {"store": "redis", "shard_items": 1}})
+    run_id = world.night(NIGHT, seed=1)
+    with forgetful_redis(port, tmp_path):
+        kill_half_way(world, run_id)
+    for _ in range(2):  # the second time nothing was half-way, and the ledger says that all is online
+        with forgetful_redis(port, tmp_path):
+            roll_back(world.settings, run_id, display=QUIET)
+            assert served(world) == {run_id}
+
+
+def test_lakes_that_share_a_redis_serve_each_its_own_lists(tmp_path: Path, redis_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTMH_REDIS", redis_server)
+    worlds = [ListWorld(folder=tmp_path / name, overrides={"online": {"store": "redis"}}) for name in ("one", "other")]
+    nights = [world.night(NIGHT, seed=number) for number, world in enumerate(worlds)]
+    for world, night in zip(worlds, nights, strict=True):
+        roll_back(world.settings, night, display=QUIET)
+    assert [served(world) for world in worlds] == [{night} for night in nights]
+
+
+def test_whoever_publishes_last_has_the_last_word_online(tmp_path: Path) -> None:
+    """A rollback while a night is still writing the online store waits for it, and then writes all lists again."""
+    world = ListWorld(folder=tmp_path, overrides={"online": {"shard_items": 1}})
+    first, second = world.night(NIGHT, seed=1), world.night(NIGHT + timedelta(days=1), seed=2)
+    publisher, state = start_half_way(world, second)
+    roll_back(world.settings, first, display=QUIET)
+    assert publisher.wait() == 0
+    assert not state.exists(), "it has come to its end"
+    assert served(world) == {first}
+    with pytest.raises(PublishError, match="nothing to roll back"):
+        roll_back(world.settings, first, display=QUIET)
 
 
 def test_a_killed_online_publication_goes_on_where_it_stopped(tmp_path: Path, redis_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,15 +240,13 @@ def test_a_killed_online_publication_goes_on_where_it_stopped(tmp_path: Path, re
     before = set(json.loads(state.read_text())["shards"])
     assert 20 <= len(before) < world.num_items
     ids = [f"i{number:03d}" for number in range(world.num_items)]
-    feature_store = open_feature_store(world.settings)
-    half = store.lookup_online(feature_store, ids, heads=["merged"], k=100)
-    assert {lists["run_id"] for lists in half.values()} == {first, second}  # run_id says which list is from which night
+    assert served(world) == {first, second}  # run_id says which list is from which night
     roll_back(world.settings, second, display=QUIET)
     done = world.ledger.last_success(stage="publish_online")
     assert done is not None
     assert (done.run_id, done.metrics) == (second, {"num_items_written": 90.0, "num_items_expected": 90.0})
     assert not state.exists()
-    found, wanted = store.lookup_online(feature_store, ids, heads=["merged"], k=100), neighbors_of(world.root, ids)
+    found, wanted = store.lookup_online(open_feature_store(world.settings), ids, heads=["merged"], k=100), neighbors_of(world.root, ids)
     assert {lists["run_id"] for lists in found.values()} == {second}
     assert all(found[item]["merged"]["ids"] == [n["neighbor_id"] for n in wanted[item, "merged"]] for item in ids)
 

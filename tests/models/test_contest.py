@@ -66,6 +66,15 @@ def test_counts_are_smoothed_by_the_popularity_that_ranks_best(contest: Contest,
     np.testing.assert_array_equal(lists["smooth"], lists["popularity"])
 
 
+def test_a_prior_for_rare_items_is_worth_nothing_without_content(contest: Contest) -> None:
+    """It would shorten their rows, and with them what the baseline knows of rare triggers."""
+    rare = replace(contest, factors=FACTORS.changed("prior_users", 3.0))
+    wanted, found = (of.engagement(TUNED).factorization for of in (contest, rare))
+    np.testing.assert_array_equal(found.trigger, wanted.trigger)
+    lengths = np.linalg.norm(found.trigger[found.known], axis=1)
+    np.testing.assert_allclose(lengths[lengths > 0], 1, rtol=1e-5)
+
+
 def test_ease_that_is_left_out_is_noted(contest: Contest, data: TrainingData) -> None:
     small = SETTINGS.model_copy(update={"ease_max_items": data.num_items - 1})
     for tuned in (TUNED, contest.tune(truth(data), small)):  # lambda of an earlier cut that was small enough, and none at all

@@ -62,11 +62,20 @@ def outcome(spec: TrainingSpec) -> tuple[list[float], str, list[str]]:
     return [step["loss"] for step in history["steps"]], history["model_version"], json.loads((folder / "notes.json").read_text())
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
+@pytest.fixture(scope="module", params=[1, 2])
+def calm(request: pytest.FixtureRequest, tables: dict[str, TableRef], tmp_path_factory: pytest.TempPathFactory) -> tuple[int, TrainingSpec]:
+    """How many workers there were, and what they did undisturbed."""
+    spec = make_spec(tmp_path_factory.mktemp("calm"), tables, checkpoint_seconds=0)
+    assert run_ranks(spec, num_processes=request.param) == [0] * request.param
+    return request.param, spec
+
+
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_killed_training_goes_on_to_the_same_loss(tables: dict[str, TableRef], tmp_path: Path, phase: str, num_processes: int) -> None:
-    calm, disturbed = (make_spec(tmp_path / name, tables, checkpoint_seconds=0) for name in ("calm", "disturbed"))
-    assert run_ranks(calm, num_processes=num_processes) == [0] * num_processes
+def test_a_killed_training_goes_on_to_the_same_loss(
+    tables: dict[str, TableRef], calm: tuple[int, TrainingSpec], tmp_path: Path, phase: str
+) -> None:
+    num_processes, undisturbed = calm
+    disturbed = make_spec(tmp_path / "disturbed", tables, checkpoint_seconds=0)
     killed = num_processes - 1
     codes = run_ranks(disturbed, num_processes=num_processes, fault=f"train_model.rank.{phase}=kill", of_rank=killed)
     assert codes[killed] == -signal.SIGKILL
@@ -75,24 +84,26 @@ def test_a_killed_training_goes_on_to_the_same_loss(tables: dict[str, TableRef],
     assert not (tmp_path / "disturbed" / "history.json").exists()
     assert run_ranks(disturbed, num_processes=num_processes) == [0] * num_processes
     losses, version, notes = outcome(disturbed)
-    wanted = outcome(calm)
+    wanted = outcome(undisturbed)
     assert (losses, version) == wanted[:2]
     assert notes == [*wanted[2], PHASES[phase]]
-    assert (tmp_path / "disturbed" / "scorer.json").read_bytes() == (tmp_path / "calm" / "scorer.json").read_bytes()
+    assert (tmp_path / "disturbed" / "scorer.json").read_bytes() == (Path(undisturbed.folder) / "scorer.json").read_bytes()
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_a_killed_training_of_a_signal_goes_on_to_the_same_loss(tables: dict[str, TableRef], tmp_path: Path, phase: str) -> None:
+def test_a_killed_training_of_a_signal_goes_on_to_the_same_loss(tables: dict[str, TableRef], tmp_path: Path) -> None:
     with_buys = tables | {CO_ENGAGEMENT_PAIRS.of_signal("buy").name: tables[CO_ENGAGEMENT_PAIRS.name]}
     plain = make_spec(tmp_path, with_buys, checkpoint_seconds=0)
     heads = plain.model.heads | {"buy": HeadSettings(signals={"buy": 1.0})}
     model = plain.model.model_copy(update={"heads": heads})
-    calm, disturbed = (replace(plain, model=model, signals={"buy": 30.0}, folder=str(tmp_path / name)) for name in ("calm", "disturbed"))
-    assert run_ranks(calm, num_processes=1) == [0]
-    assert run_ranks(disturbed, num_processes=1, fault=f"train_model.rank.{phase}=kill") == [-signal.SIGKILL]
-    assert run_ranks(disturbed, num_processes=1) == [0]
-    assert outcome(disturbed)[:2] == outcome(calm)[:2]
-    assert outcome(disturbed)[2][-1] == PHASES[phase]
+    undisturbed, *disturbed = (
+        replace(plain, model=model, signals={"buy": 30.0}, folder=str(tmp_path / name)) for name in ("undisturbed", *PHASES)
+    )
+    assert run_ranks(undisturbed, num_processes=1) == [0]
+    for phase, spec in zip(PHASES, disturbed, strict=True):
+        assert run_ranks(spec, num_processes=1, fault=f"train_model.rank.{phase}=kill") == [-signal.SIGKILL]
+        assert run_ranks(spec, num_processes=1) == [0]
+        assert outcome(spec)[:2] == outcome(undisturbed)[:2]
+        assert outcome(spec)[2][-1] == PHASES[phase]
 
 
 @pytest.mark.skipif(not THREADS.is_dir(), reason="names of threads are read from /proc")

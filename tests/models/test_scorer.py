@@ -109,12 +109,43 @@ def test_the_mixture_stands_in_and_strange_files_are_refused(tmp_path: Path) -> 
         Scorer.load(tmp_path / "scorer.json")
 
 
-def test_candidates_hold_every_source_and_nothing_forbidden(data: TrainingData, tmp_path: Path) -> None:
+def test_a_feature_that_said_nothing_says_little_later() -> None:
+    """No pair of the holdout's triggers had enough users before it; tonight some have."""
+    rng = np.random.default_rng(0)
+    segment = np.repeat(np.arange(60, dtype=np.int32), 8)
+    features = rng.standard_normal((len(segment), len(FEATURES))).astype(np.float32)
+    silent = [FEATURES.index(name) for name in ("log_count", "trigger_log_count")]
+    features[:, silent] = 0
+    gain = (rng.random(len(segment)) * (features[:, 0] > 0)).astype(np.float32)
+    candidates = Candidates(segment=segment, target=np.zeros(len(segment), np.int32), features=features, gain=gain)
+    scorer, _ = fit_scorer(candidates, keys=item_keys(map(str, range(60))), seed=0)
+    later = features.copy()
+    later[:, silent] = np.log1p(2.0)
+    moved = scorer.logits(later) - scorer.logits(features)
+    assert np.abs(moved).max() < 1
+    assert np.corrcoef(scorer.logits(later), scorer.logits(features))[0, 1] > 0.9
+
+
+def test_items_of_which_nothing_is_said_are_no_candidates_by_content(data: TrainingData, tmp_path: Path) -> None:
+    """As in lists, or the scorer would learn of candidates that they never have."""
+    start = factorize(data.fit, data.content, weights=WEIGHTS, seed=0)
+    model = build_model(start, data.content, make_spec(tmp_path).model, 0.3, seed=0)
+    content = data.content.copy()
+    content[::2] = 0
+    source = replace(candidate_source(replace(data, full=data.fit), model, min_users=2), content=content)
+    triggers = np.array([4, 5, 41], np.int32)
+    made = source.propose(triggers, data.holdout[triggers], widths=Widths(counts=0, users=0, head=0, content=20, popular=0))
+    assert set(made.segment.tolist()) == {1, 2}
+    assert (made.target % 2 == 1).all()
+
+
+def test_candidates_hold_every_source_and_nothing_forbidden(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.scorer._BLOCK", 3)
     start = factorize(data.fit, data.content, weights=WEIGHTS, seed=0)
     model = build_model(start, data.content, make_spec(tmp_path).model, 0.3, seed=0)
     source = candidate_source(replace(data, full=data.fit), model, min_users=2)
     triggers = np.array([3, 11, 40, data.num_items - 1], np.int32)
-    made = source.propose(triggers, data.holdout[triggers], widths=Widths(counts=3, users=2, head=2, content=2, popular=2), block=3)
+    made = source.propose(triggers, data.holdout[triggers], widths=Widths(counts=3, users=2, head=2, content=2, popular=2))
     assert (np.diff(made.segment) >= 0).all()
     assert set(made.segment.tolist()) == {0, 1, 2, 3}
     assert isinstance(source.engagement, HeadVectors)

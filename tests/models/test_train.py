@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,18 @@ def test_two_workers_match_one(world: SmallWorld, tmp_path: Path) -> None:
     for alone, together in zip(*said, strict=True):
         losses = {name: value for name, value in alone.items() if not name.startswith("cosine")}
         assert {name: together[name] for name in losses} == pytest.approx(losses, rel=1e-4, abs=1e-5)
+
+
+def _wait_for_rank_0(rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with Workers.join(device="cpu", timeout_seconds=2) as workers:
+        if rank == 0:
+            time.sleep(5)
+        assert float(workers.share(torch.tensor([float(rank)]))) == 0
+
+
+def test_what_rank_0_does_alone_may_take_longer_than_a_step() -> None:
+    mp.spawn(_wait_for_rank_0, args=(free_port(),), nprocs=2)
 
 
 def _gather(rank: int, folder: str, port: int) -> None:
