@@ -123,10 +123,11 @@ class Contest:
     def _factorization(self) -> Factorization:
         """Made once, as the tuning, the baselines and the families all start from it.
 
-        Without content there is nothing to predict a row from: a prior would only shorten the rows of rare items.
+        Without content there is nothing to predict a row from: `prior_users` of `factors` shortens the rows of rare triggers, for which
+        popularity then says more.
         """
         no_content = np.zeros((self.known.num_items, 0), dtype=np.float32)
-        return factorize(self.known.full, no_content, weights=self.factors.changed("prior_users", 0.0), seed=_SEED)
+        return factorize(self.known.full, no_content, weights=self.factors, seed=_SEED)
 
     def families(self, tuned: Tuned, settings: BacktestSettings) -> dict[str, dict[str, Ints]]:
         """Family -> mix -> (T, 100) lists of the blends of the best engagement-only scores with content."""

@@ -66,13 +66,13 @@ def test_counts_are_smoothed_by_the_popularity_that_ranks_best(contest: Contest,
     np.testing.assert_array_equal(lists["smooth"], lists["popularity"])
 
 
-def test_a_prior_for_rare_items_is_worth_nothing_without_content(contest: Contest) -> None:
-    """It would shorten their rows, and with them what the baseline knows of rare triggers."""
+def test_a_prior_for_rare_items_gives_their_popularity_more_say(contest: Contest, data: TrainingData) -> None:
     rare = replace(contest, factors=FACTORS.changed("prior_users", 3.0))
     wanted, found = (of.engagement(TUNED).factorization for of in (contest, rare))
-    np.testing.assert_array_equal(found.trigger, wanted.trigger)
-    lengths = np.linalg.norm(found.trigger[found.known], axis=1)
-    np.testing.assert_allclose(lengths[lengths > 0], 1, rtol=1e-5)
+    num_users = data.full.num_users
+    share = (num_users / (num_users + 3))[:, None]
+    np.testing.assert_allclose(found.trigger, share * wanted.trigger, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.target, wanted.target)
 
 
 def test_ease_that_is_left_out_is_noted(contest: Contest, data: TrainingData) -> None:
