@@ -19,9 +19,10 @@ import pytest
 from pyspark.sql import SparkSession
 
 from conf import errors
-from conf.tables import TABLES
+from conf.tables import MERGE_POLICY, TABLES
 from jobs.method_pictures import pictures
 from jobs.publication import published
+from jobs.reader import open_table
 from jobs.write_docs import EXAMPLES, pages
 from tests.conftest import ROOT
 
@@ -118,7 +119,8 @@ def test_commands_of_the_readme_and_the_operations_guide_run(shop: Shop) -> None
     lines = re.findall(r"^(?: {4})?((?:[^\s`]+/)?python -m jobs\..+)$", text, flags=re.MULTILINE)
     lines += re.findall(r"`((?:\S+/)?python -m jobs\.[^`\n]+)`", text)
     lines = [line for line in lines if not re.search(r"jobs\.(explore|backtest)", line)]
-    run_id = published(str(shop.folder / "var/lake/shop")).run_id
+    root = str(shop.folder / "var/lake/shop")
+    run_id = published(root).run_id
     names = {
         r"2017-11-30-1a2b3c4d|RUN_ID": run_id,
         r"--config (demo|my\.yaml)": "--config var/shop/shop.yaml",
@@ -130,6 +132,9 @@ def test_commands_of_the_readme_and_the_operations_guide_run(shop: Shop) -> None
     for line in lines:
         for name, mine in names.items():
             line = re.sub(name, mine, line)
+        if "jobs.rollback" in line and published(root).run_id == run_id:  # there must be something to roll back
+            open_table(root, MERGE_POLICY).update(updates={"value": "0.02"})
+            shop.run("python -m jobs.remerge --config var/shop/shop.yaml")
         said.setdefault(line.partition(" -m ")[2].split()[0], []).append(shop.run(line))
     jobs = ("build_pairs", "export", "look_up", "maintain", "nightly", "query", "remerge", "rollback", "show", "status")
     assert sorted(said) == [f"jobs.{name}" for name in jobs]
@@ -137,7 +142,7 @@ def test_commands_of_the_readme_and_the_operations_guide_run(shop: Shop) -> None
     assert "Tomato sauce" in said["jobs.show"][0]
     assert "tomato-sauce" in said["jobs.query"][0] + said["jobs.look_up"][0]
     assert json.loads(said["jobs.status"][-1])[0]["run_date"] == "2024-05-31"
-    assert published(str(shop.folder / "var/lake/shop")).run_id.startswith(run_id)
+    assert published(root).run_id.startswith(run_id)
 
 
 def serve(command: str, folder: Path) -> None:
