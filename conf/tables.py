@@ -483,6 +483,11 @@ def table_named(name: str) -> Table:
     return TABLES[kind].of_signal(signal or None)
 
 
+def signals_of(names: Iterable[str]) -> set[str]:
+    """The signals that tables of these names are of."""
+    return {signal for _, _, signal in (name.partition(_OF_SIGNAL) for name in names) if signal}
+
+
 def tables_with(signals: Iterable[str]) -> list[Table]:
     """All tables, those of each signal included."""
     of_signals = [table.of_signal(signal) for signal in signals for table in TABLES.values() if table.per_signal]

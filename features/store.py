@@ -26,6 +26,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from conf.errors import MachineError, SettingsError, TableError
+from conf.files import write_whole
 from conf.settings import OnlineSettings
 from conf.tables import ITEM_ANNOTATIONS
 from features.sources import EPOCH
@@ -270,11 +271,8 @@ def _repository(online: OnlineSettings, *, project: str, connection: str) -> dic
 
 
 def _write_if_changed(path: Path, text: str) -> None:
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
 
 
 def _annotations_definition(item: Any) -> Any:

@@ -145,7 +145,7 @@ class Spent:
 
 def time_steps(batches: Batches, model: Mtmh, settings: TrainingSettings, num_steps: int) -> Iterator[Spent]:
     """Where the time of each of the first steps goes; what `backward` does outside of autograd's own is forward."""
-    work, spent = Optimization(model, learning_rate=settings.learning_rate, num_steps=settings.num_steps), Spent()
+    work = Optimization(model, learning_rate=settings.learning_rate, num_steps=settings.num_steps)
     plain = torch.autograd.backward
 
     def timed(*given: Any, **named: Any) -> None:

@@ -25,7 +25,7 @@ from conf.tables import (
     RELEVANCE_FEEDBACK,
     RUNS,
     Table,
-    table_named,
+    signals_of,
     tables_with,
 )
 from jobs.arguments import add_config, report_errors, settings_of
@@ -56,9 +56,8 @@ def maintain(settings: Settings) -> list[dict[str, object]]:
 
 def _tables_ever(root: str, settings: Settings) -> list[Table]:
     """All tables, those of signals that are no longer in the settings included: what they held must go, too."""
-    written = sorted({name for record in Ledger(root=root).records() for name in record.output_versions})
-    tables = {table.name: table for table in tables_with(settings.pairs.signals)}
-    return [*tables.values(), *(table_named(name) for name in written if name not in tables)]
+    written = {name for record in Ledger(root=root).records() for name in record.output_versions}
+    return tables_with(sorted({*settings.pairs.signals, *signals_of(written)}))
 
 
 def _vacuum(root: str, table: Table, hours: int) -> int:

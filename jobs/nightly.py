@@ -18,11 +18,9 @@ from jobs.ledger import StageRecord
 from jobs.logs import about
 from jobs.night_report import write_report
 from jobs.publish_neighbors import publish_neighbors
-from jobs.publish_online import publish_online
-from jobs.publish_online import stands as online_stands
+from jobs.publish_online import online_stands, publish_online
 from jobs.stage import Night, Stage, StageRun, Stands, finished, open_night, run_stage
-from jobs.train_model import stands as model_stands
-from jobs.train_model import train_model
+from jobs.train_model import model_stands, train_model
 from jobs.turns import turn
 from validation.suites import format_number
 

@@ -12,9 +12,10 @@ from typing import Any
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from conf.errors import MachineError, TableError
+from conf.files import write_whole
 from conf.settings import LakeSettings, OnlineSettings, Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
@@ -74,22 +75,26 @@ def store_identity(settings: Settings) -> str:
         which = str(file.stat().st_ino) if file.is_file() else ""
     else:
         with reaching_redis(settings.online):
-            which = _redis_starts(connection)
+            which = _redis_start(connection)
     described = [settings.online.store, store.project_of(folder), connection or str(file), which]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
-def _redis_starts(connection: str) -> str:
-    """Which starts of the servers answer, by a connection string as Feast reads it: host:port,...[,option=value,...]."""
-    parts = connection.split(",")
-    options = dict(part.split("=", 1) for part in parts if "=" in part)
-    secured = {name: options[name] for name in ("username", "password") if name in options}
-    starts = []
-    for address in (part for part in parts if "=" not in part):
-        host, _, port = address.rpartition(":")
-        with Redis(host=host, port=int(port), ssl=options.get("ssl", "false").lower() == "true", **secured) as server:
-            starts.append(str(server.info("server")["run_id"]))
-    return " ".join(starts)
+def _redis_start(connection: str) -> str:
+    """Which start of the server answers, by a connection string that is read as Feast reads it: host:port[,option=value,...]."""
+    address, *rest = connection.split(",")
+    host, _, port = address.partition(":")
+    options: dict[str, Any] = {}
+    for name, value in (part.split("=", 1) for part in rest if "=" in part):
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    with Redis(host=host, port=int(port), **options) as server:
+        try:
+            return str(server.info("server")["run_id"])
+        except ResponseError:  # it may not be asked
+            return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +112,8 @@ class Served:
     run_id: str
 
     def keep(self, lake: LakeSettings) -> None:
-        """Beside the registry, whole."""
-        path = _served_file(lake)
-        half = path.with_suffix(".partial")
-        half.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        half.replace(path)
+        """Beside the registry."""
+        write_whole(_served_file(lake), json.dumps(asdict(self)))
 
 
 def _served_file(lake: LakeSettings) -> Path:

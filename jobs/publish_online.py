@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from conf.faults import reach
+from conf.files import write_whole
 from conf.settings import LakeSettings, OnlineSettings, Settings
 from conf.tables import ITEM_NEIGHBORS, ITEM_NEIGHBORS_HISTORY
 from features import store
@@ -36,7 +37,7 @@ from jobs.online import (
 from jobs.processes import Processes
 from jobs.progress import Display
 from jobs.publication import Published, item_ids_ever, published
-from jobs.reader import artifacts_of, lake_root, open_table
+from jobs.reader import artifacts_of, changes_since, lake_root, open_table
 from jobs.stage import Night, StageRun, stage_main
 from jobs.turns import online_turn
 from validation.gates import run_gate
@@ -56,12 +57,12 @@ def publish_online(run: StageRun) -> None:
     run.version(ITEM_NEIGHBORS_HISTORY)
     with Processes() as processes:
         current, metrics = write_current(run.settings, now=run.night.now, display=run.night.display, processes=processes)
-    if current.version != version:
+    if changes_since(run.night.lake.root, ITEM_NEIGHBORS, version):
         run.note(f"run {current.run_id} was published meanwhile (item_neighbors version {current.version}): its lists are online")
     run.gate(metrics)
 
 
-def stands(night: Night) -> bool:
+def online_stands(night: Night) -> bool:
     """Whether the online store serves what is published, where one is wanted; it may be another one, or lost, since the night wrote it."""
     return not night.settings.online.enabled or serves_published(night.settings)
 
@@ -141,6 +142,7 @@ def follow_online(settings: Settings, *, like: StageRecord, display: Display, no
     with recorded(ledger, STAGE, run_id=current.run_id, run_date=current.run_date, like=like) as attempt:
         attempt.inputs[ITEM_NEIGHBORS.name] = current.version
         current, metrics = write_current(settings, now=now, display=display, processes=processes)
+        attempt.inputs[ITEM_NEIGHBORS.name] = current.version  # somebody may have published while this waited
         attempt.metrics |= metrics
         report = run_gate(STAGE, attempt.metrics, rules_for(STAGE, GateContext(gates=settings.gates, source=settings.source)))
         attempt.gates = report.to_json()
@@ -206,9 +208,7 @@ class _Written:
     def add(self, name: str, num_items: int) -> None:
         reach("publish_online.shard")
         self._shards[name] = num_items
-        half = self._path.with_suffix(".partial")
-        half.write_text(json.dumps({"store": self._store, "shards": self._shards}))
-        half.replace(self._path)
+        write_whole(self._path, json.dumps({"store": self._store, "shards": self._shards}))
         reach("publish_online.marked")
 
     def finish(self) -> None:
@@ -218,7 +218,7 @@ class _Written:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage alone."""
-    stage_main(STAGE, publish_online, description="current lists to the Feast online store", stands=stands, argv=argv)
+    stage_main(STAGE, publish_online, description="current lists to the Feast online store", stands=online_stands, argv=argv)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def train_model(run: StageRun) -> None:
     run.gate(_metrics(run, folder), num_items=run.read(ITEM_FEATURES).count())
 
 
-def stands(night: Night) -> bool:
+def model_stands(night: Night) -> bool:
     """Whether the night's model is where its lists are made from it, unless they are made: old ones are removed, by run date."""
     if night.ledger.last_success(run_id=night.run_id, stage=_READ_BY):
         return True
@@ -262,7 +262,7 @@ def _not_finite(value: Column) -> Column:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage alone."""
-    stage_main(STAGE, train_model, description="train the encoder and its heads", stands=stands, argv=argv)
+    stage_main(STAGE, train_model, description="train the encoder and its heads", stands=model_stands, argv=argv)
 
 
 if __name__ == "__main__":

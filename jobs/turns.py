@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO
 
 from conf.errors import PublishError
 from conf.settings import LakeSettings
@@ -25,16 +26,14 @@ def turn(lake: LakeSettings, who: str) -> Iterator[None]:
     Raises:
         PublishError: another night holds it; nothing was written.
     """
-    path = shared_folder(lake) / _FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with _lock_file(lake, _FILE) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise PublishError(
                 f"another night is writing this lake: {file.read().strip() or 'it has not said which'}. Nothing was written by this one; "
-                f"run the same command again once it has ended (lock: {path})"
+                f"run the same command again once it has ended (lock: {file.name})"
             ) from error
         file.truncate(0)
         file.write(f"{who}, process {os.getpid()} on {socket.gethostname()}")
@@ -50,12 +49,16 @@ def online_turn(lake: LakeSettings, *, say: Callable[[str], None]) -> Iterator[N
         lake: whose store.
         say: told if there is somebody to wait for.
     """
-    path = shared_folder(lake) / _ONLINE_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    with _lock_file(lake, _ONLINE_FILE) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("another publication is writing the online store; this one waits until it has ended")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _lock_file(lake: LakeSettings, name: str) -> IO[str]:
+    path = shared_folder(lake) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a+", encoding="utf-8")

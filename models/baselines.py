@@ -11,7 +11,7 @@ Shapes: `T` triggers, `B` triggers of one block, `N` items, `C` content dimensio
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -23,9 +23,8 @@ from conf.errors import MachineError
 from models.data import Bools, Floats, History, Ints, Sparse
 from models.factorization import CoEngagement, Factorization, log_popularity, recall
 from models.metrics import recall_at_k
-from models.ranking import Longs, best_per_row, best_per_segment, ends, pad, segments
+from models.ranking import Longs, best_per_row, best_per_segment, blocks, ends, pad, segments
 
-_CELLS_AT_ONCE = 16_000_000  # of a triggers x items matrix: 64 MB of scores, of which a few copies live at a time
 _TINY = np.float32(1e-30)  # a row without any mass is divided by this and stays zero
 _TUNED_AT = 100  # recall cutoff of everything tuned here
 _NUM_SWEEPS = 2
@@ -149,12 +148,6 @@ def score_lists(triggers: Ints, scores: Callable[[Ints], Floats], *, eligible: B
         columns = top_columns(hide(scores(triggers[rows]), triggers[rows], eligible), k)
         lists[rows, : columns.shape[1]] = columns
     return lists
-
-
-def blocks(num_rows: int, width: int) -> Iterator[slice]:
-    """Slices of `num_rows` rows, `width` columns wide, small enough to hold a few dense copies of."""
-    step = max(1, _CELLS_AT_ONCE // max(1, width))
-    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
 def hide(scores: Floats, triggers: Ints, eligible: Bools) -> Floats:

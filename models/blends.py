@@ -16,10 +16,10 @@ from typing import Self
 
 import numpy as np
 
-from models.baselines import EngagementScores, blocks, hide, top_columns
+from models.baselines import EngagementScores, hide, top_columns
 from models.data import Bools, Floats, Ints
 from models.merge import slots_of_share
-from models.ranking import Longs, best_per_row
+from models.ranking import Longs, best_per_row, blocks
 
 _RANK_OFFSET = np.float32(60)  # of the paper: how much the first ranks stand out
 

@@ -3,6 +3,8 @@
 Shapes: `B` triggers, `W` columns, `M` candidates of all triggers in one flat list, trigger b owning `offsets[b]:offsets[b + 1]`.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,6 +12,7 @@ from models.data import Floats
 
 Longs = npt.NDArray[np.int64]
 
+_CELLS_AT_ONCE = 16_000_000  # of a triggers x items matrix: 64 MB of scores, of which a few copies live at a time
 _LOW = np.uint64(0xFFFFFFFF)
 
 
@@ -37,6 +40,12 @@ def best_per_row(scores: Floats, k: int) -> Longs:
     columns = (keys & _LOW).astype(np.int64)
     columns[np.take_along_axis(scores, columns, axis=1) == -np.inf] = -1
     return columns
+
+
+def blocks(num_rows: int, width: int) -> Iterator[slice]:
+    """Slices of `num_rows` rows, `width` columns wide, small enough to hold a few dense copies of."""
+    step = max(1, _CELLS_AT_ONCE // max(1, width))
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
 def segments(offsets: Longs) -> Longs:

@@ -132,8 +132,8 @@ class Keeper:
         tensors = {_MODEL + name: value.detach().contiguous() for name, value in optimization.model.state_dict().items()}
         for number, state in enumerate(states):
             for parameter, parts in state["state"].items():
-                moments = {f"{_OPTIMIZER}{number}.{parameter}.{part}": torch.as_tensor(value) for part, value in parts.items()}
-                tensors |= {name: value.contiguous() for name, value in moments.items()}
+                for part, value in parts.items():
+                    tensors[f"{_OPTIMIZER}{number}.{parameter}.{part}"] = torch.as_tensor(value).contiguous()
         content = {
             "key": self.key,
             "phase": self.phase,

@@ -15,6 +15,7 @@ Shapes: `N` items, `T` triggers, `M` candidates of all triggers together, `F` fe
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +26,7 @@ from conf.errors import TableError
 from conf.settings import RetrievalSettings
 from models.data import LOG_AGE, TRENDS, Floats, History, Ints, Sparse
 from models.draws import Keys, uniform
+from models.ranking import blocks
 from models.user_level import UserLevel
 
 if TYPE_CHECKING:
@@ -50,7 +52,6 @@ _WARM = (0.005, 2.0)  # from last night's weights: what gains less is noise of t
 _BATCH = 40  # triggers per step
 _CACHED_ROWS = 8_192  # whose hidden units stay in cache: seven times as fast as all at once
 _NOTHING = 1e-3  # standard deviation of a feature, nearly all of which are logarithms, below which it is a constant
-_BLOCK, _MOST_CELLS = 200, 16_000_000  # triggers scored against the whole catalog at once, and scores
 MIN_TRIGGERS = 50  # fewer say nothing about (F + 2) * 12 + F weights
 
 
@@ -262,20 +263,21 @@ class CandidateSource:
             truth: (T, N) future weight per trigger.
             widths: candidates per source.
         """
-        block = max(1, min(_BLOCK, _MOST_CELLS // len(self.eligible)))
-        parts = [
-            self._propose(triggers[start : start + block], truth[start : start + block], widths, start)
-            for start in range(0, len(triggers), block)
-        ]
+        parts = [self._propose(triggers[rows], truth[rows], widths, rows.start) for rows in blocks(len(triggers), len(self.eligible))]
         return Candidates(
             **{name: np.concatenate([getattr(part, name) for part in parts]) for name in ("segment", "target", "features", "gain")}
         )
 
+    @cached_property
+    def _said(self) -> npt.NDArray[np.bool_]:
+        """(N,) something is said of the item; others are near nothing by content."""
+        said: npt.NDArray[np.bool_] = (self.content != 0).any(axis=1)
+        return said
+
     def _propose(self, triggers: Ints, truth: Sparse, widths: Widths, offset: int) -> Candidates:
         engagement = self.engagement.trigger[triggers] @ self.engagement.target.T  # (T, N)
         relevance = self.relevance.trigger[triggers] @ self.relevance.target.T
-        said = (self.content != 0).any(axis=1)  # an item of which nothing is said is near nothing by content
-        content = np.where(said[triggers][:, None] & said, self.content[triggers] @ self.content.T, -np.inf)
+        content = np.where(self._said[triggers][:, None] & self._said, self.content[triggers] @ self.content.T, -np.inf)
         counts: Floats = self.history.pairs[triggers].toarray()
         users: Floats = self.user_level.rows(triggers).toarray()
         popular = np.broadcast_to(self.popularity_p, counts.shape)

@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
+from conf.files import write_whole
 from conf.settings import PATIENCE, ModelSettings, TrainingSettings
 from models.data import TableRef
 from models.resume import training_key
@@ -112,10 +113,8 @@ class Progress:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole, or not at all: a reader never sees half of it, and a full disk leaves no empty file."""
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(content))
-    beside.replace(path)
+    """Whole, or not at all."""
+    write_whole(path, json.dumps(content))
 
 
 class Stopwatch:

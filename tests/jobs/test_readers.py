@@ -177,12 +177,12 @@ def test_what_was_written_to_a_store_that_is_gone_is_written_again(tmp_path: Pat
 
 
 @contextmanager
-def forgetful_redis(port: int, folder: Path) -> Iterator[None]:
+def forgetful_redis(port: int, folder: Path, *options: str) -> Iterator[None]:
     """A server that keeps nothing when it ends."""
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("no redis-server on PATH; `apt-get install redis-server`, or your system's equivalent")
-    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder), *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         while True:
             with socket.socket() as probe:
@@ -191,6 +191,20 @@ def forgetful_redis(port: int, folder: Path) -> Iterator[None]:
             time.sleep(0.02)
         yield
         server.kill()
+
+
+def test_a_redis_with_a_password_that_may_not_be_asked_about_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MTMH_REDIS", f"127.0.0.1:{port},db=2,password=secret")
+    world = ListWorld(folder=tmp_path, overrides={"online": {"store": "redis"}})
+    run_id = world.night(NIGHT, seed=1)
+    with forgetful_redis(port, tmp_path, "--requirepass", "secret", "--rename-command", "INFO", ""):
+        roll_back(world.settings, run_id, display=QUIET)
+        assert served(world) == {run_id}
+        with pytest.raises(PublishError, match="nothing to roll back"):
+            roll_back(world.settings, run_id, display=QUIET)
 
 
 def test_a_publication_goes_on_in_a_redis_that_was_started_again_and_has_lost_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

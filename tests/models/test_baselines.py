@@ -95,7 +95,7 @@ def test_content_blocks_do_not_show(monkeypatch):
     content /= np.linalg.norm(content, axis=1, keepdims=True)
     triggers, eligible = np.arange(50, dtype=np.int32), rng.random(50) < 0.8
     whole = content_lists(triggers, content=content, eligible=eligible, k=5)
-    monkeypatch.setattr("models.baselines._CELLS_AT_ONCE", 100)  # two or three triggers at once
+    monkeypatch.setattr("models.ranking._CELLS_AT_ONCE", 100)  # two or three triggers at once
     assert (content_lists(triggers, content=content, eligible=eligible, k=5) == whole).all()
     cosine = np.where(eligible & ~np.eye(50, dtype=bool), content @ content.T, -np.inf)
     assert (whole == np.argsort(-cosine, axis=1, kind="stable")[:, :5]).all()
@@ -301,7 +301,7 @@ def test_smooth_tuning_reaches_the_best_of_its_path(data):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("models.baselines._TUNED_AT", 3)  # a hundred is the whole catalog here
-        patch.setattr("models.baselines._CELLS_AT_ONCE", 700)
+        patch.setattr("models.ranking._CELLS_AT_ONCE", 700)
         start = SmoothWeights(user_level_weight=0.0, prior_weight=1000.0, popularity_exponent=0.5)
         best = tune_smooth(data.fit, truth, triggers, eligible=data.eligible, start=start)
     assert reached(best) > reached(start)
@@ -398,5 +398,5 @@ def test_blocks_do_not_show(monkeypatch):
         "engagement": partial(engagement_lists, engagement=mixed),
     }
     whole = {name: lists(TRIGGERS, eligible=world.eligible, k=5).tolist() for name, lists in made.items()}
-    monkeypatch.setattr("models.baselines._CELLS_AT_ONCE", 20)
+    monkeypatch.setattr("models.ranking._CELLS_AT_ONCE", 20)
     assert {name: lists(TRIGGERS, eligible=world.eligible, k=5).tolist() for name, lists in made.items()} == whole

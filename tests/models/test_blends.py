@@ -156,7 +156,7 @@ def test_ends_of_the_sweeps_are_the_two_lists():
 def test_blocks_do_not_show_and_no_trigger_no_list(monkeypatch):
     world = random_world(5)
     whole = world.lists(5)
-    monkeypatch.setattr("models.baselines._CELLS_AT_ONCE", 30)
+    monkeypatch.setattr("models.ranking._CELLS_AT_ONCE", 30)
     for family, sweep in world.lists(5).items():
         assert list(sweep) == list(getattr(MIXES, family))
         assert all((lists == whole[family][mix]).all() for mix, lists in sweep.items())

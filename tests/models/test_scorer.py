@@ -140,7 +140,7 @@ def test_items_of_which_nothing_is_said_are_no_candidates_by_content(data: Train
 
 
 def test_candidates_hold_every_source_and_nothing_forbidden(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.scorer._BLOCK", 3)
+    monkeypatch.setattr("models.ranking._CELLS_AT_ONCE", 3 * data.num_items)
     start = factorize(data.fit, data.content, weights=WEIGHTS, seed=0)
     model = build_model(start, data.content, make_spec(tmp_path).model, 0.3, seed=0)
     source = candidate_source(replace(data, full=data.fit), model, min_users=2)
