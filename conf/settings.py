@@ -423,8 +423,9 @@ class ModelSettings(Section):
     def _required_heads(self) -> Self:
         if missing := {"engagement", "relevance"} - set(self.heads):
             raise ValueError(f"heads {sorted(missing)} are missing: merge, gates and online view read them; add them under model.heads")
-        if "merged" in self.heads:
-            raise ValueError("`merged` is the name of the merged list; call the head something else")
+        for name, of in {"merged": "the merged list", "distilled": "the distilled vectors"}.items():
+            if name in self.heads:
+                raise ValueError(f"`{name}` is the name of {of}; call the head something else")
         return self
 
     @property
@@ -458,6 +459,12 @@ class TrainingSettings(Section):
     num_sampled_items: int = Field(4096, ge=2, description="Candidates per step above that, weighted by inverse sampling probability.")
     in_batch_negatives: bool = Field(
         False, description="Above that, partners that the triggers of a step draw are candidates of all its triggers, too."
+    )
+    distil_max_items: int = Field(
+        20_000,
+        ge=0,
+        description="Up to this size of the catalog what the scorer expects is distilled into vectors, `distilled` in item_embeddings; 0: "
+        "never. The time that it takes grows with the square of the catalog.",
     )
     affinity_weight: float = Field(1.0, ge=0, description="Multiplier of every head's affinity task.")
     timeout_seconds: int = Field(300, ge=10, description="A worker that waits longer for the others within a step fails.")

@@ -322,7 +322,7 @@ ITEM_EMBEDDINGS = Table(
     order_by=("head", "item_id"),
     columns=(
         _key("item_id", "string", "The item."),
-        _key("head", "string", "Head name from the settings, e.g. engagement."),
+        _key("head", "string", "Head name from the settings, e.g. engagement; or distilled: what the scorer expects of both."),
         _key("trigger_vector", "array<float>", "The item as a trigger; its last dimension multiplies the target's bias."),
         _key("target_vector", "array<float>", "The item as a target; its last dimension is the popularity bias (0 in a head without)."),
         _key("model_version", "string", "Which checkpoint made it."),

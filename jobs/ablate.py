@@ -22,10 +22,10 @@ from conf.settings import Settings, load_settings
 from jobs.arguments import add_config, report_errors
 from jobs.backtest import Backtest, backtest_settings
 from jobs.backtest_report import REPORTS
-from jobs.backtest_results import VALIDATION
+from jobs.backtest_results import ENCODER, VALIDATION
 from jobs.demo_source import lay_source
 from jobs.exam import CutData, read_cut
-from jobs.judge_cut import ENCODER, Opened, head_lists
+from jobs.judge_cut import Opened, head_lists
 from jobs.progress import Display
 from jobs.session import start_session
 from jobs.stage import StageRun, run_stage

@@ -17,6 +17,8 @@ from typing import Literal
 OURS = "mtmh"
 HEADS = ("merged", "engagement", "relevance")
 """Heads of our model in the order of every table; others follow."""
+ENCODER = "encoder"
+"""Head under which the engagement head alone is reported, beside the list that the scorer orders."""
 SWEPT = ("mtmh_blend", "late_blend", "rrf", "quota")
 """Families of mixes: their head is the mix as text, e.g. `0.01`."""
 DIAL, NEW_PAIR_BONUS, NEW_ITEM_BONUS = "mtmh_dial", "mtmh_new_pairs", "mtmh_new_items"

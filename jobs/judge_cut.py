@@ -14,25 +14,24 @@ from pyspark.sql import functions as F
 from conf.settings import RetrievalSettings, Settings
 from conf.tables import EVALUATION, ITEM_FEATURES, ITEM_POPULARITY
 from jobs.backtest_lists import keep_lists
-from jobs.backtest_results import DIAL, FINAL, NEW_ITEM_BONUS, NEW_PAIR_BONUS, OURS, Row
+from jobs.backtest_results import DIAL, ENCODER, FINAL, NEW_ITEM_BONUS, NEW_PAIR_BONUS, OURS, Row
 from jobs.backtest_verdict import Verdict, evaluation_rows
 from jobs.exam import ASSOCIATIONS, CutData, read_cut
 from jobs.lake import only_row
-from jobs.retrieval import counted_of, index_items
+from jobs.retrieval import counted_of, distilled_vectors, index_items
 from jobs.stage import Night, StageRun
 from jobs.verdicts import RECALL, Board
 from models import metrics
 from models.baselines import score_lists
 from models.contest import LIST_LENGTH, TRAINED, Tuned
-from models.data import Ints
+from models.data import Floats, Ints
+from models.distillation import DISTILLED
 from models.merge import Policy, read_policies
 from models.metrics import Values
 from models.neighbors import ENGAGEMENT, MERGED, Counted, Neighbors, Retriever
 from models.ranking import Longs
 from models.scoreboard import Scored, measure, measure_axes
 
-ENCODER = "encoder"
-"""Head under which the engagement head alone is reported, beside the list that the scorer orders."""
 _NUM_BASELINES = 8 + 2 * len(ASSOCIATIONS)
 _BLEND = "mtmh_blend"
 
@@ -172,12 +171,15 @@ class Opened:
 
 
 def head_lists(run: StageRun, opened: Opened) -> dict[str, Ints]:
-    """(T, K) lists of every head and of the merged list, and of the encoder by itself."""
+    """(T, K) lists of every head and of the merged list, and of vectors by themselves: the engagement head's, and distilled ones."""
     retriever, triggers = opened.retriever, opened.triggers
     scopes = retriever.policies_for(_policies(run), triggers)
     found = retriever.retrieve(triggers, opened.counted, scopes, settings=_list_settings(run.settings))
     heads = {head: opened.matrix(_padded(neighbors)) for head, neighbors in found.heads.items()}
-    return heads | {ENCODER: opened.matrix(_encoder_lists(retriever, triggers))}
+    alone = {ENCODER: (retriever.heads[ENGAGEMENT].trigger, retriever.heads[ENGAGEMENT].target)}
+    if distilled := distilled_vectors(run, retriever.item_ids):
+        alone[DISTILLED] = distilled
+    return heads | {name: opened.matrix(_lists_of(*vectors, retriever, triggers)) for name, vectors in alone.items()}
 
 
 def _swept_lists(run: StageRun, opened: Opened) -> dict[str, dict[str, Ints]]:
@@ -201,10 +203,9 @@ def _swept_lists(run: StageRun, opened: Opened) -> dict[str, dict[str, Ints]]:
     return {family: {f"{mix:g}": next(merged) for mix in of} for family, of in mixes.items()}
 
 
-def _encoder_lists(retriever: Retriever, triggers: Ints) -> Ints:
-    """What the encoder finds by itself: its engagement head over the full catalog, without counts, users and trends."""
-    head = retriever.heads[ENGAGEMENT]
-    return score_lists(triggers, lambda part: head.trigger[part] @ head.target.T, eligible=retriever.eligible, k=LIST_LENGTH)
+def _lists_of(trigger: Floats, target: Floats, retriever: Retriever, triggers: Ints) -> Ints:
+    """What vectors find by themselves in the full catalog, without counts, users and trends."""
+    return score_lists(triggers, lambda part: trigger[part] @ target.T, eligible=retriever.eligible, k=LIST_LENGTH)
 
 
 def _padded(neighbors: Neighbors) -> Ints:

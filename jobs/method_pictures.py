@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.backtest_picture import SVG_SETTINGS, frontier_svg
-from jobs.backtest_results import INDEPENDENT, OURS, SWEPT, Report, Row
+from jobs.backtest_results import ENCODER, INDEPENDENT, OURS, SWEPT, Report, Row
 from jobs.session import ROOT
+from models.distillation import DISTILLED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,7 +160,8 @@ _OTHER_POLICIES = ("mtmh, relevance share", "mtmh, rank fusion", "mtmh, new pair
 _OUR_HEADS: Mapping[str, tuple[str, str]] = {
     "mtmh merged (default)": (OURS, "merged"),
     "mtmh engagement": (OURS, "engagement"),
-    "mtmh engagement, the encoder alone": (OURS, "encoder"),
+    "mtmh engagement, the encoder alone": (OURS, ENCODER),
+    "mtmh distilled vectors alone": (OURS, DISTILLED),
     "mtmh relevance": (OURS, "relevance"),
 }
 

@@ -24,6 +24,7 @@ from jobs.list_files import MakeLists
 from jobs.reader import shared_folder
 from jobs.stage import StageRun
 from models.data import TableRef, read_table
+from models.distillation import DISTILLED
 from models.eligibility import FilterColumn, FilterColumns
 from models.merge import read_policies
 from models.neighbors import CONTENT, MERGED, Counted, Retriever, build_index
@@ -127,6 +128,13 @@ def _vectors(embeddings: pa.Table, head: str, item_ids: pa.Array) -> tuple[Rows,
     mine = embeddings.filter(pc.equal(embeddings["head"].cast(pa.string()), head))
     order = pc.index_in(item_ids, mine["item_id"].combine_chunks().cast(pa.string()))
     return _rows(mine["trigger_vector"].take(order)), _rows(mine["target_vector"].take(order))
+
+
+def distilled_vectors(run: StageRun, item_ids: pa.Array) -> tuple[Rows, Rows] | None:
+    """(N, V) trigger and target vectors that the night's scorer was distilled into; None: the catalog is too large for that."""
+    ref = TableRef(uri=run.night.lake.path(ITEM_EMBEDDINGS), version=run.version(ITEM_EMBEDDINGS))
+    mine = read_table(ref, ("item_id", "head", "trigger_vector", "target_vector"))
+    return _vectors(mine, DISTILLED, item_ids) if pc.any(pc.equal(mine["head"].cast(pa.string()), DISTILLED)).as_py() else None
 
 
 def _aligned(table: pa.Table, column: str, item_ids: pa.Array) -> npt.NDArray[np.float32]:

@@ -39,7 +39,7 @@ from jobs.stage import Night, StageRun, stage_main
 from models.data import TableRef
 from models.resume import FILE
 from models.scorer import Widths
-from models.spec import REHEARSAL, TrainingSpec
+from models.spec import DISTILLATION, REHEARSAL, TrainingSpec
 
 STAGE, _READ_BY = "train_model", "publish_neighbors"
 _CARRIERS = ("gloo", "NCCL")
@@ -234,6 +234,8 @@ def _progress(folder: Path) -> Callable[[], Reading | None]:
             return None
         if content["phase"] == "calibration":  # how many settings will be tried depends on what they reach
             return content["done"], 0, "settings of the calibration tried"
+        if content["phase"] == DISTILLATION:
+            return content["done"], 0, "items whose expected partners were put into vectors"
         steps = "training steps beside which the scorer will be fitted" if content["phase"] == REHEARSAL else "training steps"
         return content["done"], content["total"], steps
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jobs.backtest_results import DIAL, NEW_ITEM_BONUS, NEW_PAIR_BONUS, OURS, SWEPT, Comparison, Method, name_of
+from jobs.backtest_results import DIAL, ENCODER, NEW_ITEM_BONUS, NEW_PAIR_BONUS, OURS, SWEPT, Comparison, Method, name_of
 from models import metrics
+from models.distillation import DISTILLED
 from models.metrics import Estimate, Values
 from models.scoreboard import Exam, Key, Scored
 
@@ -191,6 +192,10 @@ def _against_baseline(pairs: _Pairs, choice: Choice) -> Iterator[Comparison]:
     for head in ("engagement", "merged"):
         for key in (RECALL, DEBIASED, ("recall@10", "all"), relevance, short):
             yield from pairs.difference(f"{head} list against the best baseline", key, (OURS, head), choice.baseline)
+    for vectors, words in {ENCODER: "engagement vectors", DISTILLED: "distilled vectors"}.items():
+        if (OURS, vectors) in pairs.board.methods:
+            for key in (RECALL, DEBIASED, relevance):
+                yield from pairs.difference(f"{words} alone against the best baseline", key, (OURS, vectors), choice.baseline)
     for part in ("new_pairs", "cold_triggers", "cold_targets"):
         strongest = pairs.board.strongest((RECALL[0], part))
         for head in ("engagement", "merged"):

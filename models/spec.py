@@ -17,6 +17,8 @@ from models.scorer import READS, Widths
 
 REHEARSAL, TRAINING = "rehearsal", "training"
 """Phases whose steps are shown, and saved to go on from."""
+DISTILLATION = "distillation"
+"""A phase whose triggers are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)

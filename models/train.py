@@ -7,7 +7,7 @@
     history.json         loss of each task per step; now and then the cosine between the tasks' gradients on the shared encoder
     metrics.json, notes.json   numbers for the gates, sentences for the ledger
     checkpoint/          models.checkpoint
-    embeddings/*.parquet item_id, head, trigger_vector, target_vector
+    embeddings/*.parquet item_id, head, trigger_vector, target_vector, of every head and models.distillation
     scorer.json          models.scorer
     signals/             what else the scorer reads: trends.npy (N, S), and models.user_level
 
@@ -20,6 +20,8 @@ result is one worker's to rounding. Shapes as in models.batches.
 import os
 import time
 import traceback
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,13 @@ from conf.errors import TrainingError
 from conf.faults import reach
 from models.checkpoint import save_checkpoint
 from models.data import Floats, TrainingData, load_training_data
+from models.distillation import DISTILLED, distil
 from models.fine_tuning import fine_tune
 from models.mtmh import Mtmh
 from models.resume import Saved
-from models.spec import REHEARSAL, TRAINING, Progress, Stopwatch, TrainingSpec, write_json
-from models.start import find_saved, go_on, keeper, prepare, user_level_weight
+from models.scorer import HeadVectors
+from models.spec import DISTILLATION, REHEARSAL, TRAINING, Progress, Stopwatch, TrainingSpec, write_json
+from models.start import Plan, candidate_source, find_saved, go_on, keeper, prepare, user_level_weight
 from models.user_level import UserLevel
 from models.workers import Workers
 
@@ -90,10 +94,14 @@ def train(data: TrainingData, spec: TrainingSpec, workers: Workers) -> dict[str,
     clock.stop("training_seconds")
     if plan is None or progress is None:
         return clock.seconds
+    vectors = {name: HeadVectors(trigger=pair[0].numpy(), target=pair[1].numpy()) for name, pair in model.vectors().items()}
+    if data.num_items <= spec.training.distil_max_items:
+        vectors[DISTILLED] = _distilled(data, model, spec, plan, progress)
+        clock.stop("distillation_seconds")
     progress.show("writing", spec.training.num_steps)
-    metrics = {**plan.metrics, **_final(history), **_describe(model)}
+    metrics = {**plan.metrics, **_final(history), **_describe(vectors)}
     version = save_checkpoint(folder / "checkpoint", model, vocabulary=data.vocabulary, run={"metrics": metrics, "search": plan.search})
-    write_embeddings(folder / "embeddings", model, data)
+    write_embeddings(folder / "embeddings", vectors, data)
     plan.scorer.save(folder / "scorer.json")
     write_signals(folder / "signals", data, min_users=spec.min_users)
     clock.stop("writing_seconds")
@@ -101,6 +109,19 @@ def train(data: TrainingData, spec: TrainingSpec, workers: Workers) -> dict[str,
     write_json(folder / "metrics.json", metrics | clock.seconds)
     write_json(folder / "notes.json", [*plan.notes, *_resumption(saved, spec)])
     return metrics | clock.seconds
+
+
+def _distilled(data: TrainingData, model: Mtmh, spec: TrainingSpec, plan: Plan, progress: Progress) -> HeadVectors:
+    """What the scorer expects of everything known."""
+    return distil(
+        candidate_source(data, model, min_users=spec.min_users),
+        plan.scorer,
+        weights=plan.weights,
+        dimension=spec.model.dimension,
+        widths=spec.widths,
+        seed=spec.training.seed,
+        watch=partial(progress.show, DISTILLATION),
+    )
 
 
 def _resumption(saved: Saved | None, spec: TrainingSpec) -> list[str]:
@@ -120,14 +141,15 @@ def _final(history: list[dict[str, float]]) -> dict[str, float]:
     return {"first_loss": sum(first) / tail, "final_loss": sum(last) / tail, "num_steps": float(len(history))}
 
 
-def _describe(model: Mtmh) -> dict[str, float]:
+def _describe(vectors: Mapping[str, HeadVectors]) -> dict[str, float]:
     """Per head, of the target vectors (bias and zero vectors aside): mean pairwise cosine, shortest length, dimensions in use.
 
     These are the participation ratio (sum of the eigenvalues)^2 / sum of their squares of the unit vectors' covariance: D where they
     spread evenly over D dimensions, 1 where they lie on a line, 0 where they are equal.
     """
     out = {}
-    for name, (_, target) in model.vectors().items():
+    for name, head in vectors.items():
+        target = torch.from_numpy(head.target)
         norm = target[:, :-1].norm(dim=1)
         some = norm > 1e-6
         unit = (target[some, :-1] / norm[some, None]).double()
@@ -147,21 +169,21 @@ def _participation(unit: Tensor) -> float:
     return trace**2 / float(covariance.square().sum()) if trace > 1e-9 else 0.0
 
 
-def write_embeddings(folder: Path, model: Mtmh, data: TrainingData) -> None:
+def write_embeddings(folder: Path, vectors: Mapping[str, HeadVectors], data: TrainingData) -> None:
     """Parquet parts with item_id, head, trigger_vector and target_vector, in item order; what an earlier attempt left is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("part-*.parquet"):
         stale.unlink()
     ids = pa.array(data.item_ids.tolist(), pa.string())
     part = 0
-    for name, (trigger, target) in model.vectors().items():
+    for name, head in vectors.items():
         for start in range(0, data.num_items, _PART_ITEMS):
             stop = min(start + _PART_ITEMS, data.num_items)
             columns = {
                 "item_id": ids[start:stop],
                 "head": pa.array([name] * (stop - start), pa.string()),
-                "trigger_vector": _lists(trigger[start:stop].numpy()),
-                "target_vector": _lists(target[start:stop].numpy()),
+                "trigger_vector": _lists(head.trigger[start:stop]),
+                "target_vector": _lists(head.target[start:stop]),
             }
             pq.write_table(pa.table(columns), folder / f"part-{part:04d}.parquet", use_dictionary=["head"])
             part += 1

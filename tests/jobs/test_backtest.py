@@ -66,6 +66,8 @@ def done(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Done:
 def test_recall_and_relevance_come_out_exactly(done: Done) -> None:
     assert done.value("mtmh", "engagement", "recall@10") == pytest.approx(1.0)
     assert done.value("counts", "-", "recall@10") == pytest.approx(1.0)
+    for vectors in ("encoder", "distilled"):
+        assert done.value("mtmh", vectors, "recall@10") == pytest.approx(1.0), vectors
     assert done.value("content", "-", "relevance@10") == pytest.approx(1.0)  # 29 others are in the category
     assert done.value("content", "-", "rel_ndcg@10") == pytest.approx(1.0)
     assert done.value("content", "-", "recall@10") == 0  # nobody of the category is in the bundle
@@ -87,6 +89,8 @@ def test_the_blend_reaches_both_ends(done: Done) -> None:
     held = next(c for c in done.final.comparisons if (c.name, c.what) == ("relevance at recall kept", "relevance@100"))
     assert held.verdict == "wins"
     ours = {f"mtmh_{family}" for family in ("blend", "share", "rrf", "dial", "new_pairs", "new_items")}
+    alone = {c.name for c in done.final.comparisons if "vectors alone" in c.name}
+    assert alone == {f"{vectors} vectors alone against the best baseline" for vectors in ("engagement", "distilled")}
     assert ours | {"late_blend", "rrf", "quota"} == set(done.final.families)
 
 
@@ -147,7 +151,7 @@ def test_lists_of_trained_baselines_are_kept_for_the_explorer(done: Done) -> Non
 def test_a_model_that_is_shown_the_judges_field_is_caught(done: Done) -> None:
     trained = done.backtest.trained_cold(done.final.cut)
     compared = check_leaks(trained, ["categories"])  # withheld: permuting it changes nothing
-    assert compared["item_embeddings"] == 2 * len(WORLD.items())
+    assert compared["item_embeddings"] == 3 * len(WORLD.items())
     with pytest.raises(GateError, match=r"permuting \['text'\].*content_vector.*trigger_vector"):
         check_leaks(trained, ["text"])  # not withheld: the model reads it
 

@@ -115,6 +115,16 @@ def test_frontiers_of_recall_and_new_items_are_compared_with_those_of_the_blends
     assert "whole frontier of recall and new items" not in {c.name for c in compare(without, choose([without]), num_resamples=50, seed=0)}
 
 
+def test_vectors_alone_are_compared_where_there_are_some():
+    found = {c.name for c in compare(board(), choose([board()]), num_resamples=50, seed=0)}
+    assert not {name for name in found if "vectors alone" in name}
+    distilled = board()
+    distilled.methods["mtmh", "distilled"] = scored(0.57, 0.3)
+    chosen = [c for c in compare(distilled, choose([distilled]), num_resamples=50, seed=0) if "vectors alone" in c.name]
+    assert {c.name for c in chosen} == {"distilled vectors alone against the best baseline"}
+    assert (chosen[0].what, chosen[0].theirs, chosen[0].value) == ("recall@100", "smooth", pytest.approx(0.07))
+
+
 def test_a_baseline_that_a_slice_lacks_is_neither_chosen_nor_missed():
     """As EASE where the catalog has outgrown it."""
     large, small = board(), board()

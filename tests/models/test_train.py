@@ -18,7 +18,7 @@ from conf.errors import TrainingError
 from conf.settings import load_settings
 from models.checkpoint import load_checkpoint
 from models.data import TrainingData, sparse_rows
-from models.scorer import Scorer
+from models.scorer import HeadVectors, Scorer
 from models.spec import TrainingSpec
 from models.train import _describe, run_rank, train
 from models.workers import Workers
@@ -27,14 +27,10 @@ from validation.gates import check_metrics
 from validation.suites import GateContext, rules_for
 
 
-class Vectors:
-    """Heads with given target vectors, and one dimension of popularity behind them."""
-
-    def __init__(self, **heads: torch.Tensor) -> None:
-        self.heads = {name: torch.cat([vectors, torch.ones(len(vectors), 1)], dim=1) for name, vectors in heads.items()}
-
-    def vectors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        return {name: (vectors, vectors) for name, vectors in self.heads.items()}
+def with_popularity(vectors: torch.Tensor) -> HeadVectors:
+    """Given target vectors with a dimension of popularity behind them."""
+    both = torch.cat([vectors, torch.ones(len(vectors), 1)], dim=1).numpy()
+    return HeadVectors(trigger=both, target=both)
 
 
 def test_vectors_that_have_collapsed_are_told_from_those_that_have_not() -> None:
@@ -44,7 +40,7 @@ def test_vectors_that_have_collapsed_are_told_from_those_that_have_not() -> None
     line, angles = torch.randn(400, 1) @ torch.randn(1, 16), torch.linspace(0, 6.28, 400)
     circle = torch.cat([torch.stack([angles.cos(), angles.sin()], dim=1), torch.zeros(400, 14)], dim=1)
     heads = {"spread": spread, "point": torch.ones(400, 16) + 0.01 * spread, "line": line, "circle": circle, "nothing": 1e-9 * spread}
-    found = _describe(Vectors(**heads))  # type: ignore[arg-type]
+    found = _describe({name: with_popularity(vectors) for name, vectors in heads.items()})
     used = {name: found[f"{name}_used_dimensions"] for name in heads}
     assert used == {"spread": pytest.approx(16, abs=1), "point": pytest.approx(16, abs=1), "line": pytest.approx(1), **used} | {
         "circle": pytest.approx(2, abs=0.05),
@@ -83,7 +79,7 @@ def test_a_run_writes_what_the_night_needs(world: SmallWorld, data: TrainingData
     Scorer.load(out / "scorer.json")
     rows = ds.dataset(out / "embeddings").to_table().to_pylist()
     assert [(row["head"], row["item_id"]) for row in rows] == [
-        (head, item) for head in ("engagement", "relevance") for item in world.item_ids
+        (head, item) for head in ("engagement", "relevance", "distilled") for item in world.item_ids
     ]
     vectors = model.vectors()["engagement"]
     np.testing.assert_allclose(rows[7]["trigger_vector"], vectors[0][7].numpy(), rtol=1e-6)
