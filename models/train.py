@@ -95,11 +95,11 @@ def train(data: TrainingData, spec: TrainingSpec, workers: Workers) -> dict[str,
     if plan is None or progress is None:
         return clock.seconds
     vectors = {name: HeadVectors(trigger=pair[0].numpy(), target=pair[1].numpy()) for name, pair in model.vectors().items()}
+    metrics = {**plan.metrics, **_final(history), **_describe(vectors)}
     if data.num_items <= spec.training.distil_max_items:
         vectors[DISTILLED] = _distilled(data, model, spec, plan, progress)
         clock.stop("distillation_seconds")
     progress.show("writing", spec.training.num_steps)
-    metrics = {**plan.metrics, **_final(history), **_describe(vectors)}
     version = save_checkpoint(folder / "checkpoint", model, vocabulary=data.vocabulary, run={"metrics": metrics, "search": plan.search})
     write_embeddings(folder / "embeddings", vectors, data)
     plan.scorer.save(folder / "scorer.json")
