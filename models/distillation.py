@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.sparse import csr_array, vstack
 
-from models.data import Sparse
+from models.data import Sparse, sparse_rows
 from models.factorization import ScoreWeights, Spectral
 from models.ranking import blocks
 from models.scorer import CandidateSource, HeadVectors, Scorer, Widths, log_softmax
@@ -60,12 +60,11 @@ def distil(
     )
     history = dataclasses.replace(source.history, pairs=expected(source, scorer, widths=widths, watch=watch))
     spectral = Spectral(history, source.content, user_level_weight=0.0, dimension=weights.dimension, seed=seed)
-    fit, factor = spectral.factorization(weights), np.float32(weights.temperature)
+    fit = spectral.factorization(weights)
     nobodys = np.asarray(history.pairs.sum(axis=0)).reshape(-1, 1) == 0
     target = np.where(nobodys, source.content @ fit.content_to_target, fit.target)
-    bias = factor * np.float32(weights.popularity_weight) * fit.log_prior[:, None]
-    ones = np.ones_like(bias)
-    return HeadVectors(trigger=np.hstack([factor * fit.trigger, ones]), target=np.hstack([target, bias]).astype(np.float32))
+    both = dataclasses.replace(fit, target=target).vectors()
+    return HeadVectors(trigger=both[0], target=both[1])
 
 
 def expected(source: CandidateSource, scorer: Scorer, *, widths: Widths, watch: Callable[[int], None] | None = None) -> Sparse:
@@ -80,8 +79,7 @@ def expected(source: CandidateSource, scorer: Scorer, *, widths: Widths, watch: 
     num_items, rows = len(source.eligible), list[Sparse]()
     for block in blocks(num_items, num_items):
         triggers = np.arange(block.start, block.stop, dtype=np.int32)
-        nothing = source.history.pairs[triggers] * np.float32(0)
-        found = source.propose(triggers, nothing, widths=widths)
+        found = source.propose(triggers, sparse_rows([], [], [], (len(triggers), num_items)), widths=widths)
         indptr = np.searchsorted(found.segment, np.arange(len(triggers) + 1))
         p = np.exp(log_softmax(scorer.logits(found.features), found.segment)) if len(found.target) else found.gain
         rows.append(csr_array((p, found.target, indptr), shape=(len(triggers), num_items)))

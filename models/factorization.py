@@ -89,6 +89,13 @@ class Factorization:
         product *= np.float32(weights.temperature)
         return product
 
+    def vectors(self) -> tuple[Floats, Floats]:
+        """(N, K + 1) triggers and (N, K + 1) targets whose products are the scores; a target's last dimension is its popularity."""
+        weights, ones = self.weights, np.ones((len(self.trigger), 1), dtype=np.float32)
+        factor = np.float32(weights.temperature)
+        bias = factor * np.float32(weights.popularity_weight) * self.log_prior[:, None]
+        return np.hstack([factor * self.trigger, ones]), np.hstack([self.target, bias]).astype(np.float32)
+
 
 def log_popularity(popularity: Floats) -> Floats:
     """(N,) log share of decayed user-days; an item counts at least half a median item's, so that no score depends on -inf."""

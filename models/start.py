@@ -272,7 +272,9 @@ def _rehearse(
     fine_tune(model, past, spec, workers, user_level_weight=weight, phase=REHEARSAL, progress=progress, saved=saved, keeper=saves)
     if choice is None:
         return earlier, {}
-    candidates = candidate_source(past, model, min_users=spec.min_users).propose(usable, data.holdout[usable], widths=spec.widths)
+    user_level = UserLevel.of(past.full.user_items, min_users=spec.min_users)
+    source = candidate_source(past, head_vectors(model), user_level)
+    candidates = source.propose(usable, data.holdout[usable], widths=spec.widths)
     keys = data.full.keys[usable[np.unique(candidates.segment)]]
     return fit_scorer(candidates, keys=keys, seed=spec.training.seed, previous=earlier)
 
@@ -285,12 +287,16 @@ def _without_signals(model: ModelSettings) -> ModelSettings:
     return model.model_copy(update={"heads": heads})
 
 
-def candidate_source(data: TrainingData, model: Mtmh, *, min_users: int) -> CandidateSource:
-    """Candidates as of what `data.full` knows, from an encoder that knows no more."""
-    vectors = {name: HeadVectors(trigger=pair[0].numpy(), target=pair[1].numpy()) for name, pair in model.vectors().items()}
+def head_vectors(model: Mtmh) -> dict[str, HeadVectors]:
+    """Of the whole catalog, by head."""
+    return {name: HeadVectors(trigger=trigger.numpy(), target=target.numpy()) for name, (trigger, target) in model.vectors().items()}
+
+
+def candidate_source(data: TrainingData, vectors: Mapping[str, HeadVectors], user_level: UserLevel) -> CandidateSource:
+    """Candidates as of what `data.full` knows, from vectors and user-level co-engagement that know no more."""
     return CandidateSource(
         history=data.full,
-        user_level=UserLevel.of(data.full.user_items, min_users=min_users),
+        user_level=user_level,
         content=data.content,
         engagement=vectors["engagement"],
         relevance=vectors["relevance"],

@@ -37,11 +37,10 @@ from models.checkpoint import save_checkpoint
 from models.data import Floats, TrainingData, load_training_data
 from models.distillation import DISTILLED, distil
 from models.fine_tuning import fine_tune
-from models.mtmh import Mtmh
 from models.resume import Saved
-from models.scorer import HeadVectors
+from models.scorer import CandidateSource, HeadVectors
 from models.spec import DISTILLATION, REHEARSAL, TRAINING, Progress, Stopwatch, TrainingSpec, write_json
-from models.start import Plan, candidate_source, find_saved, go_on, keeper, prepare, user_level_weight
+from models.start import Plan, candidate_source, find_saved, go_on, head_vectors, keeper, prepare, user_level_weight
 from models.user_level import UserLevel
 from models.workers import Workers
 
@@ -94,16 +93,16 @@ def train(data: TrainingData, spec: TrainingSpec, workers: Workers) -> dict[str,
     clock.stop("training_seconds")
     if plan is None or progress is None:
         return clock.seconds
-    vectors = {name: HeadVectors(trigger=pair[0].numpy(), target=pair[1].numpy()) for name, pair in model.vectors().items()}
+    vectors, user_level = head_vectors(model), UserLevel.of(data.full.user_items, min_users=spec.min_users)
     metrics = {**plan.metrics, **_final(history), **_describe(vectors)}
     if data.num_items <= spec.training.distil_max_items:
-        vectors[DISTILLED] = _distilled(data, model, spec, plan, progress)
+        vectors[DISTILLED] = _distilled(candidate_source(data, vectors, user_level), spec, plan, progress)
         clock.stop("distillation_seconds")
     progress.show("writing", spec.training.num_steps)
     version = save_checkpoint(folder / "checkpoint", model, vocabulary=data.vocabulary, run={"metrics": metrics, "search": plan.search})
     write_embeddings(folder / "embeddings", vectors, data)
     plan.scorer.save(folder / "scorer.json")
-    write_signals(folder / "signals", data, min_users=spec.min_users)
+    write_signals(folder / "signals", data, user_level)
     clock.stop("writing_seconds")
     write_json(folder / "history.json", {"model_version": version, "steps": history})
     write_json(folder / "metrics.json", metrics | clock.seconds)
@@ -111,10 +110,10 @@ def train(data: TrainingData, spec: TrainingSpec, workers: Workers) -> dict[str,
     return metrics | clock.seconds
 
 
-def _distilled(data: TrainingData, model: Mtmh, spec: TrainingSpec, plan: Plan, progress: Progress) -> HeadVectors:
+def _distilled(source: CandidateSource, spec: TrainingSpec, plan: Plan, progress: Progress) -> HeadVectors:
     """What the scorer expects of everything known."""
     return distil(
-        candidate_source(data, model, min_users=spec.min_users),
+        source,
         plan.scorer,
         weights=plan.weights,
         dimension=spec.model.dimension,
@@ -189,11 +188,11 @@ def write_embeddings(folder: Path, vectors: Mapping[str, HeadVectors], data: Tra
             part += 1
 
 
-def write_signals(folder: Path, data: TrainingData, *, min_users: int) -> None:
+def write_signals(folder: Path, data: TrainingData, user_level: UserLevel) -> None:
     """What the scorer reads beside vectors, pairs and popularity, as of the run date, in item order."""
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "trends.npy", data.full.trends)
-    UserLevel.of(data.full.user_items, min_users=min_users).save(folder)
+    user_level.save(folder)
 
 
 def _lists(rows: Floats) -> pa.Array:

@@ -14,8 +14,11 @@ from deltalake import write_deltalake
 from conf.settings import HeadSettings, ModelSettings, RetrievalSettings, TrainingSettings
 from models.data import TRENDS, Examples, Floats, History, Sparse, TableRef, TrainingData, load_training_data, sparse_rows
 from models.draws import item_keys
-from models.scorer import Widths
+from models.mtmh import Mtmh
+from models.scorer import CandidateSource, Widths
 from models.spec import TrainingSpec
+from models.start import candidate_source, head_vectors
+from models.user_level import UserLevel
 
 RUN_DATE = date(2024, 4, 9)
 LANDMARK = date(2024, 3, 1)
@@ -151,6 +154,11 @@ def make_history(pairs: Sparse, user_items: Sparse, popularity: Floats) -> Histo
     trends = np.zeros((len(popularity), len(TRENDS)), np.float32)
     keys = item_keys(map(str, range(len(popularity))))
     return History(pairs=pairs, user_items=user_items, popularity=popularity, trends=trends, keys=keys)
+
+
+def source_of(data: TrainingData, model: Mtmh, *, min_users: int) -> CandidateSource:
+    """Candidates as of what `data.full` knows."""
+    return candidate_source(data, head_vectors(model), UserLevel.of(data.full.user_items, min_users=min_users))
 
 
 def no_examples() -> Examples:

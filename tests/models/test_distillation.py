@@ -13,10 +13,10 @@ from models.data import TrainingData
 from models.distillation import distil, expected
 from models.factorization import ScoreWeights, factorize
 from models.scorer import CandidateSource, Scorer, log_softmax
-from models.start import build_model, candidate_source
+from models.start import build_model
 from models.train import train
 from models.workers import Workers
-from tests.models.small_world import SmallWorld, make_spec
+from tests.models.small_world import SmallWorld, make_spec, source_of
 
 WEIGHTS = ScoreWeights(
     user_level_weight=1.0, dimension=12, target_norm_exponent=0.5, popularity_weight=0.2, temperature=3.0, prior_users=1.0
@@ -30,7 +30,7 @@ def source(data: TrainingData, tmp_path: Path) -> CandidateSource:
     eligible[3] = False
     start = factorize(data.fit, data.content, weights=WEIGHTS, seed=0)
     model = build_model(start, data.content, make_spec(tmp_path).model, 0.5, seed=0)
-    return candidate_source(dataclasses.replace(data, full=data.fit, eligible=eligible), model, min_users=1)
+    return source_of(dataclasses.replace(data, full=data.fit, eligible=eligible), model, min_users=1)
 
 
 def test_rows_are_the_scorers_p_over_each_triggers_candidates(source: CandidateSource, tmp_path: Path) -> None:

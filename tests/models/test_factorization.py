@@ -88,6 +88,8 @@ def test_known_neighbors_come_first_and_cold_items_follow_their_content(world: S
     found = np.argsort(-made.scores(np.array([new], np.int32))[0])[: world.num_categories]
     assert set(found.tolist()) == world.bundle_of(7) | {7}
     assert np.isfinite(made.scores(np.array([new, empty], np.int32))).all()
+    trigger, target = made.vectors()
+    np.testing.assert_allclose(trigger[common] @ target.T, made.scores(common), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_items", [2, 3])

@@ -22,8 +22,8 @@ from models.scorer import (
     fit_scorer,
     log_softmax,
 )
-from models.start import build_model, candidate_source
-from tests.models.small_world import make_spec
+from models.start import build_model
+from tests.models.small_world import make_spec, source_of
 from tests.models.test_factorization import WEIGHTS
 
 
@@ -132,7 +132,7 @@ def test_items_of_which_nothing_is_said_are_no_candidates_by_content(data: Train
     model = build_model(start, data.content, make_spec(tmp_path).model, 0.3, seed=0)
     content = data.content.copy()
     content[::2] = 0
-    source = replace(candidate_source(replace(data, full=data.fit), model, min_users=2), content=content)
+    source = replace(source_of(replace(data, full=data.fit), model, min_users=2), content=content)
     triggers = np.array([4, 5, 41], np.int32)
     made = source.propose(triggers, data.holdout[triggers], widths=Widths(counts=0, users=0, head=0, content=20, popular=0))
     assert set(made.segment.tolist()) == {1, 2}
@@ -143,7 +143,7 @@ def test_candidates_hold_every_source_and_nothing_forbidden(data: TrainingData, 
     monkeypatch.setattr("models.ranking._CELLS_AT_ONCE", 3 * data.num_items)
     start = factorize(data.fit, data.content, weights=WEIGHTS, seed=0)
     model = build_model(start, data.content, make_spec(tmp_path).model, 0.3, seed=0)
-    source = candidate_source(replace(data, full=data.fit), model, min_users=2)
+    source = source_of(replace(data, full=data.fit), model, min_users=2)
     triggers = np.array([3, 11, 40, data.num_items - 1], np.int32)
     made = source.propose(triggers, data.holdout[triggers], widths=Widths(counts=3, users=2, head=2, content=2, popular=2))
     assert (np.diff(made.segment) >= 0).all()

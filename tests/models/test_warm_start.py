@@ -12,10 +12,9 @@ from models.checkpoint import load_checkpoint
 from models.data import TrainingData
 from models.metrics import churn_at_k
 from models.scorer import Scorer, Widths
-from models.start import candidate_source
 from models.train import train
 from models.workers import Workers
-from tests.models.small_world import SmallWorld, make_spec
+from tests.models.small_world import SmallWorld, make_spec, source_of
 from tests.models.test_factorization import WEIGHTS
 
 TONIGHT = SmallWorld(num_bundles=40, num_users=300, num_stray=2)
@@ -37,7 +36,7 @@ def night(data: TrainingData, folder: Path, previous: Path | None = None, seed: 
     spec = replace(make_spec(folder, num_validation_triggers=200, num_steps=30, seed=seed), previous=previous and str(previous))
     metrics = train(data, spec, Workers())
     model, _ = load_checkpoint(folder / "checkpoint", vocabulary=data.vocabulary)
-    source = candidate_source(data, model, min_users=2)
+    source = source_of(data, model, min_users=2)
     everyone = np.arange(data.num_items, dtype=np.int32)
     candidates = source.propose(everyone, data.holdout * 0, widths=Widths.of(RetrievalSettings()))
     scores = np.full((data.num_items, data.num_items), -np.inf, np.float32)
