@@ -11,8 +11,9 @@ Shapes: `T` triggers, `B` triggers of one block, `N` items, `C` content dimensio
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol, Self
 
 import numpy as np
@@ -364,21 +365,21 @@ def factorization_probability(factorization: Factorization, triggers: Ints) -> F
     return _normalized(np.exp(logits, out=logits))
 
 
-def tune_share(
+def tune_smooth_svd(
     smooth: Smooth,
-    factorization: Factorization,
+    factorizations: Mapping[float, Factorization],
     truth: Sparse,
     triggers: Ints,
     *,
     eligible: Bools,
     shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0),
     seed: int = 0,
-) -> float:
-    """The share of the factorization with the best recall@100, the first of equals; the first one without any usable trigger.
+) -> tuple[float, float]:
+    """Which factorization, and its share, have the best recall@100, the first of equals; the first ones without any usable trigger.
 
     Args:
         smooth: smoothed counts before the holdout.
-        factorization: of the same history.
+        factorizations: of the same history, by `prior_users`.
         truth: (T, N) what followed each trigger.
         triggers: (T,) item indices, drawn from as in tune_smooth.
         eligible: (N,) may be listed.
@@ -386,13 +387,15 @@ def tune_share(
         seed: of the draw.
     """
     some = _tuning_rows(triggers, truth, len(eligible), seed)
-    totals = dict.fromkeys(shares, 0.0)
+    totals = dict.fromkeys(product(factorizations, shares), 0.0)
     for rows in (some[block] for block in blocks(len(some), len(eligible))):
         part = triggers[rows]
-        by_factors, by_counts = factorization_probability(factorization, part), smooth.scores(part)
-        for share in shares:
-            p = hide(np.float32(share) * by_factors + np.float32(1 - share) * by_counts, part, eligible)
-            totals[share] += len(part) * recall(p, part, truth[rows], _TUNED_AT)
+        by_counts = smooth.scores(part)
+        for prior, factorization in factorizations.items():
+            by_factors = factorization_probability(factorization, part)
+            for share in shares:
+                p = hide(np.float32(share) * by_factors + np.float32(1 - share) * by_counts, part, eligible)
+                totals[prior, share] += len(part) * recall(p, part, truth[rows], _TUNED_AT)
     return max(totals, key=totals.__getitem__)
 
 

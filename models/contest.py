@@ -20,7 +20,7 @@ from models import baselines, external
 from models.baselines import Smooth, SmoothSvd, SmoothWeights
 from models.blends import Mixes, blend_lists
 from models.data import Floats, History, Ints, Sparse, TrainingData
-from models.factorization import Factorization, ScoreWeights, factorize, recall
+from models.factorization import PRIOR_USERS, Factorization, ScoreWeights, Spectral, recall
 
 LIST_LENGTH = 100
 TRAINED = ("smooth", "smooth_svd", "ease", "als", "item2vec")
@@ -50,6 +50,7 @@ class Tuned:
 
     half_life_days: float
     smooth: SmoothWeights
+    prior_users: float
     share: float
     ease: float | None
 
@@ -57,7 +58,8 @@ class Tuned:
         """For the report."""
         half_life = "none" if self.half_life_days >= 1e9 else f"{self.half_life_days:g} days"
         smooth = f"b {self.smooth.user_level_weight:g}, mu {self.smooth.prior_weight:g}, alpha {self.smooth.popularity_exponent:g}"
-        chosen = {"popularity half-life": half_life, "smooth": smooth, "smooth_svd share of the factorization": f"{self.share:g}"}
+        smooth_svd = f"{self.share:g}, prior users {self.prior_users:g}"
+        chosen = {"popularity half-life": half_life, "smooth": smooth, "smooth_svd share of the factorization": smooth_svd}
         return chosen if self.ease is None else chosen | {"ease lambda": f"{self.ease:g}"}
 
 
@@ -89,8 +91,10 @@ class Contest:
         history = self._history(half_life)
         smooth = baselines.tune_smooth(history, truth, triggers, eligible=known.eligible, seed=_SEED)
         counted = Smooth.of(history, smooth)
-        share = baselines.tune_share(counted, self._factorization, truth, triggers, eligible=known.eligible, seed=_SEED)
-        return Tuned(half_life_days=half_life, smooth=smooth, share=share, ease=self._ease_lambda(truth, settings))
+        factorizations = {prior: self._factorization(prior) for prior in PRIOR_USERS}
+        prior, share = baselines.tune_smooth_svd(counted, factorizations, truth, triggers, eligible=known.eligible, seed=_SEED)
+        ease = self._ease_lambda(truth, settings)
+        return Tuned(half_life_days=half_life, smooth=smooth, prior_users=prior, share=share, ease=ease)
 
     def baselines(self, tuned: Tuned, settings: BacktestSettings, *, note: Callable[[str], None]) -> Iterator[tuple[str, Ints]]:
         """Name and (T, 100) lists of every baseline; one that cannot run here is noted and left out."""
@@ -113,21 +117,24 @@ class Contest:
     def engagement(self, tuned: Tuned) -> SmoothSvd:
         """The best engagement-only scores, which the blends start from."""
         smooth = Smooth.of(self._history(tuned.half_life_days), tuned.smooth)
-        return SmoothSvd(smooth=smooth, factorization=self._factorization, share=tuned.share)
+        return SmoothSvd(smooth=smooth, factorization=self._factorization(tuned.prior_users), share=tuned.share)
 
     def _history(self, half_life_days: float) -> History:
         """The cut's, with the popularity that counts are smoothed by under the half-life that suits popularity alone best."""
         return replace(self.known.full, popularity=self.daily.popularity(half_life_days))
 
     @cached_property
-    def _factorization(self) -> Factorization:
-        """Made once, as the tuning, the baselines and the families all start from it.
-
-        Without content there is nothing to predict a row from: `prior_users` of `factors` shortens the rows of rare triggers, for which
-        popularity then says more.
-        """
+    def _spectral(self) -> Spectral:
+        """Made once, as the tuning, the baselines and the families all start from it."""
         no_content = np.zeros((self.known.num_items, 0), dtype=np.float32)
-        return factorize(self.known.full, no_content, weights=self.factors, seed=_SEED)
+        weight, dimension = self.factors.user_level_weight, self.factors.dimension
+        return Spectral(self.known.full, no_content, user_level_weight=weight, dimension=dimension, seed=_SEED)
+
+    def _factorization(self, prior_users: float) -> Factorization:
+        """By the weights that the night calibrated. Without content there is nothing to predict a row from: `prior_users` shortens the
+        rows of rare triggers, for which popularity then says more.
+        """
+        return self._spectral.factorization(replace(self.factors, prior_users=prior_users))
 
     def families(self, tuned: Tuned, settings: BacktestSettings) -> dict[str, dict[str, Ints]]:
         """Family -> mix -> (T, 100) lists of the blends of the best engagement-only scores with content."""

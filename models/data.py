@@ -202,8 +202,9 @@ def load_training_data(
     ids = features["item_id"].combine_chunks()
     index = _Index(ids)
     pairs, landmark, holdout_from = _read_pairs(refs, index)
+    fit_date = holdout_from - timedelta(days=1)
     full_pairs, fit_pairs = (_pair_matrix(pairs, name, _factor(landmark, day, half_life_days), len(ids)) for name, day in
-                             (("weight", run_date), ("fit_weight", holdout_from)))  # fmt: skip
+                             (("weight", run_date), ("fit_weight", fit_date)))  # fmt: skip
     popularity = _read_popularity(refs["item_popularity"], index, len(ids))
     engaged = _Engaged.read(refs["engagements"], index, run_date)
     earlier, keys = engaged.before(holdout_from), item_keys(ids.to_pylist())
@@ -220,8 +221,8 @@ def load_training_data(
         fit=History(
             pairs=fit_pairs,
             user_items=earlier.user_items(len(ids)),
-            popularity=popularity[1] * _factor(landmark, holdout_from, half_life_days),
-            trends=earlier.trends(len(ids), holdout_from - timedelta(days=1)),
+            popularity=popularity[1] * _factor(landmark, fit_date, half_life_days),
+            trends=earlier.trends(len(ids), fit_date),
             keys=keys,
         ),
         holdout=_read_holdout(refs["co_engagement_daily"], index, len(ids), (holdout_from, run_date), symmetric=symmetric),

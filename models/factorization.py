@@ -359,11 +359,12 @@ def sample_triggers(holdout: Sparse, *, keys: Keys, maximum: int, seed: int) -> 
     return some[choose(keys[some], maximum, seed)].astype(np.int32)
 
 
+PRIOR_USERS = (0.0, 1.0, 3.0)
 _GRID: dict[str, Sequence[float]] = {
     "popularity_half_life_days": (0.0, *TREND_HALF_LIVES),
     "popularity_weight": (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0),
     "target_norm_exponent": (0.0, 0.25, 0.5, 0.75, 1.0),
-    "prior_users": (0.0, 1.0, 3.0),
+    "prior_users": PRIOR_USERS,
 }
 _USER_LEVEL_WEIGHTS = (0.3, 1.0, 3.0)
 _TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0, 13.0, 20.0)

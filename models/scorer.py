@@ -274,19 +274,23 @@ class CandidateSource:
         said: npt.NDArray[np.bool_] = (self.content != 0).any(axis=1)
         return said
 
+    def _popular(self, width: int) -> npt.NDArray[np.bool_]:
+        """(1, N) the most popular ones, the same for every trigger."""
+        chosen = np.zeros((1, len(self.eligible)), dtype=np.bool_)
+        _choose(chosen, np.where(self.eligible, self.popularity_p, -np.inf)[None], width, above=-np.inf)
+        return chosen
+
     def _propose(self, triggers: Ints, truth: Sparse, widths: Widths, offset: int) -> Candidates:
         engagement = self.engagement.trigger[triggers] @ self.engagement.target.T  # (T, N)
         relevance = self.relevance.trigger[triggers] @ self.relevance.target.T
         content = np.where(self._said[triggers][:, None] & self._said, self.content[triggers] @ self.content.T, -np.inf)
         counts: Floats = self.history.pairs[triggers].toarray()
         users: Floats = self.user_level.rows(triggers).toarray()
-        popular = np.broadcast_to(self.popularity_p, counts.shape)
-        chosen = np.zeros(counts.shape, dtype=np.bool_)
-        near = ((engagement, widths.head), (relevance, widths.head), (content, widths.content), (popular, widths.popular))
-        for scores, width in near:
+        chosen = np.broadcast_to(self._popular(widths.popular), counts.shape).copy()
+        for scores, width in ((engagement, widths.head), (relevance, widths.head), (content, widths.content)):
             _choose(chosen, np.where(self.eligible, scores, -np.inf), width, above=-np.inf)
         for scores, width in ((counts, widths.counts), (users, widths.users)):
-            _choose(chosen, np.where(self.eligible, scores, -np.inf), width, above=0.0)
+            _choose(chosen, np.where(self.eligible, scores, 0), width, above=0.0)
         chosen[np.arange(len(triggers)), triggers] = False
         row, target = np.nonzero(chosen)
         future = truth.toarray()
@@ -309,13 +313,16 @@ class CandidateSource:
 
 def _choose(chosen: npt.NDArray[np.bool_], scores: Floats, width: int, *, above: float) -> None:
     """Mark the `width` best of each row that score more than `above`."""
-    width = min(width, scores.shape[1])
-    if width == 0:
+    import torch
+
+    some = scores > above
+    full = some.sum(axis=1) > width
+    chosen[~full] |= some[~full]
+    if not full.any():
         return
-    best = np.argpartition(-scores, width - 1, axis=1)[:, :width]
-    keep = np.take_along_axis(scores, best, axis=1) > above
-    rows = np.broadcast_to(np.arange(len(scores))[:, None], best.shape)
-    chosen[rows[keep], best[keep]] = True
+    rows = np.flatnonzero(full)
+    best = torch.topk(torch.from_numpy(scores[rows]), width, sorted=False).indices.numpy()  # five times as fast as argpartition
+    chosen[rows[:, None], best] = True
 
 
 def _scale(features: Floats) -> Floats:

@@ -24,8 +24,8 @@ from models.baselines import (
     smooth_scores,
     top_columns,
     tune_ease,
-    tune_share,
     tune_smooth,
+    tune_smooth_svd,
 )
 from models.data import History
 from models.factorization import ScoreWeights, factorize, recall, sample_triggers
@@ -332,11 +332,13 @@ def test_share_and_lambda_are_the_best_of_their_grids(data, monkeypatch):
     monkeypatch.setattr("models.baselines._TUNED_AT", 3)
     truth, triggers = drawn_truth(data)
     shares, grid = (0.0, 0.5, 1.0), (0.1, 10.0, 1000.0)
-    mixes = {s: smooth_svd(data.fit, share=s) for s in shares}
-    reached = {s: recall(hide(m.scores(triggers), triggers, data.eligible), triggers, truth, 3) for s, m in mixes.items()}
-    mixed = mixes[0.5]
-    found = tune_share(mixed.smooth, mixed.factorization, truth, triggers, eligible=data.eligible, shares=shares)
-    assert reached[found] == max(reached.values())
+    mixed = smooth_svd(data.fit, share=0.5)
+    factors = {0.0: mixed.factorization, 1.0: replace(mixed.factorization, trigger=-mixed.factorization.trigger)}
+    mixes = {(prior, s): replace(mixed, factorization=of, share=s) for prior, of in factors.items() for s in shares}
+    reached = {of: recall(hide(m.scores(triggers), triggers, data.eligible), triggers, truth, 3) for of, m in mixes.items()}
+    for known in (factors, dict(reversed(factors.items()))):
+        found = tune_smooth_svd(mixed.smooth, known, truth, triggers, eligible=data.eligible, shares=shares)
+        assert reached[found] == max(reached.values())
     by_lambda = {}
     for value in grid:
         weights = ease_weights(data.fit.user_items, regularization=value)

@@ -14,13 +14,13 @@ from models import external
 from models.baselines import SmoothWeights
 from models.contest import Contest, DailyCounts, Tuned
 from models.data import TrainingData
-from models.factorization import ScoreWeights, factorize
+from models.factorization import ScoreWeights, Spectral, factorize
 
 FACTORS = ScoreWeights(
     user_level_weight=0.5, dimension=8, target_norm_exponent=0.5, popularity_weight=0.4, temperature=2.0, prior_users=0.0
 )
 SETTINGS = BacktestSettings(external_baselines=False, blend_values=[0.0, 0.1], content_shares=[0.0, 0.5])
-TUNED = Tuned(half_life_days=30.0, smooth=SmoothWeights(), share=0.5, ease=100.0)
+TUNED = Tuned(half_life_days=30.0, smooth=SmoothWeights(), prior_users=0.0, share=0.5, ease=100.0)
 
 
 @pytest.fixture
@@ -67,8 +67,7 @@ def test_counts_are_smoothed_by_the_popularity_that_ranks_best(contest: Contest,
 
 
 def test_a_prior_for_rare_items_gives_their_popularity_more_say(contest: Contest, data: TrainingData) -> None:
-    rare = replace(contest, factors=FACTORS.changed("prior_users", 3.0))
-    wanted, found = (of.engagement(TUNED).factorization for of in (contest, rare))
+    wanted, found = (contest.engagement(replace(TUNED, prior_users=prior)).factorization for prior in (0.0, 3.0))
     num_users = data.full.num_users
     share = (num_users / (num_users + 3))[:, None]
     np.testing.assert_allclose(found.trigger, share * wanted.trigger, rtol=1e-5, atol=1e-6)
@@ -132,9 +131,9 @@ def test_it_factorizes_once(contest: Contest, data: TrainingData, monkeypatch: p
 
     def counted(*args: object, **kwargs: object) -> object:
         calls.append(args)
-        return factorize(*args, **kwargs)
+        return Spectral(*args, **kwargs)
 
-    monkeypatch.setattr(contests, "factorize", counted)
+    monkeypatch.setattr(contests, "Spectral", counted)
     played(contest, contest.tune(truth(data), SETTINGS), SETTINGS)
     contest.families(TUNED, SETTINGS)
     assert len(calls) == 1

@@ -12,6 +12,8 @@ from conf.errors import TableError
 from models.data import TableRef, TrainingData, load_training_data, read_table, vocabulary_fingerprint
 from tests.models.small_world import HALF_LIFE, HOLDOUT_FROM, RUN_DATE, SmallWorld
 
+FIT_DATE = HOLDOUT_FROM - timedelta(days=1)  # counts before the holdout are as of its eve, as all counts are as of the run date
+
 
 def test_arrays_agree_with_the_baskets(world: SmallWorld, data: TrainingData) -> None:
     n = len(world.item_ids)
@@ -25,17 +27,17 @@ def test_arrays_agree_with_the_baskets(world: SmallWorld, data: TrainingData) ->
     for day, triples in by_day.items():
         for _, i, j in triples:
             pairs["full"][i, j] += 2 ** ((day - RUN_DATE).days / HALF_LIFE)  # decayed as of the run date
-            pairs["fit"][i, j] += 2 ** ((day - HOLDOUT_FROM).days / HALF_LIFE) if day < HOLDOUT_FROM else 0  # as of the holdout's start
+            pairs["fit"][i, j] += 2 ** ((day - FIT_DATE).days / HALF_LIFE) if day < HOLDOUT_FROM else 0
             pairs["holdout"][i, j] += day >= HOLDOUT_FROM
     for day, couples in items_of.items():
         for _, i in couples:
             popularity[0, i] += 2 ** ((day - RUN_DATE).days / HALF_LIFE)
-            popularity[1, i] += 2 ** ((day - HOLDOUT_FROM).days / HALF_LIFE) if day < HOLDOUT_FROM else 0
+            popularity[1, i] += 2 ** ((day - FIT_DATE).days / HALF_LIFE) if day < HOLDOUT_FROM else 0
     np.testing.assert_allclose(data.full.pairs.toarray(), pairs["full"], rtol=1e-5)
     np.testing.assert_allclose(data.fit.pairs.toarray(), pairs["fit"], rtol=1e-5)
     np.testing.assert_array_equal(data.holdout.toarray(), pairs["holdout"])
     np.testing.assert_allclose([data.full.popularity, data.fit.popularity], popularity, rtol=1e-5)
-    for history, last in ((data.full, RUN_DATE), (data.fit, HOLDOUT_FROM - timedelta(days=1))):
+    for history, last in ((data.full, RUN_DATE), (data.fit, FIT_DATE)):
         users = sorted({f"u{u}" for u, _, _ in world.baskets()})  # rows ascend by id
         engaged = {(users.index(f"u{u}"), i) for u, day, items in world.baskets() if day <= last for i in items}
         assert set(zip(*(a.tolist() for a in history.user_items.nonzero()), strict=True)) == engaged
