@@ -464,7 +464,7 @@ class TrainingSettings(Section):
         20_000,
         ge=0,
         description="Up to this size of the catalog what the scorer expects is distilled into vectors, `distilled` in item_embeddings; 0: "
-        "never. The time that it takes grows with the square of the catalog.",
+        "never. The time that it takes grows with the square of the catalog; on a grocery's 67,735 items they were behind the head's.",
     )
     affinity_weight: float = Field(1.0, ge=0, description="Multiplier of every head's affinity task.")
     timeout_seconds: int = Field(300, ge=10, description="A worker that waits longer for the others within a step fails.")
