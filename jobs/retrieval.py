@@ -133,8 +133,8 @@ def _vectors(embeddings: pa.Table, head: str, item_ids: pa.Array) -> tuple[Rows,
 def distilled_vectors(run: StageRun, item_ids: pa.Array) -> tuple[Rows, Rows] | None:
     """(N, V) trigger and target vectors that the night's scorer was distilled into; None: the catalog is too large for that."""
     ref = TableRef(uri=run.night.lake.path(ITEM_EMBEDDINGS), version=run.version(ITEM_EMBEDDINGS))
-    mine = read_table(ref, ("item_id", "head", "trigger_vector", "target_vector"))
-    return _vectors(mine, DISTILLED, item_ids) if pc.any(pc.equal(mine["head"].cast(pa.string()), DISTILLED)).as_py() else None
+    mine = read_table(ref, ("item_id", "head", "trigger_vector", "target_vector"), pc.field("head") == DISTILLED)
+    return _vectors(mine, DISTILLED, item_ids) if mine.num_rows else None
 
 
 def _aligned(table: pa.Table, column: str, item_ids: pa.Array) -> npt.NDArray[np.float32]:

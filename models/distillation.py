@@ -20,7 +20,7 @@ from scipy.sparse import csr_array, vstack
 from models.data import Sparse, sparse_rows
 from models.factorization import ScoreWeights, Spectral
 from models.ranking import blocks
-from models.scorer import CandidateSource, HeadVectors, Scorer, Widths, log_softmax
+from models.scorer import CandidateSource, HeadVectors, Scorer, Widths
 
 DISTILLED = "distilled"
 """Name of these vectors among those of the heads."""
@@ -52,14 +52,14 @@ def distil(
     """
     weights = dataclasses.replace(  # P knows already what users share, and what content says of rare items
         weights,
-        dimension=min(dimension, len(source.eligible) - 1),
+        dimension=dimension,
         target_norm_exponent=0.75,
         popularity_weight=_POPULARITY_WEIGHT,
         user_level_weight=0.0,
         prior_users=0.0,
     )
     history = dataclasses.replace(source.history, pairs=expected(source, scorer, widths=widths, watch=watch))
-    spectral = Spectral(history, source.content, user_level_weight=0.0, dimension=weights.dimension, seed=seed)
+    spectral = Spectral(history, source.content, user_level_weight=0.0, dimension=dimension, seed=seed)
     fit = spectral.factorization(weights)
     nobodys = np.asarray(history.pairs.sum(axis=0)).reshape(-1, 1) == 0
     target = np.where(nobodys, source.content @ fit.content_to_target, fit.target)
@@ -81,7 +81,7 @@ def expected(source: CandidateSource, scorer: Scorer, *, widths: Widths, watch: 
         triggers = np.arange(block.start, block.stop, dtype=np.int32)
         found = source.propose(triggers, sparse_rows([], [], [], (len(triggers), num_items)), widths=widths)
         indptr = np.searchsorted(found.segment, np.arange(len(triggers) + 1))
-        p = np.exp(log_softmax(scorer.logits(found.features), found.segment)) if len(found.target) else found.gain
+        p = np.exp(scorer.log_probability(found.features, found.segment)) if len(found.target) else found.gain
         rows.append(csr_array((p, found.target, indptr), shape=(len(triggers), num_items)))
         if watch:
             watch(block.stop)
